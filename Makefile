@@ -1,0 +1,44 @@
+# `make demo` and `make test` do everything from a fresh clone: create .venv, install, run.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Nothing that uses MPI can hang: one rank that is lost would leave the others waiting for ever.
+MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
+
+.PHONY: demo test lint kernels clean
+
+demo: .venv/installed
+	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
+
+test: .venv/installed
+	timeout -k 10 1200 $(BIN)/python -m pytest
+	$(call MPIEXEC,900,2) $(BIN)/python -m pytest -m "not single"
+	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
+	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"
+
+lint: .venv/installed
+	$(BIN)/pip install --quiet ruff mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# pip compiles the kernels in a build environment of its own
+.venv/installed: setup.py pyproject.toml $(wildcard kernels/*.py)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --editable '.[mpi,demo,test]'
+	touch $@
+
+# For work on the kernels: compile them again without pip, in a lasting environment.
+kernels: .venv-kernels/installed
+	.venv-kernels/bin/python setup.py --quiet build_spirv
+	test ! -e .venv/installed || touch .venv/installed
+
+.venv-kernels/installed: pyproject.toml
+	test -x .venv-kernels/bin/python || $(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' > .venv-kernels/requirements.txt
+	.venv-kernels/bin/pip install --quiet --requirement .venv-kernels/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-kernels build dist kernels/spirv *.egg-info .mypy_cache .pytest_cache .ruff_cache denoise.png

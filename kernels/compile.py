@@ -1,0 +1,80 @@
+"""Build time: compile every variant of every kernel to SPIR-V and write the manifest beside them.
+
+Run by setup.py in the build environment as ``python -m kernels.compile FOLDER``; needs numba-dpex and a SYCL CPU device.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from numba.core import types
+from numba.core.registry import cpu_target
+
+logging.disable(logging.ERROR)  # importing numba-dpex logs a traceback when it finds no GPU to ask for its types
+import numba_dpex as dpex  # noqa: E402
+from numba_dpex.core.datamodel.models import EmptyStructModel  # noqa: E402
+from numba_dpex.core.descriptor import dpex_kernel_target  # noqa: E402
+from numba_dpex.core.types import USMNdArray  # noqa: E402
+from numba_dpex.core.types.kernel_api.index_space_ids import NdItemType  # noqa: E402
+
+from . import flash_forward, manifest, relayout  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+KERNELS = (flash_forward, relayout)
+
+# numba loads the lowering of range, min, max, … only when it first compiles for the host
+cpu_target.target_context.refresh()
+
+
+class _NoArray(USMNdArray):
+    """The array argument without which numba-dpex takes no kernel; it has no place in the compiled argument list.
+
+    The real arrays are bare pointers: one argument instead of the five of a numba array, and plain signed indexing.
+    """
+
+    def __init__(self):
+        super().__init__(1, "C", types.int8, device="opencl:cpu")
+
+
+dpex_kernel_target.target_context.data_model_manager.register(_NoArray, EmptyStructModel)
+
+
+def _compile(function, parameters, dtype):
+    """The compiled kernel of `function`, whose arguments after the item and the empty array are `parameters`."""
+    real = getattr(types, dtype)
+    kinds = {
+        "pointer": types.CPointer(real, addrspace=1),
+        "table": types.CPointer(types.int64, addrspace=1),
+        "int64": types.int64,
+        "real": real,
+    }
+
+    signature = (NdItemType(1), _NoArray(), *(kinds[kind] for _, kind in parameters))
+    dispatcher = dpex.kernel([signature])(function)
+    (result,) = dispatcher.overloads.values()
+    return result.kernel_device_ir_module
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.iterdir():
+        stale.unlink()
+    entries = {}
+    for module in KERNELS:
+        for name, dtype, options in module.variants():
+            device_module = _compile(module.kernel(**options), module.ARGUMENTS, dtype)
+            (folder / f"{name}.spv").write_bytes(device_module.kernel_bitcode)
+            entries[name] = {
+                "entry": device_module.kernel_name,
+                "arguments": [(argument, dtype if kind == "real" else kind) for argument, kind in module.ARGUMENTS],
+                "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
+            }
+            print("compiled", name, flush=True)
+    manifest.write(folder, entries)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""What the numba-dpex kernel language lacks, as numba intrinsics. Build time only: nothing at run time imports this file.
+
+Each one emits a call of an OpenCL built-in function or a few LLVM instructions. The SPIR-V of numba-dpex forbids contraction
+of ``a * b + c``, so `mad` is the only way to a fused multiply-add; the work-item functions of the kernel language compile to
+a form that some Intel GPU compilers reject, so `group_index` and `lane_index` call the built-ins directly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_F32 = ir.FloatType()
+_LLVM = {types.float32: _F32, types.float64: ir.DoubleType()}
+_MANGLED = {types.float32: "f", types.float64: "d"}
+
+
+def _call_builtin(builder, symbol, result, arguments):
+    """Emit the call of the OpenCL built-in whose mangled name is `symbol`; all of them here are pure."""
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, function_type, symbol)
+    function.calling_convention = "spir_func"
+    function.attributes.add("nounwind")
+    function.attributes.add("readnone")
+    return builder.call(function, arguments, cconv="spir_func")
+
+
+def _work_item_function(symbol):
+    @intrinsic
+    def index(typing_context):
+        def generate(context, builder, signature, arguments):
+            return _call_builtin(builder, symbol, _I64, [ir.Constant(_I32, 0)])
+
+        return types.int64(), generate
+
+    return index
+
+
+group_index = _work_item_function("_Z12get_group_idj")
+lane_index = _work_item_function("_Z12get_local_idj")
+
+
+@intrinsic
+def mad(typing_context, a, b, c):
+    """``a * b + c`` with one rounding or fewer, in the type of the arguments."""
+    if not a == b == c or a not in _LLVM:
+        raise TypingError(f"mad takes three values of one floating type, not {a}, {b}, {c}")
+
+    def generate(context, builder, signature, arguments):
+        return _call_builtin(builder, "_Z3mad" + 3 * _MANGLED[a], _LLVM[a], list(arguments))
+
+    return a(a, a, a), generate
+
+
+def _exp2_coefficients(degree):
+    """Polynomial for 2**x on [-0.5, 0.5] that is least squares in relative error at Chebyshev nodes."""
+    x = 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
+    basis = np.vander(x, degree + 1, increasing=True) / (2.0**x)[:, None]
+    return [float(np.float32(c)) for c in np.linalg.lstsq(basis, np.ones(200), rcond=None)[0]]
+
+
+_EXP2 = _exp2_coefficients(5)
+
+
+def _exp2_float32(builder, x):
+    """2**x for x <= 0 to 2e-7: 0 at and below -127, nan for nan. Inline, because the library call does not vectorise as well.
+
+    Adding 1.5 * 2**23 rounds x to the integer n that then stands in the low bits; the polynomial takes x - n, and n goes into
+    the exponent field of the scale. At n = -127 that field is 0, so the scale, and with it the result, is exactly 0.
+    """
+
+    def constant(value):
+        return ir.Constant(_F32, value)
+
+    # ordered comparison: nan is not below the bound and passes through
+    x = builder.select(builder.fcmp_ordered("<", x, constant(-127.0)), constant(-127.0), x)
+    shifted = builder.fadd(x, constant(12582912.0))
+    fraction = builder.fsub(x, builder.fsub(shifted, constant(12582912.0)))
+    result = constant(_EXP2[-1])
+    for coefficient in _EXP2[-2::-1]:
+        result = _call_builtin(builder, "_Z3madfff", _F32, [result, fraction, constant(coefficient)])
+    exponent = builder.add(builder.bitcast(shifted, _I32), ir.Constant(_I32, 127))
+    scale = builder.bitcast(builder.shl(exponent, ir.Constant(_I32, 23)), _F32)
+    return builder.fmul(result, scale)
+
+
+@intrinsic
+def exp2(typing_context, x):
+    """2**x for x <= 0; 0 for -inf and nan for nan."""
+    if x not in _LLVM:
+        raise TypingError(f"exp2 takes float32 or float64, not {x}")
+
+    def generate(context, builder, signature, arguments):
+        if x == types.float32:
+            return _exp2_float32(builder, arguments[0])
+        return _call_builtin(builder, "_Z4exp2d", _LLVM[x], [arguments[0]])
+
+    return x(x), generate

@@ -1,0 +1,152 @@
+"""Copy panels between strided layouts in one launch: what packs and unpacks the exchange buffers.
+
+A panel is a block of numbers with four axes `(row, batch, slot, width)`, for instance the query heads that go to one rank
+with slot = head and width = head_dim. All panels of a launch have the same rows and batch; a `Panel` says where one lies in
+its source and where it goes in its target. A work-group copies one (row, batch) of all panels: a few kilobytes that are
+contiguous on at least one side. Elements are moved as unsigned integers of their size, so the copy is bit-exact.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+
+class Panel(NamedTuple):
+    """One panel: offsets and strides are in elements of the source and target arrays, numbered in the order given."""
+
+    source: int
+    source_offset: int
+    source_row: int
+    source_batch: int
+    source_slot: int
+    source_width: int
+    target: int
+    target_offset: int
+    target_row: int
+    target_batch: int
+    target_slot: int
+    slots: int
+    width: int  # dense in the target
+
+
+LANES = 8
+DTYPES = {4: "uint32", 8: "uint64"}
+MAX_ARRAYS = 3  # sources, and targets
+
+ARGUMENTS = (
+    ("source_0", "pointer"), ("source_1", "pointer"), ("source_2", "pointer"),
+    ("target_0", "pointer"), ("target_1", "pointer"), ("target_2", "pointer"),
+    ("table", "table"), ("panels", "int64"), ("batch", "int64"),
+)  # fmt: skip
+
+
+def name(itemsize: int) -> str:
+    """Name of the compiled kernel that copies elements of this size."""
+    return f"relayout_{DTYPES[itemsize]}"
+
+
+def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What the build compiles: (kernel name, dtype, keyword arguments of `kernel`)."""
+    for itemsize, dtype in DTYPES.items():
+        yield name(itemsize), dtype, {"lanes": LANES}
+
+
+def kernel(*, lanes: int) -> Callable[..., None]:
+    """Make the numba-dpex kernel function; the element type is that of its pointers."""
+    from .intrinsics import group_index, lane_index
+
+    columns = len(Panel._fields)
+
+    def relayout(
+        item, no_array, source_0, source_1, source_2, target_0, target_1, target_2, table, panels, batch
+    ):  # fmt: skip
+        index = group_index()
+        lane = lane_index()
+        row = index // batch
+        b = index - row * batch
+        for panel in range(panels):
+            entry = panel * columns
+            source = table[entry]
+            start = table[entry + 1] + row * table[entry + 2] + b * table[entry + 3]
+            source_slot = table[entry + 4]
+            step = table[entry + 5]
+            target = table[entry + 6]
+            goal = table[entry + 7] + row * table[entry + 8] + b * table[entry + 9]
+            target_slot = table[entry + 10]
+            slots = table[entry + 11]
+            width = table[entry + 12]
+            for slot in range(slots):
+                for chunk in range(0, width, lanes):
+                    d = chunk + lane
+                    if d < width:
+                        i = start + slot * source_slot + d * step
+                        if source == 0:
+                            value = source_0[i]
+                        elif source == 1:
+                            value = source_1[i]
+                        else:
+                            value = source_2[i]
+                        j = goal + slot * target_slot + d
+                        if target == 0:
+                            target_0[j] = value
+                        elif target == 1:
+                            target_1[j] = value
+                        else:
+                            target_2[j] = value
+
+    return relayout
+
+
+@lru_cache(maxsize=256)
+def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
+    """The table of panels in device memory."""
+    from dpctl.memory import MemoryUSMDevice
+
+    numbers = np.array(panels, dtype=np.int64)
+    table = MemoryUSMDevice(numbers.nbytes, queue=queue)
+    table.copy_from_host(numbers.reshape(-1).view(np.uint8))
+    return table
+
+
+def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
+    """Copy `panels` from `sources` to `targets` (up to three USM arrays each, of one itemsize, on one queue)."""
+    from .launch import launch
+
+    panels = tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
+    if not panels or rows * batch == 0:
+        return
+    queue = targets[0].sycl_queue
+    # an array that no panel names still needs a valid pointer
+    memories = [(*arrays, *[arrays[0]] * (MAX_ARRAYS - len(arrays))) for arrays in (sources, targets)]
+    launch(
+        queue,
+        name(targets[0].dtype.itemsize),
+        [*(x.usm_data for arrays in memories for x in arrays), _table(queue, panels)],
+        (len(panels), batch),
+        groups=rows * batch,
+        lanes=LANES,
+    )
+
+
+def _merge(panel: Panel) -> Panel:
+    """The same panel with one long slot where its slots follow each other without a gap."""
+    if panel.source_slot == panel.width == panel.target_slot and panel.source_width == 1:
+        return panel._replace(slots=1, width=panel.slots * panel.width)
+    return panel
+
+
+def reference(
+    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], panels: Sequence[Panel], *, rows: int, batch: int
+) -> None:
+    """What the kernel does, in NumPy on flat arrays."""
+    for p in panels:
+        row, b, slot, d = np.ogrid[:rows, :batch, : p.slots, : p.width]
+        i = p.source_offset + row * p.source_row + b * p.source_batch + slot * p.source_slot + d * p.source_width
+        j = p.target_offset + row * p.target_row + b * p.target_batch + slot * p.target_slot + d
+        targets[p.target][j] = sources[p.source][i]

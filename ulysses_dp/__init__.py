@@ -1,0 +1,26 @@
+"""Ulysses sequence-parallel attention for dpnp, dpctl and NumPy arrays over MPI."""
+
+from .device import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_the_wheels
+
+_use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
+
+from ._arrays import free_workspace  # noqa: E402
+from ._trace import trace  # noqa: E402
+from .attention import ulysses_attention  # noqa: E402
+from .backend import AttnType  # noqa: E402
+from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
+from .local import attention  # noqa: E402
+from .redistribute import all_to_all_4d, gather_heads, scatter_heads  # noqa: E402
+
+__all__ = [
+    "AttnType",
+    "UlyssesAttention",
+    "all_to_all_4d",
+    "attention",
+    "free_workspace",
+    "gather_heads",
+    "scatter_heads",
+    "trace",
+    "ulysses_attention",
+    "ulysses_flash_attn_func",
+]

@@ -1,0 +1,77 @@
+"""Which rank owns which rows and heads, and where they lie in the exchange buffers: pure integers, no MPI, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+
+def split(n: int, parts: int) -> tuple[int, ...]:
+    """Sizes of `parts` blocks of `n` items; the first ``n % parts`` blocks have one more."""
+    return tuple(n // parts + (part < n % parts) for part in range(parts))
+
+
+def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each of the consecutive blocks starts."""
+    return (0, *accumulate(sizes))[: len(sizes)]
+
+
+class Heads(NamedTuple):
+    """The heads of one rank: its query heads, and the kv heads that these read."""
+
+    q_start: int
+    q_count: int
+    kv_start: int
+    kv_count: int
+    shift: int  # local query head h reads local kv head (h + shift) // group
+
+
+@lru_cache(maxsize=256)
+def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
+    """The heads of every rank. A kv head goes to every rank that has one of its query heads, and to no other."""
+    group = heads // kv_heads if kv_heads else 1
+    shares = []
+    counts = split(heads, ranks)
+    for start, count in zip(starts(counts), counts, strict=True):
+        kv_start = start // group
+        kv_count = -(-(start + count) // group) - kv_start if count else 0
+        shares.append(Heads(start, count, kv_start, kv_count, start - kv_start * group))
+    return tuple(shares)
+
+
+@dataclass(frozen=True)
+class Trade:
+    """One exchange between the two splits of an array: by rows (the *local* side) and by slots (the *gathered* side).
+
+    A slot is a head, or one of several things that travel with the heads. On the local side a rank has its rows and all
+    slots, as one block per peer, each `(rows, batch, slots of the peer, width)`. On the gathered side it has all rows and its
+    slots, `(all rows, batch, slots, width)`: the blocks of the peers in rank order, which is why nothing is unpacked there.
+    """
+
+    rank: int
+    rows: tuple[int, ...]  # of every rank
+    slots: tuple[int, ...]  # of every rank
+    batch: int
+    width: int
+
+    @property
+    def local_counts(self) -> tuple[int, ...]:
+        """Elements of the block for or from every peer on the local side."""
+        return tuple(self.rows[self.rank] * self.batch * self.width * slots for slots in self.slots)
+
+    @property
+    def gathered_counts(self) -> tuple[int, ...]:
+        """Elements of the block for or from every peer on the gathered side."""
+        return tuple(rows * self.batch * self.width * self.slots[self.rank] for rows in self.rows)
+
+    @property
+    def even(self) -> bool:
+        """Whether every block on every rank has the same size; all ranks agree on the answer."""
+        return len(set(self.rows)) == 1 and len(set(self.slots)) == 1
+
+    @property
+    def gathered_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the gathered buffer."""
+        return sum(self.rows), self.batch, self.slots[self.rank], self.width

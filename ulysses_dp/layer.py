@@ -1,0 +1,192 @@
+"""The class and the function that users of yunchang and flash-attn know, over `ulysses_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._validate import check_axes
+from .attention import BSHD, distributed
+from .backend import AttnType
+from .redistribute import axes_to_bshd
+
+
+class UlyssesAttention:
+    """Sequence-parallel attention with the options fixed once; the signature of ``UlyssesAttention`` in yunchang.
+
+    Parameters
+    ----------
+    sequence_process_group : mpi4py.MPI.Intracomm, optional
+        The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
+    scatter_idx, gather_idx : int
+        Which axes of the arrays are the heads and the sequence; the first of the other two is the batch. The default is
+        (batch, seq, heads, head_dim); ``scatter_idx=1, gather_idx=2`` is (batch, heads, seq, head_dim).
+    use_sync : bool
+        Return only when the result is complete. It always is.
+    attn_type : AttnType
+        The implementation of the local attention.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `scatter_idx` and `gather_idx` are not two different axes of a 4-D array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import UlyssesAttention
+    >>> layer = UlyssesAttention()
+    >>> q = np.ones((1, 16, 4, 8), dtype=np.float32)  # 16 rows on every rank
+    >>> layer(q, q, q, causal=True).shape
+    (1, 16, 4, 8)
+    """
+
+    def __init__(
+        self,
+        sequence_process_group: Any = None,
+        scatter_idx: int = 2,
+        gather_idx: int = 1,
+        use_sync: bool = False,
+        attn_type: AttnType = AttnType.INTEL_SYCL,
+    ) -> None:
+        heads, seq = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
+        self.sequence_process_group = sequence_process_group
+        self.scatter_idx = scatter_idx
+        self.gather_idx = gather_idx
+        self.use_sync = use_sync
+        self.attn_type = attn_type
+        self._axes = axes_to_bshd(heads, seq)
+
+    def __call__(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+    ) -> Any:
+        """Attention of the rows of this rank. Collective over the group; see `ulysses_attention` for what is raised.
+
+        Parameters
+        ----------
+        query, key, value : dpnp.ndarray, usm_ndarray or numpy.ndarray
+            Rows of this rank, float32 or float64; (batch, seq_local, heads, head_dim) unless the layer was made with other
+            axes. key and value may have fewer heads, of which the heads of query are a multiple.
+        dropout_p, window_size, softcap, alibi_slopes
+            Not supported yet; NotImplementedError unless left at their defaults.
+        softmax_scale : float, optional
+            Factor of the dot products; 1/sqrt(head_dim) by default.
+        causal : bool
+            Query i sees the keys j <= i + seq_k - seq_q.
+        deterministic : bool
+            The result is bit-identical on repetition either way.
+        return_attn_probs : bool
+            Return ``(out, lse, None)`` as flash-attn does without dropout.
+
+        Returns
+        -------
+        out : same kind, dtype and queue as query
+            Shape of query.
+        lse : same kind, dtype and queue as query
+            Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
+        """
+        return _flash_attn(
+            "UlyssesAttention",
+            query,
+            key,
+            value,
+            return_attn_probs,
+            comm=self.sequence_process_group,
+            axes=self._axes,
+            dropout_p=dropout_p,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            attn_type=self.attn_type,
+        )
+
+
+def ulysses_flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    group: Any = None,
+) -> Any:
+    """`ulysses_attention` with the signature of ``flash_attn_func``, plus the communicator.
+
+    Collective over `group`.
+
+    Parameters
+    ----------
+    q, k, v : dpnp.ndarray, usm_ndarray or numpy.ndarray
+        Rows of this rank, (batch, seq_local, heads, head_dim), float32 or float64; k and v may have fewer heads.
+    dropout_p, window_size, alibi_slopes
+        Not supported yet; NotImplementedError unless left at their defaults.
+    softmax_scale : float, optional
+        Factor of the dot products; 1/sqrt(head_dim) by default.
+    causal : bool
+        Query i sees the keys j <= i + seq_k - seq_q.
+    deterministic : bool
+        The result is bit-identical on repetition either way.
+    return_attn_probs : bool
+        Return ``(out, lse, None)`` as flash-attn does without dropout.
+    group : mpi4py.MPI.Intracomm, optional
+        The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
+
+    Returns
+    -------
+    out : same kind, dtype and queue as q
+        (batch, seq_local, heads, head_dim).
+    lse : same kind, dtype and queue as q
+        Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        On all ranks, as `ulysses_attention` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import ulysses_flash_attn_func
+    >>> q = np.ones((1, 16, 4, 8), dtype=np.float32)  # 16 rows on every rank
+    >>> out, lse, _ = ulysses_flash_attn_func(q, q, q, causal=True, return_attn_probs=True)
+    >>> out.shape, lse.shape
+    ((1, 16, 4, 8), (1, 4, 16))
+    """
+    return _flash_attn(
+        "ulysses_flash_attn_func",
+        q,
+        k,
+        v,
+        return_attn_probs,
+        comm=group,
+        axes=BSHD,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=0.0,
+        alibi_slopes=alibi_slopes,
+        attn_type=AttnType.INTEL_SYCL,
+    )
+
+
+def _flash_attn(function: str, q: Any, k: Any, v: Any, return_attn_probs: bool, **options: Any) -> Any:
+    """Call, and return what flash-attn would."""
+    result = distributed(function, q, k, v, return_lse=return_attn_probs, **options)
+    return (*result, None) if return_attn_probs else result

@@ -1,0 +1,151 @@
+"""Attention on one rank: the choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ulysses_dp.kernels.flash_forward import flash_forward
+from ulysses_dp.kernels.relayout import Panel, relayout
+
+from ._arrays import empty_like, from_usm, tensor, to_usm
+from ._trace import stage
+from ._validate import Geometry, Options, check_attention
+from .backend import AttnType
+from .reference import dense_attention
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    attn_type: AttnType = AttnType.INTEL_SYCL,
+) -> Any:
+    """Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
+
+    Not collective. Returns when the result is complete.
+
+    Parameters
+    ----------
+    q : dpnp.ndarray, usm_ndarray or numpy.ndarray
+        Queries, (batch, seq_q, heads, head_dim), float32 or float64, any strides. head_dim is at most 256.
+    k, v : same kind, dtype and queue as q
+        Keys and values, (batch, seq_k, kv_heads, head_dim). heads is a multiple of kv_heads: query head h reads kv head
+        ``h // (heads // kv_heads)``.
+    softmax_scale : float, optional
+        Factor of the dot products; 1/sqrt(head_dim) by default.
+    causal : bool
+        Query i sees the keys j <= i + seq_k - seq_q: the mask is aligned to the last query and key, as in flash-attn.
+    window_size, softcap, alibi_slopes, sinks
+        Not supported yet; NotImplementedError unless left at their defaults.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators.
+    attn_type : AttnType
+        The implementation.
+
+    Returns
+    -------
+    out : same kind, dtype and queue as q
+        (batch, seq_q, heads, head_dim), C-contiguous. Zeros for a query that sees no key.
+    lse : same kind, dtype and queue as q
+        Only with `return_lse`: natural logarithm of the sum of exp(score), (batch, heads, seq_q); -inf for a query that
+        sees no key.
+
+    Raises
+    ------
+    TypeError
+        An argument is not of a supported kind or dtype, or the kinds or dtypes of q, k and v differ.
+    ValueError
+        The shapes do not fit each other, head_dim is above 256, or the arrays are on different queues.
+    NotImplementedError
+        An option that is not supported yet is given.
+
+    Notes
+    -----
+    The kernel follows FlashAttention-2 (Dao, arXiv:2307.08691); see ``kernels/flash_forward.py``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import attention
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 1, 5, 2, 8), dtype=np.float32)
+    >>> out = attention(q, k, v, causal=True)
+    >>> out.shape
+    (1, 5, 2, 8)
+    >>> bool(np.allclose(out[0, 0], v[0, 0]))  # the first query sees the first key alone
+    True
+    """
+    # Validate inputs.
+    kind, geometry, options = check_attention(
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        return_lse=return_lse,
+        attn_type=attn_type,
+    )
+    # Delegate.
+    q, k, v = (to_usm(x, kind) for x in (q, k, v))
+    out, lse = attend_whole(q, k, v, geometry, options)
+    return (from_usm(out, kind), from_usm(lse, kind)) if options.return_lse else from_usm(out, kind)
+
+
+def attend_whole(q: Any, k: Any, v: Any, geometry: Geometry, options: Options) -> tuple[Any, Any]:
+    """Attention of USM arrays with all rows and all heads, into new arrays."""
+    q, k, v = (_dense_last_axis(x) for x in (q, k, v))
+    out = empty_like(q, q.shape)
+    lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]))
+    attend(q, k, v, out, lse, options, group=geometry.group)
+    return out, lse
+
+
+def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, group: int, head_shift: int = 0) -> None:
+    """Compute attention of USM arrays into `out` and `lse`; query head h reads kv head ``(h + head_shift) // group``."""
+    with stage("attention"):
+        if out.size == 0:
+            return
+        if options.attn_type is AttnType.NUMPY:
+            kv = (np.arange(q.shape[2]) + head_shift) // group
+            queries, keys, values = (tensor.asnumpy(x) for x in (q, k, v))
+            results = dense_attention(
+                queries, keys[:, :, kv], values[:, :, kv], softmax_scale=options.softmax_scale, causal=options.causal
+            )
+            for target, result in zip((out, lse), results, strict=True):
+                target[...] = tensor.asarray(result, dtype=target.dtype, sycl_queue=target.sycl_queue)
+        else:
+            diagonal = k.shape[1] - q.shape[1] if options.causal else k.shape[1]
+            scale = options.softmax_scale
+            flash_forward(q, k, v, out, lse, scale=scale, diagonal=diagonal, group=group, head_shift=head_shift)
+
+
+def _dense_last_axis(x: Any) -> Any:
+    """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
+    batch, seq, heads, head_dim = x.shape
+    if x.strides[3] == 1 or head_dim == 1 or x.size == 0:
+        return x
+    copy = empty_like(x, x.shape)
+    offset, (batch_stride, seq_stride, heads_stride, dim_stride) = x._element_offset, x.strides
+    target_batch, target_seq, target_heads, _ = copy.strides
+    panel = Panel(
+        *(0, offset, seq_stride, batch_stride, heads_stride, dim_stride),
+        *(0, 0, target_seq, target_batch, target_heads),
+        *(heads, head_dim),
+    )
+    relayout([x], [copy], [panel], rows=seq, batch=batch)
+    return copy

@@ -1,0 +1,325 @@
+"""Trade the split of an array over the ranks: rows for heads, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ulysses_dp.kernels.relayout import Panel, relayout
+
+from . import _exchange
+from ._arrays import empty_like, from_usm, permute, scratch, to_usm, view
+from ._partition import Trade, split, starts
+from ._trace import stage
+from ._validate import agree, check_array, check_axes, check_count, check_exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Share = Sequence[tuple[int, int]]  # of every rank: its first head and the number of its heads
+
+
+def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any:
+    """Trade the split by rows for the split by heads: every rank gives its rows of all heads and gets all rows of its heads.
+
+    Collective over `comm`. One relayout pass and one all-to-all; without ranks to trade with, neither.
+
+    Parameters
+    ----------
+    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
+        (batch, seq_local, heads, head_dim), float32 or float64, any strides. seq_local may differ between ranks and may
+        be 0; the ranks hold consecutive rows in rank order.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    exchange : {"auto", "device", "host"}
+        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+
+    Returns
+    -------
+    same kind, dtype and queue as x
+        (batch, seq, heads_local, head_dim), where seq is the sum of all seq_local. The first ``heads % P`` ranks have one head
+        more than the others. The result is a view of an array whose axes are ordered (seq, batch, heads, head_dim): the
+        order in which the rows arrive.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks, if any rank passes a bad argument, or if batch, heads, head_dim or dtype differ between ranks.
+
+    See Also
+    --------
+    gather_heads : the inverse.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import gather_heads, scatter_heads
+    >>> x = np.arange(24, dtype=np.float32).reshape(1, 3, 4, 2)  # 3 rows of all 4 heads on every rank
+    >>> y = scatter_heads(x)  # all rows of heads_local heads
+    >>> bool((gather_heads(y) == x).all())
+    True
+    """
+    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange)
+
+
+def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, exchange: str = "auto") -> Any:
+    """Trade the split by heads for the split by rows: the inverse of `scatter_heads`.
+
+    Collective over `comm`. One all-to-all and one relayout pass; one pass more if x is not stored in the order
+    (seq, batch, heads, head_dim), as the result of `scatter_heads` is, and any C-contiguous array with batch 1.
+
+    Parameters
+    ----------
+    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
+        (batch, seq, heads_local, head_dim), float32 or float64, any strides. heads_local may differ between ranks and may
+        be 0; the ranks hold consecutive heads in rank order.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    seq_local : int, optional
+        Rows that this rank gets. By default the first ``seq % P`` ranks get one row more than the others.
+    exchange : {"auto", "device", "host"}
+        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+
+    Returns
+    -------
+    same kind, dtype and queue as x
+        (batch, seq_local, heads, head_dim), C-contiguous, where heads is the sum of all heads_local.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks, if any rank passes a bad argument, if batch, seq, head_dim or dtype differ between ranks, or if the
+        seq_local of all ranks do not add up to seq.
+
+    See Also
+    --------
+    scatter_heads : the inverse.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import gather_heads
+    >>> x = np.ones((1, 2 * MPI.COMM_WORLD.size, 1, 2), dtype=np.float32)  # all rows of one head on every rank
+    >>> gather_heads(x).shape == (1, 2, MPI.COMM_WORLD.size, 2)  # 2 rows of all heads
+    True
+    """
+    return _trade("gather_heads", x, comm, lambda: (False, (0, 1, 2, 3)), exchange=exchange, seq_local=seq_local)
+
+
+def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any = None, use_sync: bool = False) -> Any:
+    """Split one axis of a 4-D array over the ranks and join another: `scatter_heads` and `gather_heads` for any two axes.
+
+    Collective over `comm`. The signature is that of ``SeqAllToAll4D`` in yunchang.
+
+    Parameters
+    ----------
+    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
+        4 axes, float32 or float64, any strides.
+    scatter_idx, gather_idx : int
+        The axis that is split and the axis that is joined; they differ. The length of the joined axis may differ between
+        ranks.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    use_sync : bool
+        Return only when the result is complete. It always is.
+
+    Returns
+    -------
+    same kind, dtype and queue as x
+        Axis `gather_idx` has the sum of the ranks' lengths. Axis `scatter_idx` has this rank's part: the first ranks have one
+        more where its length is not a multiple of the number of ranks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks, if any rank passes a bad argument or if the other axes, the dtype or the axis numbers differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import all_to_all_4d
+    >>> P = MPI.COMM_WORLD.size
+    >>> x = np.ones((1, 3, 2 * P, 4), dtype=np.float32)
+    >>> all_to_all_4d(x, scatter_idx=2, gather_idx=1).shape == (1, 3 * P, 2, 4)
+    True
+    """
+
+    def direction() -> tuple[bool, tuple[int, ...]]:
+        # whichever axis comes first of the two is taken for the rows, the other for the heads
+        heads, rows = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
+        joins_rows = rows < heads
+        return joins_rows, axes_to_bshd(heads, rows) if joins_rows else axes_to_bshd(rows, heads)
+
+    return _trade("all_to_all_4d", x, comm, direction)
+
+
+def _trade(
+    function: str,
+    x: Any,
+    comm: Any,
+    direction: Callable[[], tuple[bool, tuple[int, ...]]],
+    *,
+    exchange: str = "auto",
+    seq_local: int | None = None,
+) -> Any:
+    """Do what the public functions above say. `direction` tells whether rows are joined, and which axes are bshd."""
+    comm = _exchange.resolve_comm(function, comm)
+
+    # Validate inputs.
+    def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
+        joins_rows, axes = direction()
+        check_exchange(exchange)
+        kind = check_array("x", x)
+        batch, seq, heads, width = (x.shape[axis] for axis in axes)
+        common = {"axes": axes, "axis 0 (batch)": batch, "axis 3 (head_dim)": width, "dtype": x.dtype}
+        if joins_rows:
+            return (seq,), {"heads": heads, **common}, (joins_rows, axes, kind)
+        wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
+        return (heads, wanted), {"seq": seq, **common}, (joins_rows, axes, kind)
+
+    sizes, (joins_rows, axes, kind) = agree(comm, function, check)
+    if not joins_rows and sum(wanted for _, wanted in sizes) != x.shape[axes[1]]:
+        rows = ", ".join(str(wanted) for _, wanted in sizes)
+        raise ValueError(f"{function}: the seq_local of all ranks ({rows}) must add up to seq, {x.shape[axes[1]]}")
+    # Delegate.
+    x = to_usm(permute(x, axes), kind)
+    if comm.size > 1:
+        route = _exchange.choose_route(x.sycl_queue, exchange)
+        if joins_rows:
+            counts = split(x.shape[2], comm.size)
+            (x,) = to_gathered(comm, route, [x], [list(zip(starts(counts), counts, strict=True))], column(sizes, 0))
+        else:
+            trade = Trade(comm.rank, column(sizes, 1), column(sizes, 0), x.shape[0], x.shape[3])
+            x = _gather(comm, route, trade, x)
+    return from_usm(permute(x, inverse(axes)), kind)
+
+
+def to_gathered(
+    comm: Any, route: _exchange.Route, arrays: Sequence[Any], shares: Sequence[Share], rows: tuple[int, ...], *, slot: str = ""
+) -> list[Any]:
+    """Bring arrays with the same rows to the split by heads: one relayout pass, one message to every other rank.
+
+    Parameters
+    ----------
+    comm, route
+        The ranks, and the way to them.
+    arrays : sequence of usm_ndarray
+        Each (batch, rows of this rank, heads, width).
+    shares : sequence of Share
+        Per array, which of its heads each rank gets; they may overlap.
+    rows : tuple of int
+        Rows of every rank.
+    slot : str
+        Receive into the scratch memory of this name; into new memory by default.
+
+    Returns
+    -------
+    list of usm_ndarray
+        Each (batch, all rows, heads of this rank, width): views of the one received buffer.
+    """
+    batch, _, _, width = arrays[0].shape
+    trade = Trade(comm.rank, rows, tuple(sum(n for _, n in peer) for peer in zip(*shares, strict=True)), batch, width)
+    queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
+    with stage("pack"):
+        sent = scratch(queue, "local", sum(trade.local_counts), dtype)
+        relayout(arrays, [sent], _pack_panels(trade, arrays, shares), rows=rows[comm.rank], batch=batch)
+    size = sum(trade.gathered_counts)
+    received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], (size,))
+    _exchange.to_gathered(comm, route, trade, sent, received)
+
+    slots = trade.slots[comm.rank]
+    views, first = [], 0
+    for share in shares:
+        count = share[comm.rank][1]
+        shape, strides = (batch, sum(rows), count, width), (slots * width, batch * slots * width, width, 1)
+        views.append(view(received, first * width, shape, strides))
+        first += count
+    return views
+
+
+def _pack_panels(trade: Trade, arrays: Sequence[Any], shares: Sequence[Share]) -> list[Panel]:
+    """From each array to the block of each peer on the local side: (row, batch, slots of the peer, width)."""
+    panels = []
+    for peer, base in enumerate(starts(trade.local_counts)):
+        slots, target = trade.slots[peer], base
+        for number, (x, share) in enumerate(zip(arrays, shares, strict=True)):
+            first, count = share[peer]
+            batch_stride, seq_stride, heads_stride, width_stride = x.strides
+            panels.append(
+                Panel(
+                    *(number, x._element_offset + first * heads_stride),
+                    *(seq_stride, batch_stride, heads_stride, width_stride),
+                    *(0, target, trade.batch * slots * trade.width, slots * trade.width, trade.width),
+                    *(count, trade.width),
+                )
+            )
+            target += count * trade.width
+    return panels
+
+
+def to_local(comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, targets: Sequence[tuple[Any, int]]) -> None:
+    """Bring the split by heads back to the split by rows: one message to every other rank, one relayout pass.
+
+    Parameters
+    ----------
+    comm, route
+        The ranks, and the way to them.
+    trade : Trade
+        The two splits.
+    gathered : usm_ndarray
+        Flat, in the order (all rows, batch, heads of this rank, width).
+    targets : sequence of (usm_ndarray, int)
+        Receive columns of the width: (batch, rows of this rank, heads, columns), dense in the last axis, and the first column.
+    """
+    received = scratch(gathered.sycl_queue, "local", sum(trade.local_counts), gathered.dtype)
+    _exchange.to_local(comm, route, trade, gathered, received)
+    panels = []
+    for peer, base in enumerate(starts(trade.local_counts)):
+        slots, first = trade.slots[peer], starts(trade.slots)[peer]
+        for number, (x, first_column) in enumerate(targets):
+            batch_stride, seq_stride, heads_stride, _ = x.strides
+            panels.append(
+                Panel(
+                    *(0, base + first_column, trade.batch * slots * trade.width, slots * trade.width, trade.width, 1),
+                    *(number, x._element_offset + first * heads_stride, seq_stride, batch_stride, heads_stride),
+                    *(slots, x.shape[3]),
+                )
+            )
+    with stage("unpack"):
+        relayout([received], [x for x, _ in targets], panels, rows=trade.rows[comm.rank], batch=trade.batch)
+
+
+def _gather(comm: Any, route: _exchange.Route, trade: Trade, x: Any) -> Any:
+    """`gather_heads` of a USM array."""
+    rows, batch, slots, width = trade.gathered_shape
+    strides = (slots * width, batch * slots * width, width, 1)
+    as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
+    if not as_sent or x._element_offset:
+        with stage("pack"):
+            copy = scratch(x.sycl_queue, "gathered", x.size, x.dtype)
+            panel = Panel(
+                *(0, x._element_offset, x.strides[1], x.strides[0], x.strides[2], x.strides[3]),
+                *(0, 0, strides[1], strides[0], strides[2], slots, width),
+            )
+            relayout([x], [copy], [panel], rows=rows, batch=batch)
+        x = copy
+    result = empty_like(x, (batch, trade.rows[comm.rank], sum(trade.slots), width))
+    to_local(comm, route, trade, view(x, 0, (rows * batch * slots * width,), (1,)), [(result, 0)])
+    return result
+
+
+def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
+    """One column of a table of integers."""
+    return tuple(row[index] for row in table)
+
+
+def axes_to_bshd(heads: int, seq: int) -> tuple[int, ...]:
+    """The order of axes that makes an array (batch, seq, heads, head_dim), given which axes are the heads and the rows."""
+    batch, head_dim = (axis for axis in range(4) if axis not in (heads, seq))
+    return batch, seq, heads, head_dim
+
+
+def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that undoes another."""
+    return tuple(axes.index(axis) for axis in range(len(axes)))

@@ -58,10 +58,14 @@ def mad(typing_context, a, b, c):
 
 
 def _exp2_coefficients(degree):
-    """Polynomial for 2**x on [-0.5, 0.5] that is least squares in relative error at Chebyshev nodes."""
+    """Polynomial for 2**x on [-0.5, 0.5] that is least squares in relative error at Chebyshev nodes, and exactly 1 at 0.
+
+    Exactly, because a running sum is multiplied by 2**0 for every block of keys that does not raise the maximum.
+    """
     x = 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
-    basis = np.vander(x, degree + 1, increasing=True) / (2.0**x)[:, None]
-    return [float(np.float32(c)) for c in np.linalg.lstsq(basis, np.ones(200), rcond=None)[0]]
+    powers = np.vander(x, degree + 1, increasing=True)[:, 1:]
+    rest = np.linalg.lstsq(powers / 2.0 ** x[:, None], (2.0**x - 1) / 2.0**x, rcond=None)[0]
+    return [1.0, *(float(np.float32(c)) for c in rest)]
 
 
 _EXP2 = _exp2_coefficients(5)

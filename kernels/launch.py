@@ -6,6 +6,7 @@ import ctypes
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from dpctl import SyclQueue
 from dpctl.program import create_program_from_spirv
 
 from . import manifest
@@ -19,8 +20,6 @@ _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctype
 @cache
 def _kernel(context: Any, device: Any, name: str) -> Any:
     """The kernel, compiled by the driver for this context and device on first use."""
-    from dpctl import SyclQueue
-
     # a program is built through a queue, but belongs to its context and device alone
     program = create_program_from_spirv(SyclQueue(context, device), (manifest.FOLDER / f"{name}.spv").read_bytes())
     kernel = program.get_sycl_kernel(manifest.read()[name]["entry"])

@@ -103,7 +103,7 @@ def kernel(*, lanes: int) -> Callable[..., None]:
     return relayout
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
     """The table of panels in device memory."""
     from dpctl.memory import MemoryUSMDevice

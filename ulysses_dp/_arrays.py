@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from threading import local
 from typing import Any
 
@@ -64,7 +65,7 @@ def permute(x: Any, axes: tuple[int, ...]) -> Any:
 
 def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
     """A new USM array with the dtype, queue and kind of USM memory of x."""
-    return tensor.empty(shape, dtype=x.dtype, usm_type=x.usm_type, sycl_queue=x.sycl_queue)
+    return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
 
 
 def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
@@ -80,19 +81,19 @@ class _Workspace(local):
 _workspace = _Workspace()
 
 
-def scratch(queue: Any, slot: str, size: int, dtype: Any, usm_type: str = "device") -> Any:
-    """A flat, uninitialised USM array that is this thread's until it asks for the same slot of the same queue again.
+def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type: str = "device") -> Any:
+    """An uninitialised USM array that is this thread's until it asks for the same slot of the same queue again.
 
     MPI libraries cache what they learn about a buffer, and fresh device memory has to be mapped page by page: using the same
     memory in every call saves both.
     """
     memories = _workspace.memories
-    nbytes = max(size, 1) * dtype.itemsize
+    nbytes = max(math.prod(shape), 1) * dtype.itemsize
     key = (queue, slot)
     if key not in memories or memories[key].nbytes < nbytes:
         memories.pop(key, None)  # free the old one first
         memories[key] = tensor.empty(nbytes, dtype="u1", usm_type=usm_type, sycl_queue=queue).usm_data
-    return tensor.usm_ndarray((size,), dtype=dtype, buffer=memories[key])
+    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memories[key])
 
 
 def free_workspace() -> None:

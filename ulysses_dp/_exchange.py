@@ -25,8 +25,11 @@ def _mpi() -> Any:
 
 
 def library_version() -> str:
-    """Name and version of the MPI library in one line."""
-    version = _mpi().Get_library_version().replace("\0", "").strip()
+    """Name and version of the MPI library in one line, or why there is none."""
+    try:
+        version = _mpi().Get_library_version().replace("\0", "").strip()
+    except (ImportError, RuntimeError) as error:
+        return f"none found: {error}. Install one, for instance with pip install 'ulysses_dp[mpi]'"
     return " ".join(version.splitlines()[0].split())
 
 
@@ -64,25 +67,28 @@ def _mpi_reaches_level_zero() -> bool:
 
 
 def gather_text(text: str) -> str:
-    """The texts of all processes on rank 0, an empty string elsewhere."""
-    world = _mpi().COMM_WORLD
+    """The texts of all processes on rank 0, an empty string elsewhere; this text alone where there is no MPI."""
+    try:
+        world = _mpi().COMM_WORLD
+    except (ImportError, RuntimeError):
+        return text
     if world.size == 1:
         return text
     texts = world.gather(text)
     return "\n\n".join(f"rank {rank}\n{x}" for rank, x in enumerate(texts)) if texts else ""
 
 
-def resolve_comm(function: str, comm: Any) -> Any:
+def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
     """The communicator to use; raises on this rank alone, since without a communicator no other rank can be told."""
     mpi = _mpi()
     if comm is None:
         return mpi.COMM_WORLD
     if not isinstance(comm, mpi.Comm):
-        raise TypeError(f"{function}: comm must be an mpi4py communicator or None, not {type(comm).__name__}")
+        raise TypeError(f"{function}: {name} must be an mpi4py communicator or None, not {type(comm).__name__}")
     if comm == mpi.COMM_NULL:
-        raise ValueError(f"{function}: comm is MPI.COMM_NULL: it was freed, or this process is not a member")
+        raise ValueError(f"{function}: {name} is MPI.COMM_NULL: it was freed, or this process is not a member")
     if comm.Is_inter():
-        raise ValueError(f"{function}: comm is an intercommunicator; an intracommunicator is expected")
+        raise ValueError(f"{function}: {name} is an intercommunicator; an intracommunicator is expected")
     return comm
 
 
@@ -117,8 +123,8 @@ def _all_to_all(name: str, comm: Any, route: Route, trade: Trade, send: Any, rec
         source.sycl_queue.wait()  # MPI knows nothing of queues
         outgoing, incoming = source, target
         if route.name == "host":
-            outgoing = scratch(source.sycl_queue, "host outgoing", source.size, source.dtype, "host")
-            incoming = scratch(target.sycl_queue, "host incoming", target.size, target.dtype, "host")
+            outgoing = scratch(source.sycl_queue, "host outgoing", source.shape, source.dtype, "host")
+            incoming = scratch(target.sycl_queue, "host incoming", target.shape, target.dtype, "host")
             if source.size:
                 source.sycl_queue.memcpy(outgoing.usm_data, source.usm_data, source.nbytes)
         # elements, not bytes, are counted: an int holds four or eight times as many

@@ -18,6 +18,11 @@ def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (0, *accumulate(sizes))[: len(sizes)]
 
 
+def group_size(heads: int, kv_heads: int) -> int:
+    """Query heads that read one kv head; 1 where there are no heads at all."""
+    return max(heads // kv_heads, 1) if kv_heads else 1
+
+
 class Heads(NamedTuple):
     """The heads of one rank: its query heads, and the kv heads that these read."""
 
@@ -31,7 +36,7 @@ class Heads(NamedTuple):
 @lru_cache(maxsize=256)
 def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
     """The heads of every rank. A kv head goes to every rank that has one of its query heads, and to no other."""
-    group = heads // kv_heads if kv_heads else 1
+    group = group_size(heads, kv_heads)
     shares = []
     counts = split(heads, ranks)
     for start, count in zip(starts(counts), counts, strict=True):

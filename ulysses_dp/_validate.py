@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
 from . import _exchange
 from ._arrays import Kind, kind_of
+from ._partition import group_size
 from .backend import AttnType
+from .device import default_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 EXCHANGES = ("auto", "device", "host")
@@ -51,17 +55,31 @@ class Geometry:
     @property
     def group(self) -> int:
         """Query heads of one kv head."""
-        return self.heads // self.kv_heads if self.kv_heads else 1
+        return group_size(self.heads, self.kv_heads)
 
 
-def check_attention(q: Any, k: Any, v: Any, **options: Any) -> tuple[Kind, Geometry, Options]:
+class Names(NamedTuple):
+    """What a public function calls its arguments, for messages."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    comm: str = "comm"
+    return_lse: str = "return_lse"
+
+
+NAMES = Names()
+
+
+def check_attention(q: Any, k: Any, v: Any, names: Names = NAMES, **options: Any) -> tuple[Kind, Geometry, Options]:
     """Check all arguments of a call of attention."""
-    kind, geometry = check_inputs(q, k, v)
-    return kind, geometry, check_options(geometry.head_dim, **options)
+    kind, geometry = check_inputs(q, k, v, names)
+    return kind, geometry, check_options(geometry.head_dim, names, **options)
 
 
 def check_options(
     head_dim: int,
+    names: Names,
     *,
     softmax_scale: Any,
     causal: Any,
@@ -80,7 +98,7 @@ def check_options(
         raise TypeError(f"softmax_scale must be a real number or None, not {type(softmax_scale).__name__}")
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, not {softmax_scale}")
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+    for name, flag in (("causal", causal), (names.return_lse, return_lse)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name} must be a bool, not {type(flag).__name__}")
     if not isinstance(attn_type, AttnType):
@@ -93,11 +111,9 @@ def check_options(
 def check_unsupported(**options: tuple[Any, Any]) -> None:
     """Refuse options that are part of a signature but not built yet, given as ``name=(value, neutral value)``."""
     for name, (value, neutral) in options.items():
-        if neutral is None:
-            given = value is not None
-        else:
-            given = value is None or not np.array_equal(np.asarray(value, dtype=object), np.asarray(neutral, dtype=object))
-        if given:
+        if type(value) is type(neutral) and value == neutral:
+            continue
+        if neutral is None or np.shape(value) != np.shape(neutral) or np.any(np.asarray(value) != neutral):
             raise NotImplementedError(f"{name} is not supported yet; leave it at {neutral}")
 
 
@@ -114,33 +130,50 @@ def check_array(name: str, x: Any) -> Kind:
     return kind
 
 
-def check_inputs(q: Any, k: Any, v: Any) -> tuple[Kind, Geometry]:
+def check_device(x: Any, kind: Kind) -> None:
+    """Check that there is a device for the array, with kernels for its dtype: before the other ranks rely on this one."""
+    device = (default_queue() if kind is Kind.NUMPY else x.sycl_queue).sycl_device
+    if x.dtype == np.float64 and not device.has_aspect_fp64:
+        raise TypeError(f"float64 is not supported by the device {device.name.strip()}")
+    manifest.read()
+
+
+def check_inputs(q: Any, k: Any, v: Any, names: Names) -> tuple[Kind, Geometry]:
     """Check q, k and v against each other."""
-    arrays = {"q": q, "k": k, "v": v}
-    kinds = {name: check_array(name, x) for name, x in arrays.items()}
-    if len(set(kinds.values())) > 1:
-        raise TypeError(f"q, k and v must be arrays of one kind, not {_list({n: k.value for n, k in kinds.items()})}")
-    if len({x.dtype for x in arrays.values()}) > 1:
-        raise TypeError(f"q, k and v must have one dtype, not {_list({name: x.dtype for name, x in arrays.items()})}")
-    shapes = _list({name: tuple(x.shape) for name, x in arrays.items()})
-    batch, _, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, not {shapes}")
-    if k.shape[0] != batch:
-        raise ValueError(f"q, k and v must have the same batch (axis 0), not {shapes}")
-    if k.shape[3] != head_dim:
-        raise ValueError(f"q, k and v must have the same head_dim (axis 3), not {shapes}")
+    kinds = (check_array(names.q, q), check_array(names.k, k), check_array(names.v, v))
+    geometry = _check_shapes(names, kinds, (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype))
+    kind = kinds[0]
+    if kind is not Kind.NUMPY and not q.sycl_queue == k.sycl_queue == v.sycl_queue:
+        queues = _each(names, (_describe(x.sycl_queue) for x in (q, k, v)))
+        raise ValueError(f"{names.q}, {names.k} and {names.v} must be on one queue, not {queues}")
+    check_device(q, kind)
+    return kind, geometry
+
+
+@lru_cache(maxsize=1024)
+def _check_shapes(
+    names: Names, kinds: tuple[Kind, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...]
+) -> Geometry:
+    """The checks of `check_inputs` that calls with the same shapes need not repeat."""
+    q, k, v = names[:3]
+    if len(set(kinds)) > 1:
+        given = _each(names, (kind.value for kind in kinds))
+        raise TypeError(f"{q}, {k} and {v} must be arrays of one kind, not {given}")
+    if len(set(dtypes)) > 1:
+        raise TypeError(f"{q}, {k} and {v} must have one dtype, not {_each(names, dtypes)}")
+    given = _each(names, shapes)
+    (batch, _, heads, head_dim), (k_batch, _, kv_heads, k_head_dim), _ = shapes
+    if shapes[1] != shapes[2]:
+        raise ValueError(f"{k} and {v} must have the same shape, not {given}")
+    if k_batch != batch:
+        raise ValueError(f"{q}, {k} and {v} must have the same batch (axis 0), not {given}")
+    if k_head_dim != head_dim:
+        raise ValueError(f"{q}, {k} and {v} must have the same head_dim (axis 3), not {given}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim (axis 3) must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
     if (heads % kv_heads) if kv_heads else heads:
-        raise ValueError(f"the heads of q (axis 2) must be a multiple of those of k and v, not {heads} and {kv_heads}")
-    kind = kinds["q"]
-    if kind is not Kind.NUMPY and not q.sycl_queue == k.sycl_queue == v.sycl_queue:
-        raise ValueError(
-            f"q, k and v must be on one queue, not {_list({name: _describe(x.sycl_queue) for name, x in arrays.items()})}"
-        )
-    return kind, Geometry(batch, heads, kv_heads, head_dim, str(q.dtype))
+        raise ValueError(f"the heads of {q} (axis 2) must be a multiple of those of {k} and {v}, not {heads} and {kv_heads}")
+    return Geometry(batch, heads, kv_heads, head_dim, str(dtypes[0]))
 
 
 def check_exchange(exchange: Any) -> None:
@@ -175,6 +208,8 @@ def check_integer(name: str, n: Any) -> None:
         raise TypeError(f"{name} must be an integer, not {type(n).__name__}")
 
 
+# what a check may raise; anything else arrives as a RuntimeError, since its constructor may want more than a message
+_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError)}
 _T = TypeVar("_T")
 _SIZES = 2  # the most sizes that a call needs: the record of a rank has a fixed length
 
@@ -213,7 +248,7 @@ def agree(
         error, sizes, common = caught, (), {}
     if comm.size == 1:
         if error is not None:
-            raise type(error)(f"{function}: {error}") from error
+            raise _EXCEPTIONS.get(type(error).__name__, RuntimeError)(f"{function}: {error}") from error
         return [sizes], result
     common = {"function": function} | {name: str(value) for name, value in common.items()}
     digest = int.from_bytes(blake2b(repr(common).encode(), digest_size=7).digest(), "little")
@@ -223,16 +258,13 @@ def agree(
     return [tuple(map(int, record[2 : 2 + len(sizes)])) for record in records], result
 
 
-_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError)}
-
-
 def _raise_everywhere(comm: Any, function: str, error: Exception | None, common: dict[str, str]) -> None:
     """Raise the error of the lowest rank that has one, or say what differs; the same on every rank."""
     verdicts = _exchange.share_object(comm, (type(error).__name__, str(error), common) if error else (None, "", common))
     for rank, (name, message, _) in enumerate(verdicts):
         if name is not None:
             raise _EXCEPTIONS.get(name, RuntimeError)(f"{function}: rank {rank}: {message}") from error
-    for name in common:
+    for name in dict.fromkeys(name for _, _, theirs in verdicts for name in theirs):
         values: dict[str, list[int]] = {}
         for rank, (_, _, theirs) in enumerate(verdicts):
             values.setdefault(theirs.get(name, "nothing"), []).append(rank)
@@ -241,8 +273,8 @@ def _raise_everywhere(comm: Any, function: str, error: Exception | None, common:
             raise ValueError(f"{function}: {name} must be the same on all ranks, not {given}")
 
 
-def _list(items: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in items.items())
+def _each(names: Names, values: Iterable[Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in zip(names[:3], values, strict=True))
 
 
 def _describe(queue: Any) -> str:

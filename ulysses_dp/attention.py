@@ -7,7 +7,7 @@ from typing import Any
 from . import _exchange, local
 from ._arrays import empty_like, from_usm, permute, scratch, to_usm, view
 from ._partition import Trade, share_heads
-from ._validate import Geometry, Options, agree, check_attention, check_exchange
+from ._validate import NAMES, Geometry, Names, Options, agree, check_attention, check_exchange
 from .backend import AttnType
 from .redistribute import column, inverse, to_gathered, to_local
 
@@ -120,15 +120,16 @@ def distributed(
     comm: Any,
     exchange: str = "auto",
     axes: tuple[int, ...] = BSHD,
+    names: Names = NAMES,
     **options: Any,
 ) -> Any:
     """`ulysses_attention` under any public name, for arrays of which `axes` are (batch, seq, heads, head_dim)."""
-    comm = _exchange.resolve_comm(function, comm)
+    comm = _exchange.resolve_comm(function, comm, names.comm)
     q, k, v = (permute(x, axes) for x in (q, k, v))
 
     # Validate inputs.
     def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, Geometry, Options]]:
-        kind, geometry, settings = check_attention(q, k, v, **options)
+        kind, geometry, settings = check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         return (q.shape[1], k.shape[1]), {**vars(geometry), **vars(settings), "axes": axes}, (kind, geometry, settings)
 
@@ -172,14 +173,13 @@ def _attend_split(
     width = head_dim + options.return_lse
     back = Trade(comm.rank, q_rows, column(q_heads, 1), batch, width)
     count = back.slots[comm.rank]
-    result = scratch(q.sycl_queue, "result", sum(back.gathered_counts), q.dtype)
+    result = scratch(q.sycl_queue, "result", (sum(back.gathered_counts),), q.dtype)
     row, b, head = batch * count * width, count * width, width
     out = view(result, 0, (batch, seq, count, head_dim), (b, row, head, 1))
     if options.return_lse:
         lse = view(result, head_dim, (batch, count, seq), (b, head, row))
     else:
-        unused = scratch(q.sycl_queue, "lse", batch * count * seq, q.dtype)
-        lse = view(unused, 0, (batch, count, seq), (count * seq, seq, 1))
+        lse = scratch(q.sycl_queue, "lse", (batch, count, seq), q.dtype)
     shift = heads[comm.rank].shift
     local.attend(q_all, k_all, v_all, out, lse, options, group=geometry.group, head_shift=shift)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._validate import check_axes
-from .attention import BSHD, distributed
+from ._validate import Names, check_axes
+from .attention import distributed
 from .backend import AttnType
 from .redistribute import axes_to_bshd
+
+_CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
+_FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")
 
 
 class UlyssesAttention:
@@ -77,12 +80,14 @@ class UlyssesAttention:
         query, key, value : dpnp.ndarray, usm_ndarray or numpy.ndarray
             Rows of this rank, float32 or float64; (batch, seq_local, heads, head_dim) unless the layer was made with other
             axes. key and value may have fewer heads, of which the heads of query are a multiple.
-        dropout_p, window_size, softcap, alibi_slopes
-            Not supported yet; NotImplementedError unless left at their defaults.
+        dropout_p : float
+            Not supported yet; NotImplementedError unless 0.
         softmax_scale : float, optional
             Factor of the dot products; 1/sqrt(head_dim) by default.
         causal : bool
             Query i sees the keys j <= i + seq_k - seq_q.
+        window_size, softcap, alibi_slopes
+            Not supported yet; NotImplementedError unless left at their defaults.
         deterministic : bool
             The result is bit-identical on repetition either way.
         return_attn_probs : bool
@@ -103,6 +108,7 @@ class UlyssesAttention:
             return_attn_probs,
             comm=self.sequence_process_group,
             axes=self._axes,
+            names=_CLASS_NAMES,
             dropout_p=dropout_p,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -134,12 +140,14 @@ def ulysses_flash_attn_func(
     ----------
     q, k, v : dpnp.ndarray, usm_ndarray or numpy.ndarray
         Rows of this rank, (batch, seq_local, heads, head_dim), float32 or float64; k and v may have fewer heads.
-    dropout_p, window_size, alibi_slopes
-        Not supported yet; NotImplementedError unless left at their defaults.
+    dropout_p : float
+        Not supported yet; NotImplementedError unless 0.
     softmax_scale : float, optional
         Factor of the dot products; 1/sqrt(head_dim) by default.
     causal : bool
         Query i sees the keys j <= i + seq_k - seq_q.
+    window_size, alibi_slopes
+        Not supported yet; NotImplementedError unless left at their defaults.
     deterministic : bool
         The result is bit-identical on repetition either way.
     return_attn_probs : bool
@@ -175,7 +183,7 @@ def ulysses_flash_attn_func(
         v,
         return_attn_probs,
         comm=group,
-        axes=BSHD,
+        names=_FUNCTION_NAMES,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,

@@ -9,7 +9,7 @@ import numpy as np
 from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.relayout import Panel, relayout
 
-from ._arrays import empty_like, from_usm, tensor, to_usm
+from ._arrays import empty_like, from_usm, scratch, tensor, to_usm
 from ._trace import stage
 from ._validate import Geometry, Options, check_attention
 from .backend import AttnType
@@ -110,7 +110,8 @@ def attend_whole(q: Any, k: Any, v: Any, geometry: Geometry, options: Options) -
     """Attention of USM arrays with all rows and all heads, into new arrays."""
     q, k, v = (_dense_last_axis(x) for x in (q, k, v))
     out = empty_like(q, q.shape)
-    lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]))
+    lse_shape = (geometry.batch, geometry.heads, q.shape[1])
+    lse = empty_like(q, lse_shape) if options.return_lse else scratch(q.sycl_queue, "lse", lse_shape, q.dtype)
     attend(q, k, v, out, lse, options, group=geometry.group)
     return out, lse
 

@@ -10,7 +10,7 @@ from . import _exchange
 from ._arrays import empty_like, from_usm, permute, scratch, to_usm, view
 from ._partition import Trade, split, starts
 from ._trace import stage
-from ._validate import agree, check_array, check_axes, check_count, check_exchange
+from ._validate import agree, check_array, check_axes, check_count, check_device, check_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
     same kind, dtype and queue as x
         (batch, seq, heads_local, head_dim), where seq is the sum of all seq_local. The first ``heads % P`` ranks have one head
         more than the others. The result is a view of an array whose axes are ordered (seq, batch, heads, head_dim): the
-        order in which the rows arrive.
+        order in which the rows arrive. With only one rank it is x.
 
     Raises
     ------
@@ -82,7 +82,8 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
     Returns
     -------
     same kind, dtype and queue as x
-        (batch, seq_local, heads, head_dim), C-contiguous, where heads is the sum of all heads_local.
+        (batch, seq_local, heads, head_dim), where heads is the sum of all heads_local. C-contiguous, unless there is only
+        one rank: then it is x.
 
     Raises
     ------
@@ -171,12 +172,14 @@ def _trade(
         joins_rows, axes = direction()
         check_exchange(exchange)
         kind = check_array("x", x)
+        check_device(x, kind)
         batch, seq, heads, width = (x.shape[axis] for axis in axes)
-        common = {"axes": axes, "axis 0 (batch)": batch, "axis 3 (head_dim)": width, "dtype": x.dtype}
+        pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
+        common = {"scatter_idx and gather_idx": pair, "axis 0 (batch)": batch, "axis 3 (head_dim)": width, "dtype": x.dtype}
         if joins_rows:
-            return (seq,), {"heads": heads, **common}, (joins_rows, axes, kind)
+            return (seq,), {**common, "heads": heads}, (joins_rows, axes, kind)
         wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
-        return (heads, wanted), {"seq": seq, **common}, (joins_rows, axes, kind)
+        return (heads, wanted), {**common, "seq": seq}, (joins_rows, axes, kind)
 
     sizes, (joins_rows, axes, kind) = agree(comm, function, check)
     if not joins_rows and sum(wanted for _, wanted in sizes) != x.shape[axes[1]]:
@@ -222,10 +225,10 @@ def to_gathered(
     trade = Trade(comm.rank, rows, tuple(sum(n for _, n in peer) for peer in zip(*shares, strict=True)), batch, width)
     queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
     with stage("pack"):
-        sent = scratch(queue, "local", sum(trade.local_counts), dtype)
+        sent = scratch(queue, "local", (sum(trade.local_counts),), dtype)
         relayout(arrays, [sent], _pack_panels(trade, arrays, shares), rows=rows[comm.rank], batch=batch)
-    size = sum(trade.gathered_counts)
-    received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], (size,))
+    size = (sum(trade.gathered_counts),)
+    received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], size)
     _exchange.to_gathered(comm, route, trade, sent, received)
 
     slots = trade.slots[comm.rank]
@@ -272,7 +275,7 @@ def to_local(comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, tar
     targets : sequence of (usm_ndarray, int)
         Receive columns of the width: (batch, rows of this rank, heads, columns), dense in the last axis, and the first column.
     """
-    received = scratch(gathered.sycl_queue, "local", sum(trade.local_counts), gathered.dtype)
+    received = scratch(gathered.sycl_queue, "local", (sum(trade.local_counts),), gathered.dtype)
     _exchange.to_local(comm, route, trade, gathered, received)
     panels = []
     for peer, base in enumerate(starts(trade.local_counts)):
@@ -297,7 +300,7 @@ def _gather(comm: Any, route: _exchange.Route, trade: Trade, x: Any) -> Any:
     as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
     if not as_sent or x._element_offset:
         with stage("pack"):
-            copy = scratch(x.sycl_queue, "gathered", x.size, x.dtype)
+            copy = scratch(x.sycl_queue, "gathered", (x.size,), x.dtype)
             panel = Panel(
                 *(0, x._element_offset, x.strides[1], x.strides[0], x.strides[2], x.strides[3]),
                 *(0, 0, strides[1], strides[0], strides[2], slots, width),

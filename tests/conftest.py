@@ -1,0 +1,52 @@
+"""The communicator, and what keeps ranks in lockstep: the same examples on all, and no rank waits for one that failed."""
+
+import sys
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+# Shrinking a failure, and the health checks that look at the clock, would take different paths on different ranks.
+phases = [Phase.explicit, Phase.generate] + ([Phase.shrink] if WORLD.size == 1 else [])
+settings.register_profile(
+    "lockstep", derandomize=True, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("lockstep")
+
+
+@pytest.fixture(scope="session")
+def comm():
+    """All ranks of the test run."""
+    return WORLD
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Rank 0 alone prints and writes the cache; the others speak up only where they fail."""
+    if WORLD.rank > 0:
+        for name in ("terminalreporter", "lfplugin", "nfplugin"):
+            config.pluginmanager.unregister(name=name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report):
+    """A failed test ends the run on all ranks."""
+    _abort_if_failed(report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectreport(report):
+    """A module that cannot be imported ends the run on all ranks."""
+    _abort_if_failed(report)
+
+
+def _abort_if_failed(report):
+    if WORLD.size == 1 or not report.failed:
+        return
+    captured = "".join(f"\n--- {title} ---\n{text}" for title, text in report.sections)
+    for line in f"{report.nodeid} failed\n{report.longreprtext}{captured}".splitlines():
+        print(f"[rank {WORLD.rank}] {line}", file=sys.stderr)
+    sys.stderr.flush()
+    WORLD.Abort(1)

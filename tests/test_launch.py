@@ -1,0 +1,69 @@
+"""The launcher, and the manifest that guards it from kernels that are not those of the sources."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+from ulysses_dp.kernels import flash_forward, manifest, relayout
+from ulysses_dp.kernels.launch import _kernel, launch
+
+from ulysses_dp.device import default_queue
+
+pytestmark = pytest.mark.single
+
+SOURCES = ("compile.py", "flash_forward.py", "intrinsics.py", "relayout.py")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the kernels and their manifest module, loaded from there."""
+    folder = shutil.copytree(Path(manifest.__file__).parent, tmp_path / "kernels")
+    spec = importlib.util.spec_from_file_location("manifest_of_a_copy", folder / "manifest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_manifest_lists_every_variant():
+    expected = {name for kernel in (flash_forward, relayout) for name, *_ in kernel.variants()}
+    assert set(manifest.read()) == expected
+    assert {path.stem for path in manifest.FOLDER.glob("*.spv")} == expected
+
+
+def test_unchanged_copy(copied):
+    assert copied.FOLDER != manifest.FOLDER
+    assert copied.read() == manifest.read()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_changed_source(copied, source):
+    with copied.FOLDER.with_name(source).open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(RuntimeError, match=f"^the compiled kernels are older than {source}: run `make kernels`"):
+        copied.read()
+
+
+def test_no_kernels(copied):
+    shutil.rmtree(copied.FOLDER)
+    with pytest.raises(RuntimeError, match=r"^no compiled kernels in .*spirv: install the package"):
+        copied.read()
+
+
+def test_work_group_too_large():
+    """dpctl can return normally from such a launch, with the output untouched."""
+    queue = default_queue()
+    lanes = queue.sycl_device.max_work_group_size + 1
+    with pytest.raises(RuntimeError, match=f"kernel relayout_uint32 needs work-groups of {lanes}"):
+        launch(queue, "relayout_uint32", [], (), groups=1, lanes=lanes)
+
+
+def test_wrong_number_of_arguments(monkeypatch):
+    """A manifest that does not describe the SPIR-V is an error, not undefined behaviour."""
+    name = "relayout_uint64"
+    entry = manifest.read()[name]
+    changed = {**manifest.read(), name: {**entry, "arguments": entry["arguments"][:-1]}}
+    monkeypatch.setattr(manifest, "read", lambda: changed)
+    queue = default_queue()
+    with pytest.raises(RuntimeError, match=f"kernel {name} takes .* arguments, its manifest lists"):
+        _kernel.__wrapped__(queue.sycl_context, queue.sycl_device, name)

@@ -1,0 +1,87 @@
+"""The class of yunchang and the function of flash-attn against the oracle."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from helpers import KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
+from oracle import TOLERANCE
+
+from ulysses_dp import AttnType, UlyssesAttention, ulysses_attention, ulysses_flash_attn_func
+
+
+@pytest.fixture
+def problem(comm):
+    """What this rank passes, and its parts of out and lse."""
+    whole, rows = random_qkv(1, 2, 19, 6, 3, 16), split(19, comm.size, "uneven")
+    out, lse = oracle.dense_attention(*whole, causal=True, softmax_scale=0.3)
+    return [part(x, rows, comm.rank) for x in whole], part(out, rows, comm.rank), part(lse, rows, comm.rank, axis=2)
+
+
+def assert_near(result, expected):
+    np.testing.assert_allclose(as_numpy(result), expected, rtol=0, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads_axis", "seq_axis"), list(itertools.permutations(range(4), 2)))
+def test_axes(comm, problem, kind, heads_axis, seq_axis):
+    """The arrays with the heads and the rows on any axes; the batch comes before head_dim."""
+    arrays, expected_out, expected_lse = problem
+    order = [0, 0, 0, 0]  # which axis of (batch, seq, heads, head_dim) is on each axis
+    order[heads_axis], order[seq_axis] = 2, 1
+    order[min({0, 1, 2, 3} - {heads_axis, seq_axis})], order[max({0, 1, 2, 3} - {heads_axis, seq_axis})] = 0, 3
+    mine = [as_kind(np.ascontiguousarray(x.transpose(order)), kind) for x in arrays]
+    layer = UlyssesAttention(comm, heads_axis, seq_axis - 4)
+    out, lse, nothing = layer(*mine, causal=True, softmax_scale=0.3, return_attn_probs=True)
+    assert nothing is None
+    assert_like(out, mine[0], mine[0].shape, c_contiguous=False)
+    assert_like(lse, mine[0], expected_lse.shape, c_contiguous=False)
+    assert_near(out, expected_out.transpose(order))
+    assert_near(lse, expected_lse)
+
+
+@pytest.mark.parametrize("attn_type", AttnType)
+def test_layer(comm, problem, attn_type):
+    arrays, expected, _ = problem
+    layer = UlyssesAttention(sequence_process_group=comm, use_sync=True, attn_type=attn_type)
+    assert_near(layer(*arrays, 0.0, 0.3, True, (-1, -1), 0.0, None, True), expected)
+    assert_near(layer(query=arrays[0], key=arrays[1], value=arrays[2], softmax_scale=0.3, causal=True), expected)
+    for axis, name in enumerate(("gather_idx", "scatter_idx"), start=1):
+        assert getattr(layer, name) == axis
+    assert (layer.sequence_process_group, layer.use_sync, layer.attn_type) == (comm, True, attn_type)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_function(comm, problem, kind):
+    arrays, expected_out, expected_lse = problem
+    mine = [as_kind(x, kind) for x in arrays]
+    out, lse, nothing = ulysses_flash_attn_func(*mine, 0.0, 0.3, True, (-1, -1), None, True, True, comm)
+    assert nothing is None
+    assert_like(out, mine[0], expected_out.shape)
+    assert_near(out, expected_out)
+    assert_near(lse, expected_lse)
+    alone = ulysses_flash_attn_func(*mine, softmax_scale=0.3, causal=True)
+    np.testing.assert_array_equal(as_numpy(alone), as_numpy(out))
+
+
+def test_defaults_are_those_of_ulysses_attention(comm, problem):
+    arrays, _, _ = problem
+    expected = ulysses_attention(*arrays, comm=comm)
+    np.testing.assert_array_equal(UlyssesAttention()(*arrays), expected)
+    np.testing.assert_array_equal(ulysses_flash_attn_func(*arrays), expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "message"),
+    [
+        ({"scatter_idx": 4}, ValueError, "scatter_idx must be an axis of a 4-D array, not 4"),
+        ({"gather_idx": -5}, ValueError, "gather_idx must be an axis"),
+        ({"gather_idx": 1.0}, TypeError, "gather_idx must be an integer, not float"),
+        ({"scatter_idx": True}, TypeError, "scatter_idx must be an integer, not bool"),
+        ({"scatter_idx": -3}, ValueError, "scatter_idx and gather_idx must be different axes"),
+    ],
+)
+def test_bad_axes(axes, error, message):
+    with pytest.raises(error, match=message):
+        UlyssesAttention(**axes)

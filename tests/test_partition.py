@@ -1,0 +1,61 @@
+"""Who owns which rows and heads, against the definitions by brute force."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ulysses_dp._partition import Trade, share_heads, split, starts
+
+pytestmark = pytest.mark.single
+
+ranks = st.integers(1, 12)
+sizes = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(tuple)
+
+
+@given(n=st.integers(0, 200), ranks=ranks)
+def test_split(n, ranks):
+    counts = split(n, ranks)
+    assert len(counts) == ranks
+    assert sum(counts) == n
+    assert max(counts) - min(counts) <= 1
+    assert list(counts) == sorted(counts, reverse=True)
+
+
+@given(sizes=sizes)
+def test_starts(sizes):
+    assert starts(sizes) == tuple(sum(sizes[:block]) for block in range(len(sizes)))
+
+
+# includes more ranks than heads, and fewer kv heads than ranks
+@given(kv_heads=st.integers(1, 12), group=st.integers(1, 6), ranks=ranks)
+def test_share_heads(kv_heads, group, ranks):
+    heads = kv_heads * group
+    shares = share_heads(heads, kv_heads, ranks)
+    assert [h for share in shares for h in range(share.q_start, share.q_start + share.q_count)] == list(range(heads))
+    assert tuple(share.q_count for share in shares) == split(heads, ranks)
+    for share in shares:
+        read = {(share.q_start + h) // group for h in range(share.q_count)}
+        assert read == set(range(share.kv_start, share.kv_start + share.kv_count))
+        assert 0 <= share.shift < group
+        for h in range(share.q_count):
+            assert share.kv_start + (h + share.shift) // group == (share.q_start + h) // group
+
+
+def test_share_heads_without_heads():
+    assert [share.q_count + share.kv_count for share in share_heads(0, 0, 3)] == [0, 0, 0]
+
+
+@given(rows=sizes, slots=sizes, batch=st.integers(0, 3), width=st.integers(1, 5))
+def test_trade(rows, slots, batch, width):
+    ranks = min(len(rows), len(slots))
+    rows, slots = rows[:ranks], slots[:ranks]
+    trades = [Trade(rank, rows, slots, batch, width) for rank in range(ranks)]
+    for rank, trade in enumerate(trades):
+        assert trade.gathered_shape == (sum(rows), batch, slots[rank], width)
+        assert sum(trade.gathered_counts) == sum(rows) * batch * slots[rank] * width
+        assert sum(trade.local_counts) == rows[rank] * batch * sum(slots) * width
+        for peer, other in enumerate(trades):
+            assert trade.local_counts[peer] == other.gathered_counts[rank]
+    blocks = {count for trade in trades for count in trade.local_counts}
+    assert {trade.even for trade in trades} == {trades[0].even}
+    assert not trades[0].even or len(blocks) == 1

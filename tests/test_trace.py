@@ -1,0 +1,155 @@
+"""What a call does, counted: stages, collectives, kernel launches, messages and bytes."""
+
+import numpy as np
+import pytest
+import ulysses_dp.kernels.launch
+from helpers import SPLITS, as_view, needs_ranks, part, random_qkv, split
+from mpi4py import MPI
+
+from ulysses_dp import all_to_all_4d, attention, gather_heads, scatter_heads, trace, ulysses_attention
+
+FORWARD = ["pack", "scatter", "attention", "gather", "unpack"]
+
+
+def names(record):
+    return [stage.name for stage in record.stages]
+
+
+class CountingComm(MPI.Intracomm):
+    """A communicator that notes which collectives are called on it."""
+
+    def __new__(cls, comm):
+        self = super().__new__(cls, comm)
+        self.calls = []
+        return self
+
+
+def _counted(name):
+    def call(self, *arguments):
+        self.calls.append(name)
+        return getattr(super(CountingComm, self), name)(*arguments)
+
+    return call
+
+
+for _name in ("Allgather", "Alltoall", "Alltoallv", "allgather", "Barrier"):
+    setattr(CountingComm, _name, _counted(_name))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that are launched."""
+    launched, launch = [], ulysses_dp.kernels.launch.launch
+
+    def noting(queue, name, *arguments, **options):
+        launched.append(name)
+        launch(queue, name, *arguments, **options)
+
+    monkeypatch.setattr(ulysses_dp.kernels.launch, "launch", noting)
+    return launched
+
+
+@pytest.mark.single
+def test_attention_is_one_stage():
+    with trace() as record:
+        attention(*random_qkv(0, 1, 20, 2, 2, 16))
+    assert names(record) == ["attention"]
+    assert record.stages[0].seconds > 0
+    assert record.bytes_sent() == 0
+
+
+@pytest.mark.parametrize("how", ["even", "uneven"])
+def test_forward(comm, launches, how):
+    """One agreement, two all-to-alls, one relayout pass before and one after; alone, the attention kernel and nothing else."""
+    counting = CountingComm(comm)
+    mine = [part(x, split(24, comm.size, how), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
+    with trace() as record:
+        ulysses_attention(*mine, comm=counting, return_lse=True)
+    all_to_all = "Alltoall" if how == "even" else "Alltoallv"
+    if comm.size == 1:
+        assert names(record) == ["attention"]
+        assert counting.calls == []
+        assert launches == ["flash_forward_float32_d16"]
+    else:
+        assert names(record) == FORWARD
+        assert counting.calls == ["Allgather", all_to_all, all_to_all]
+        assert launches == ["relayout_uint32", "flash_forward_float32_d16", "relayout_uint32"]
+    assert all(stage.seconds > 0 for stage in record.stages)
+    assert record.seconds("attention") == sum(stage.seconds for stage in record.stages if stage.name == "attention")
+
+
+@needs_ranks
+def test_keys_of_another_length_take_a_message_of_their_own(comm):
+    whole = random_qkv(0, 1, 24, 12, 12, 16, seq_k=36)
+    with trace() as record:
+        ulysses_attention(*(part(x, split(x.shape[1], comm.size), comm.rank) for x in whole), comm=comm)
+    assert names(record) == ["pack", "scatter", *FORWARD]
+
+
+@needs_ranks
+def test_redistributions(comm, launches):
+    x = part(random_qkv(0, 2, 24, 12, 12, 16)[0], split(24, comm.size), comm.rank)
+    with trace() as record:
+        y = scatter_heads(x)
+    assert names(record) == ["pack", "scatter"]
+    assert len(launches) == 1
+    with trace() as record:
+        gather_heads(as_view(y, "dpnp", "swapped"))
+    assert names(record) == ["pack", "gather", "unpack"]
+    on_device = scatter_heads(as_view(x, "dpnp"))
+    with trace() as record:
+        gather_heads(on_device)  # stored as it is sent
+    assert names(record) == ["gather", "unpack"]
+    with trace() as record:
+        all_to_all_4d(x)
+    assert names(record) == ["pack", "scatter"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (24, 12)])
+def test_bytes_of_the_formula(comm, dtype, heads, kv_heads):
+    batch, seq, head_dim, ranks = 2, 24, 16, comm.size
+    mine = [part(x, split(seq, ranks), comm.rank) for x in random_qkv(0, batch, seq, heads, kv_heads, head_dim, dtype)]
+    with trace() as record:
+        ulysses_attention(*mine, comm=comm)
+    itemsize = np.dtype(dtype).itemsize
+    assert record.bytes_sent() * ranks**2 == (ranks - 1) * batch * seq * head_dim * itemsize * 2 * (heads + kv_heads)
+    assert sum(stage.messages for stage in record.stages) == 2 * (ranks - 1)
+
+
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (5, 5), (6, 1), (3, 3), (1, 1)])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("exchange", ["device", "host"])
+def test_bytes_and_messages_of_any_split(comm, how, heads, kv_heads, return_lse, exchange):
+    """Only what its owner needs is sent: the query heads of a peer and, once each, the kv heads that these read."""
+    batch, seq, head_dim, ranks, me = 2, 13, 16, comm.size, comm.rank
+    rows, q_heads, group = split(seq, ranks, how), split(heads, ranks), heads // kv_heads
+    mine = [part(x, rows, me) for x in random_qkv(0, batch, seq, heads, kv_heads, head_dim)]
+    with trace() as record:
+        ulysses_attention(*mine, comm=comm, return_lse=return_lse, exchange=exchange)
+    read = [len({h // group for h in range(sum(q_heads[:rank]), sum(q_heads[: rank + 1]))}) for rank in range(ranks)]
+    peers = [rank for rank in range(ranks) if rank != me]
+    there = [rows[me] * batch * head_dim * (q_heads[peer] + 2 * read[peer]) for peer in peers]
+    back = [rows[peer] * batch * (head_dim + return_lse) * q_heads[me] for peer in peers]
+    sent = {stage.name: stage for stage in record.stages if stage.name in ("scatter", "gather")}
+    assert len(sent) == (2 if ranks > 1 else 0)
+    for name, numbers in (("scatter", there), ("gather", back)):
+        if name in sent:
+            assert sent[name].bytes_sent == 4 * sum(numbers)
+            assert sent[name].messages == sum(n > 0 for n in numbers)
+            assert sent[name].route == exchange
+
+
+@pytest.mark.single
+def test_blocks_in_blocks_and_after_errors():
+    q, k, v = random_qkv(0, 1, 4, 1, 1, 16)
+    with trace() as outer:
+        attention(q, k, v)
+        with trace() as inner:
+            attention(q, k, v)
+        with pytest.raises(ZeroDivisionError), trace():
+            raise ZeroDivisionError
+        attention(q, k, v)
+    attention(q, k, v)
+    assert [len(record.stages) for record in (outer, inner)] == [2, 1]

@@ -9,6 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 from numba.core import types
 from numba.core.registry import cpu_target
 
@@ -19,11 +20,11 @@ from numba_dpex.core.descriptor import dpex_kernel_target  # noqa: E402
 from numba_dpex.core.types import USMNdArray  # noqa: E402
 from numba_dpex.core.types.kernel_api.index_space_ids import NdItemType  # noqa: E402
 
-from . import flash_forward, manifest, relayout  # noqa: E402
+from . import flash_forward, flash_forward_gpu, manifest, relayout  # noqa: E402
 
 logging.disable(logging.NOTSET)
 
-KERNELS = (flash_forward, relayout)
+KERNELS = (flash_forward, flash_forward_gpu, relayout)
 
 # numba loads the lowering of range, min, max, … only when it first compiles for the host
 cpu_target.target_context.refresh()
@@ -58,6 +59,30 @@ def _compile(function, parameters, dtype):
     return result.kernel_device_ir_module
 
 
+def _with_sub_group(spirv: bytes, size: int) -> bytes:
+    """The SPIR-V module with one more execution mode, SubgroupSize, for which numba-dpex has no name.
+
+    A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
+    """
+    capability, entry_point, execution_mode = 17, 15, 16
+    subgroup_dispatch, subgroup_size = 58, 35
+    words = np.frombuffer(spirv, dtype=np.uint32)
+    capabilities, modes, rest, position = [], [], [], 5
+    while position < len(words):
+        length, opcode = words[position] >> 16, words[position] & 0xFFFF
+        instruction = words[position : position + length]
+        position += length
+        if opcode == capability:
+            capabilities.append(instruction)
+        else:
+            rest.append(instruction)
+        if opcode == entry_point:
+            modes.append(np.array([4 << 16 | execution_mode, instruction[2], subgroup_size, size], dtype=np.uint32))
+    first_mode = next(i for i, instruction in enumerate(rest) if instruction[0] & 0xFFFF == execution_mode)
+    needed = np.array([2 << 16 | capability, subgroup_dispatch], dtype=np.uint32)
+    return np.concatenate([words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]).tobytes()
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.iterdir():
@@ -66,9 +91,11 @@ def main(folder: Path) -> None:
     for module in KERNELS:
         for name, dtype, options in module.variants():
             device_module = _compile(module.kernel(**options), module.ARGUMENTS, dtype)
-            (folder / f"{name}.spv").write_bytes(device_module.kernel_bitcode)
+            spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
+            (folder / f"{name}.spv").write_bytes(_with_sub_group(spirv, sub_group) if sub_group else spirv)
             entries[name] = {
                 "entry": device_module.kernel_name,
+                "build_options": getattr(module, "BUILD_OPTIONS", {}),
                 "arguments": [(argument, dtype if kind == "real" else kind) for argument, kind in module.ARGUMENTS],
                 "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
             }

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .launch import launch, place
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -222,8 +224,6 @@ def flash_forward(
     group, head_shift : int
         Query head h reads kv head ``(h + head_shift) // group``.
     """
-    from .launch import launch, place
-
     batch, seq_q, heads, head_dim = q.shape
     if out.size == 0:
         return

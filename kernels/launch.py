@@ -20,10 +20,13 @@ _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctype
 @cache
 def _kernel(context: Any, device: Any, name: str) -> Any:
     """The kernel, compiled by the driver for this context and device on first use."""
+    entry = manifest.read()[name]
+    spirv = (manifest.FOLDER / f"{name}.spv").read_bytes()
+    options = entry["build_options"].get(device.backend.name, "") if device.is_gpu else ""
     # a program is built through a queue, but belongs to its context and device alone
-    program = create_program_from_spirv(SyclQueue(context, device), (manifest.FOLDER / f"{name}.spv").read_bytes())
-    kernel = program.get_sycl_kernel(manifest.read()[name]["entry"])
-    expected = len(manifest.read()[name]["arguments"])
+    program = create_program_from_spirv(SyclQueue(context, device), spirv, options)
+    kernel = program.get_sycl_kernel(entry["entry"])
+    expected = len(entry["arguments"])
     if kernel.num_args != expected:
         raise RuntimeError(f"kernel {name} takes {kernel.num_args} arguments, its manifest lists {expected}")
     return kernel

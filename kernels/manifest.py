@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "spirv"
 _FILE = "manifest.json"
-_SOURCES = ("compile.py", "flash_forward.py", "intrinsics.py", "relayout.py")
+_SOURCES = ("compile.py", "flash_forward.py", "flash_forward_gpu.py", "intrinsics.py", "relayout.py", "subgroup.py")
 
 
 def _source_hashes() -> dict[str, str]:
@@ -22,7 +22,7 @@ def _source_hashes() -> dict[str, str]:
 
 
 def write(folder: Path, kernels: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of `kernels`: per name the entry point, the argument list and the compile-time constants."""
+    """Write the manifest of `kernels`: per name entry point, build options by backend, arguments and constants."""
     (folder / _FILE).write_text(json.dumps({"sources": _source_hashes(), "kernels": kernels}, indent=1) + "\n")
 
 

@@ -12,6 +12,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from dpctl.memory import MemoryUSMDevice
+
+from .launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,8 +109,6 @@ def kernel(*, lanes: int) -> Callable[..., None]:
 @lru_cache(maxsize=128)
 def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
     """The table of panels in device memory."""
-    from dpctl.memory import MemoryUSMDevice
-
     numbers = np.array(panels, dtype=np.int64)
     table = MemoryUSMDevice(numbers.nbytes, queue=queue)
     table.copy_from_host(numbers.reshape(-1).view(np.uint8))
@@ -116,8 +117,6 @@ def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
 
 def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
     """Copy `panels` from `sources` to `targets` (up to three USM arrays each, of one itemsize, on one queue)."""
-    from .launch import launch
-
     panels = tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
     if not panels or rows * batch == 0:
         return

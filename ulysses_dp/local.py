@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ulysses_dp.kernels.flash_forward import flash_forward
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
 from ulysses_dp.kernels.relayout import Panel, relayout
 
 from ._arrays import empty_like, from_usm, scratch, tensor, to_usm
@@ -130,9 +133,27 @@ def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, grou
             for target, result in zip((out, lse), results, strict=True):
                 target[...] = tensor.asarray(result, dtype=target.dtype, sycl_queue=target.sycl_queue)
         else:
-            diagonal = k.shape[1] - q.shape[1] if options.causal else k.shape[1]
-            scale = options.softmax_scale
-            flash_forward(q, k, v, out, lse, scale=scale, diagonal=diagonal, group=group, head_shift=head_shift)
+            options_of_kernel = {
+                "scale": options.softmax_scale,
+                "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
+                "group": group,
+                "head_shift": head_shift,
+            }
+            queue = q.sycl_queue
+            if schedule(queue.sycl_device, q.dtype, q.shape[3]) == "gpu":
+                flash_forward_gpu(q, k, v, out, lse, partial(scratch, queue, dtype=q.dtype), **options_of_kernel)
+            else:
+                flash_forward(q, k, v, out, lse, **options_of_kernel)
+
+
+def schedule(device: Any, dtype: Any, head_dim: int) -> str:
+    """The kernel for a device: "gpu" where its registers and sub-groups fit, "cpu" everywhere else.
+
+    The environment variable ULYSSES_DP_SCHEDULE names one to use wherever it can run, to compare them.
+    """
+    fits = dtype == np.float32 and head_dim in GPU_TILES and SUB_GROUP in device.sub_group_sizes
+    wish = os.environ.get("ULYSSES_DP_SCHEDULE", "gpu" if device.is_gpu else "cpu")
+    return "gpu" if fits and wish == "gpu" else "cpu"
 
 
 def _dense_last_axis(x: Any) -> Any:

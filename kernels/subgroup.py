@@ -1,0 +1,261 @@
+"""Sub-group operations and register tiles for the GPU schedule, as numba intrinsics. Build time only.
+
+A tile is a tuple of floats that lives in registers: element i of the tuple is one register of the sub-group, one number in
+each of its 16 lanes. The operations emit unrolled code, because a loop over a private array would become memory traffic.
+Rows of K and V are the same for all lanes: a block read brings 16 consecutive numbers into the 16 lanes of one register, and
+a broadcast of a constant lane, which the compiler folds into the multiply-add, hands one of them to every lane.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.types import UniTuple
+from numba.extending import intrinsic
+from numba_dpex.kernel_api_impl.spirv.target import LLVM_SPIRV_ARGS
+
+WIDTH = 16  # lanes of a sub-group
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+_F32 = ir.FloatType()
+_FLOAT = types.float32
+
+
+class Emitter:
+    """Emits LLVM for one intrinsic: calls of built-in functions, and reads of rows."""
+
+    def __init__(self, context, builder):
+        self.context = context
+        self.builder = builder
+        # block reads are an extension that the translator must be told to allow
+        context.extra_compile_options[LLVM_SPIRV_ARGS] = ["--spirv-ext=+SPV_INTEL_subgroups"]
+
+    def call(self, symbol, result, arguments, *, convergent=False):
+        function_type = ir.FunctionType(result, [x.type for x in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, function_type, symbol)
+        function.calling_convention = "spir_func"
+        function.attributes.add("nounwind")
+        # what lanes exchange must not be moved into a branch
+        function.attributes.add("convergent" if convergent else "readnone")
+        return self.builder.call(function, arguments, cconv="spir_func")
+
+    def mad(self, a, b, c):
+        return self.call("_Z3madfff", _F32, [a, b, c])
+
+    def maximum(self, a, b):
+        return self.call("_Z4fmaxff", _F32, [a, b])
+
+    def exp2(self, x):
+        return self.call("_Z4exp2f", _F32, [x])
+
+    def broadcast(self, register, lane):
+        lane = ir.Constant(_I32, lane)
+        return self.call("_Z19sub_group_broadcastfj", _F32, [register, lane], convergent=True)
+
+    def block_read(self, pointer, index, count):
+        """Registers with `count` * 16 consecutive numbers: number 16 i + e is lane e of register i."""
+        builder = self.builder
+        address_space = pointer.type.addrspace
+        address = builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(_I32, addrspace=address_space))
+        name = "intel_sub_group_block_read" + (str(count) if count > 1 else "")
+        symbol = f"_Z{len(name)}{name}PU3AS{address_space}Kj"
+        result = ir.VectorType(_I32, count) if count > 1 else _I32
+        value = self.call(symbol, result, [address], convergent=True)
+        parts = [builder.extract_element(value, ir.Constant(_I32, i)) for i in range(count)] if count > 1 else [value]
+        return [builder.bitcast(part, _F32) for part in parts]
+
+    def row(self, pointer, index, size):
+        """`size` consecutive numbers, each in all lanes, as a list; read 64 at a time."""
+        numbers = []
+        for first in range(0, size, 4 * WIDTH):
+            count = min(4, (size - first) // WIDTH)
+            place = self.builder.add(index, ir.Constant(_I64, first))
+            for register in self.block_read(pointer, place, count):
+                numbers += [self.broadcast(register, lane) for lane in range(WIDTH)]
+        return numbers
+
+    def rows(self, index, stride, count, available):
+        """Where `count` rows start; from the last available one on, they repeat it instead of leaving the array."""
+        places = [index]
+        for t in range(1, count):
+            step = self.builder.select(
+                self.builder.icmp_signed("<", ir.Constant(_I64, t), available), stride, ir.Constant(_I64, 0)
+            )
+            places.append(self.builder.add(places[-1], step))
+        return places
+
+    def tree(self, operation, values):
+        """Combine the values pairwise: a short chain of dependent instructions."""
+        while len(values) > 1:
+            pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+            values = [operation(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+        return values[0]
+
+    def unpack(self, tile, size):
+        return [self.builder.extract_value(tile, i) for i in range(size)]
+
+    def pack(self, tuple_type, values):
+        return self.context.make_tuple(self.builder, tuple_type, values)
+
+
+@intrinsic
+def lane_index(typing_context):
+    """Number of the lane in its sub-group."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.zext(Emitter(context, builder).call("_Z22get_sub_group_local_idv", _I32, []), _I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def divide(typing_context, a, b):
+    """Quotient of two numbers from 0 to 2**31. A 64-bit division is a loop on a GPU, after which the compiler no longer knows
+    that all lanes have the same quotient, and every load that depends on it becomes one load per lane."""
+
+    def generate(context, builder, signature, arguments):
+        x, y = (builder.trunc(x, _I32) for x in arguments)
+        return builder.zext(builder.udiv(x, y), _I64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+def tile_operations(head_dim, keys, q_in_registers, key_registers):
+    """The operations of the kernel on tiles of one head_dim, a multiple of 16, and `keys` keys of a step.
+
+    Returns
+    -------
+    fill, load_query, dot, softmax, accumulate, store : numba intrinsics
+    """
+    vector = UniTuple(_FLOAT, head_dim)
+    chunk = key_registers * WIDTH
+    scores = UniTuple(_FLOAT, keys)
+    update = UniTuple(_FLOAT, keys + 3)
+
+    @intrinsic
+    def fill(typing_context, value):
+        """A vector of equal numbers. The number is an argument: constants would be moved out of registers."""
+
+        def generate(context, builder, signature, arguments):
+            return Emitter(context, builder).pack(vector, [arguments[0]] * head_dim)
+
+        return vector(_FLOAT), generate
+
+    @intrinsic
+    def load_query(typing_context, q, offset):
+        """The query row of each lane: the only load in which lanes read different rows."""
+
+        def generate(context, builder, signature, arguments):
+            numbers = []
+            for d in range(0, head_dim, 4):
+                address = builder.gep(arguments[0], [builder.add(arguments[1], ir.Constant(_I64, d))])
+                four = ir.VectorType(_F32, 4)
+                pointer = builder.bitcast(address, ir.PointerType(four, addrspace=address.type.addrspace))
+                value = builder.load(pointer, align=4)
+                numbers += [builder.extract_element(value, ir.Constant(_I32, i)) for i in range(4)]
+            return Emitter(context, builder).pack(vector, numbers)
+
+        return vector(q, types.int64), generate
+
+    def emit_dot(emitter, query_part, k, offset, stride, available):
+        sums = [ir.Constant(_F32, 0.0)] * keys
+        places = emitter.rows(offset, stride, keys, available)
+        for d in range(0, head_dim, chunk):
+            query = query_part(d)
+            rows = [emitter.row(k, emitter.builder.add(place, ir.Constant(_I64, d)), chunk) for place in places]
+            for e in range(chunk):
+                for t in range(keys):
+                    sums[t] = emitter.mad(query[e], rows[t][e], sums[t])
+        return emitter.pack(scores, sums)
+
+    if q_in_registers:
+
+        @intrinsic
+        def dot(typing_context, query, k, offset, stride, available):
+            """Products of the query rows with the next keys; of `available` rows, which may be fewer, the last is repeated."""
+
+            def generate(context, builder, signature, arguments):
+                emitter = Emitter(context, builder)
+                numbers = emitter.unpack(arguments[0], head_dim)
+                return emit_dot(emitter, lambda d: numbers[d : d + chunk], *arguments[1:])
+
+            return scores(vector, k, types.int64, types.int64, types.int64), generate
+    else:
+
+        @intrinsic
+        def dot(typing_context, q, q_offset, k, offset, stride, available):
+            """The same with the query rows read from a panel (head_dim, 16 rows) as they are needed."""
+
+            def generate(context, builder, signature, arguments):
+                emitter = Emitter(context, builder)
+                panel, start = arguments[:2]
+
+                def query_part(d):
+                    places = [builder.add(start, ir.Constant(_I64, (d + e) * WIDTH)) for e in range(0, chunk, 8)]
+                    return [x for place in places for x in emitter.block_read(panel, place, 8)]
+
+                return emit_dot(emitter, query_part, *arguments[2:])
+
+            return scores(q, types.int64, k, types.int64, types.int64, types.int64), generate
+
+    @intrinsic
+    def softmax(typing_context, dots, scale, visible, maximum, normaliser, minus_infinity):
+        """One step of the online softmax over the first `visible` keys of each lane.
+
+        Returns the new maximum and normaliser, the factor for what was summed before, and the weights.
+        """
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder)
+            dots, scale, visible, maximum, normaliser, minus_infinity = arguments
+            visible = builder.trunc(visible, _I32)
+            score = [
+                builder.select(builder.icmp_signed("<", ir.Constant(_I32, t), visible), builder.fmul(x, scale), minus_infinity)
+                for t, x in enumerate(emitter.unpack(dots, keys))
+            ]
+            highest = emitter.maximum(maximum, emitter.tree(emitter.maximum, score))
+            # -inf - -inf would be nan for a row that has seen no key yet
+            shift = builder.select(builder.fcmp_ordered(">", highest, minus_infinity), highest, ir.Constant(_F32, 0.0))
+            rescale = emitter.exp2(builder.fsub(maximum, shift))
+            weights = [emitter.exp2(builder.fsub(x, shift)) for x in score]
+            normaliser = emitter.mad(normaliser, rescale, emitter.tree(builder.fadd, weights))
+            return emitter.pack(update, [highest, normaliser, rescale, *weights])
+
+        return update(scores, _FLOAT, types.int64, _FLOAT, _FLOAT, _FLOAT), generate
+
+    @intrinsic
+    def accumulate(typing_context, total, step, v, offset, stride, available):
+        """Rescale the sums and add the weighted values of a step."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder)
+            step = emitter.unpack(arguments[1], keys + 3)
+            total = [builder.fmul(x, step[2]) for x in emitter.unpack(arguments[0], head_dim)]
+            for weight, place in zip(step[3:], emitter.rows(arguments[3], arguments[4], keys, arguments[5]), strict=True):
+                row = emitter.row(arguments[2], place, head_dim)
+                total = [emitter.mad(weight, value, x) for value, x in zip(row, total, strict=True)]
+            return emitter.pack(vector, total)
+
+        return vector(vector, update, v, types.int64, types.int64, types.int64), generate
+
+    @intrinsic
+    def store(typing_context, out, offset, total, factor):
+        """Write the row of each lane."""
+
+        def generate(context, builder, signature, arguments):
+            out, offset, total, factor = arguments
+            four = ir.VectorType(_F32, 4)
+            numbers = Emitter(context, builder).unpack(total, head_dim)
+            for d in range(0, head_dim, 4):
+                value = ir.Constant(four, ir.Undefined)
+                for e in range(4):
+                    value = builder.insert_element(value, builder.fmul(numbers[d + e], factor), ir.Constant(_I32, e))
+                address = builder.gep(out, [builder.add(offset, ir.Constant(_I64, d))])
+                pointer = builder.bitcast(address, ir.PointerType(four, addrspace=address.type.addrspace))
+                builder.store(value, pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.void(out, types.int64, vector, _FLOAT), generate
+
+    return fill, load_query, dot, softmax, accumulate, store

@@ -1,0 +1,225 @@
+"""Local attention against PyTorch's scaled_dot_product_attention and against the peak of sgemm, in one interleaved run.
+
+    pip install '.[peers]'
+    python scripts/bench_attention.py --json bench.json --plot bench.png
+
+Each row of the table is the median over pairs of turns: ours and PyTorch's follow each other, again and again, so that both
+see the same machine, and the ratio is taken pair by pair. A turn is a few calls, of which the first does not count: while it
+runs, threads of the other side may still be spinning on the cores. Ours is the call that users make, `ulysses_dp.attention` on
+bshd dpnp arrays ("bshd"), or on views of the buffer that the exchange receives ("wire"). PyTorch gets its preferred layout,
+contiguous (batch, heads, seq, head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+HEADS = 8
+HEAD_DIMS = (32, 64, 80, 128, 256)
+SEQS = (128, 256, 512, 1000, 1024, 2048, 4095, 4096)
+PEAK_SIZE = 2048
+TURN = 0.03  # seconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem."""
+
+    head_dim: int
+    seq: int
+    causal: bool = False
+    batch: int = 1
+    kv_heads: int = HEADS
+    layout: str = "bshd"
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of both products; half of the square under a causal mask."""
+        pairs = self.seq * (self.seq + 1) / 2 if self.causal else self.seq**2
+        return 4.0 * self.batch * HEADS * self.head_dim * pairs
+
+    def arrays(self) -> list[np.ndarray]:
+        """q, k and v, bshd; the same in both processes."""
+        rng = np.random.default_rng(0)
+        heads = (HEADS, self.kv_heads, self.kv_heads)
+        return [rng.standard_normal((self.batch, self.seq, n, self.head_dim), dtype=np.float32) for n in heads]
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """The rows: all of head_dim, seq and mask; the other sizes one at a time, or with `full` in every combination."""
+    for causal in (False, True):
+        for head_dim in HEAD_DIMS:
+            for seq in SEQS:
+                yield Case(head_dim, seq, causal)
+                for batch, kv_heads in ((4, HEADS), (1, 2), (4, 2)) if full else ():
+                    yield Case(head_dim, seq, causal, batch, kv_heads)
+    if not full:
+        for causal in (False, True):
+            for seq in (256, 1024):
+                yield Case(64, seq, causal, batch=4)
+                yield Case(64, seq, causal, kv_heads=2)
+                yield Case(64, seq, causal, batch=4, kv_heads=2)
+    for head_dim in (64, 128):
+        for seq in (1024, 4096):
+            yield Case(head_dim, seq, layout="wire")
+
+
+def torch_process(connection: Connection, threads: int) -> None:
+    """Time PyTorch whenever asked to: receives a `Case` to prepare or None to take a turn, answers with seconds."""
+    import torch
+
+    torch.set_num_threads(threads)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        for message in iter(connection.recv, "stop"):
+            if message is not None:
+                inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in message.arrays()]
+                call = partial(attention, *inputs, is_causal=message.causal, enable_gqa=message.kv_heads != HEADS)
+            connection.send(turn(call))
+
+
+def our_call(case: Case) -> Callable[[], Any]:
+    """Our side of a case, ready to be called."""
+    import dpnp
+
+    import ulysses_dp
+
+    q, k, v = (dpnp.asarray(x) for x in case.arrays())
+    if case.layout == "wire":
+        # what MPI delivers: (seq, batch, heads + 2 kv_heads, head_dim)
+        buffer = dpnp.ascontiguousarray(dpnp.concatenate([x.transpose(1, 0, 2, 3) for x in (q, k, v)], axis=2))
+        edges = (0, HEADS, HEADS + case.kv_heads, HEADS + 2 * case.kv_heads)
+        q, k, v = (buffer[:, :, a:b].transpose(1, 0, 2, 3) for a, b in pairwise(edges))
+    return lambda: ulysses_dp.attention(q, k, v, causal=case.causal)
+
+
+def peak_call() -> Callable[[], Any]:
+    """The sgemm that stands for the peak of the machine."""
+    import dpnp
+
+    from ulysses_dp.device import default_queue
+
+    a = dpnp.ones((PEAK_SIZE, PEAK_SIZE), dtype=np.float32, sycl_queue=default_queue())
+
+    def multiply() -> None:
+        dpnp.matmul(a, a).sycl_queue.wait()
+
+    return multiply
+
+
+def turn(call: Callable[[], Any]) -> float:
+    """Median duration of the calls of one turn: at least one after the first, and about 30 ms of them."""
+    durations: list[float] = []
+    while len(durations) < 2 or sum(durations) < TURN:
+        start = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[1:])
+
+
+def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float) -> dict[str, Any]:
+    """Time a case for about `budget` seconds, at least five pairs of turns."""
+    ours = our_call(case)
+    peer.send(case)
+    peer.recv()
+    ours()
+    pairs, peaks = [], []
+    end = time.perf_counter() + budget
+    while len(pairs) < 5 or time.perf_counter() < end:
+        if len(pairs) % 4 == 0:
+            peaks.append(turn(peak))
+        mine = turn(ours)
+        peer.send(None)
+        pairs.append((mine, peer.recv()))
+    mine, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
+    sgemm = 2 * PEAK_SIZE**3 / statistics.median(peaks)
+    return {
+        **asdict(case),
+        "pairs": len(pairs),
+        "microseconds": mine * 1e6,
+        "gflops": case.flops / mine / 1e9,
+        "torch_gflops": case.flops / theirs / 1e9,
+        "ratio": statistics.median(b / a for a, b in pairs),
+        "of_sgemm": case.flops / mine / sgemm,
+        "sgemm_gflops": sgemm / 1e9,
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw the ratio to PyTorch against seq, a line for each head_dim."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, causal in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+        for head_dim in HEAD_DIMS:
+            plain = Case(head_dim, 0, causal)
+            keys = ("head_dim", "causal", "batch", "kv_heads", "layout")
+            line = [row for row in rows if all(row[key] == getattr(plain, key) for key in keys)]
+            axes.plot([row["seq"] for row in line], [row["ratio"] for row in line], "o-", label=f"head_dim {head_dim}")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="seq", title="causal" if causal else "no mask")
+    figure.axes[0].set_ylabel("times as fast as PyTorch SDPA")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
+    parser.add_argument("--full", action="store_true", help="every combination of sizes")
+    parser.add_argument("--head-dim", type=int, nargs="*", help="only these")
+    parser.add_argument("--seq", type=int, nargs="*", help="only these")
+    parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of PyTorch (all cores)")
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", help="draw the ratios here")
+    arguments = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    peer, remote = context.Pipe()
+    process = context.Process(target=torch_process, args=(remote, arguments.threads), daemon=True)
+    process.start()
+    peak = peak_call()
+    rows = []
+    print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm")
+    for case in cases(arguments.full):
+        if arguments.head_dim and case.head_dim not in arguments.head_dim:
+            continue
+        if arguments.seq and case.seq not in arguments.seq:
+            continue
+        row = measure(case, peer, peak, arguments.seconds)
+        rows.append(row)
+        print(
+            f"{case.head_dim:8} {case.seq:5}  {'causal' if case.causal else '-':6} {case.batch:5} {case.kv_heads:8} "
+            f"{case.layout:6} | {row['microseconds']:8.0f} {row['gflops']:8.1f} {row['torch_gflops']:8.1f} | "
+            f"{row['ratio']:5.2f} {row['of_sgemm']:8.0%}",
+            flush=True,
+        )
+    peer.send("stop")
+    process.join()
+    print(f"sgemm {statistics.median(row['sgemm_gflops'] for row in rows):.0f} GFLOP/s, ", end="")
+    print(f"geometric mean of the ratios {math.exp(statistics.fmean(math.log(row['ratio']) for row in rows)):.2f}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -84,15 +84,12 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
 
 
 def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.iterdir():
-        stale.unlink()
-    entries = {}
+    entries, modules = {}, {}
     for module in KERNELS:
         for name, dtype, options in module.variants():
             device_module = _compile(module.kernel(**options), module.ARGUMENTS, dtype)
             spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
-            (folder / f"{name}.spv").write_bytes(_with_sub_group(spirv, sub_group) if sub_group else spirv)
+            modules[name] = _with_sub_group(spirv, sub_group) if sub_group else spirv
             entries[name] = {
                 "entry": device_module.kernel_name,
                 "build_options": getattr(module, "BUILD_OPTIONS", {}),
@@ -100,6 +97,12 @@ def main(folder: Path) -> None:
                 "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
             }
             print("compiled", name, flush=True)
+    # only now, so that what was there stays until it can be replaced
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.iterdir():
+        stale.unlink()
+    for name, spirv in modules.items():
+        (folder / f"{name}.spv").write_bytes(spirv)
     manifest.write(folder, entries)
 
 

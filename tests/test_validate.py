@@ -75,6 +75,8 @@ BAD_OPTIONS = [
     ({"softmax_scale": np.ones(1)}, TypeError, "softmax_scale must be a real number or None, not ndarray"),
     ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be finite, not nan"),
     ({"softmax_scale": -np.inf}, ValueError, "softmax_scale must be finite, not -inf"),
+    ({"softmax_scale": -(10**400)}, ValueError, r"softmax_scale must be at most 1e\+30 in size"),
+    ({"window_size": ((1, 2), 3)}, NotImplementedError, "window_size is not supported yet"),
     ({"causal": 1}, TypeError, "causal must be a bool, not int"),
     ({"causal": None}, TypeError, "causal must be a bool, not NoneType"),
     ({"window_size": (3, 0)}, NotImplementedError, "window_size is not supported yet"),

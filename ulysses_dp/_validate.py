@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 EXCHANGES = ("auto", "device", "host")
 
 
@@ -96,8 +97,11 @@ def check_options(
         softmax_scale = 1 / math.sqrt(head_dim)
     if not isinstance(softmax_scale, numbers.Real) or isinstance(softmax_scale, bool):
         raise TypeError(f"softmax_scale must be a real number or None, not {type(softmax_scale).__name__}")
-    if not math.isfinite(softmax_scale):
+    size: Any = abs(softmax_scale)
+    if not size < math.inf:
         raise ValueError(f"softmax_scale must be finite, not {softmax_scale}")
+    if size > MAX_SCALE:
+        raise ValueError(f"softmax_scale must be at most {MAX_SCALE:g} in size, not {softmax_scale}")
     for name, flag in (("causal", causal), (names.return_lse, return_lse)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name} must be a bool, not {type(flag).__name__}")
@@ -111,9 +115,13 @@ def check_options(
 def check_unsupported(**options: tuple[Any, Any]) -> None:
     """Refuse options that are part of a signature but not built yet, given as ``name=(value, neutral value)``."""
     for name, (value, neutral) in options.items():
-        if type(value) is type(neutral) and value == neutral:
-            continue
-        if neutral is None or np.shape(value) != np.shape(neutral) or np.any(np.asarray(value) != neutral):
+        if isinstance(neutral, tuple):
+            unused = isinstance(value, (tuple, list, np.ndarray)) and tuple(value) == neutral
+        elif neutral is None:
+            unused = value is None
+        else:
+            unused = isinstance(value, numbers.Real) and value == neutral
+        if not unused:
             raise NotImplementedError(f"{name} is not supported yet; leave it at {neutral}")
 
 
@@ -166,13 +174,13 @@ def _check_shapes(
     if shapes[1] != shapes[2]:
         raise ValueError(f"{k} and {v} must have the same shape, not {given}")
     if k_batch != batch:
-        raise ValueError(f"{q}, {k} and {v} must have the same batch (axis 0), not {given}")
+        raise ValueError(f"{q}, {k} and {v} must have the same batch, not {given}")
     if k_head_dim != head_dim:
-        raise ValueError(f"{q}, {k} and {v} must have the same head_dim (axis 3), not {given}")
+        raise ValueError(f"{q}, {k} and {v} must have the same head_dim, not {given}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim (axis 3) must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
+        raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
     if (heads % kv_heads) if kv_heads else heads:
-        raise ValueError(f"the heads of {q} (axis 2) must be a multiple of those of {k} and {v}, not {heads} and {kv_heads}")
+        raise ValueError(f"the heads of {q} must be a multiple of those of {k} and {v}, not {heads} and {kv_heads}")
     return Geometry(batch, heads, kv_heads, head_dim, str(dtypes[0]))
 
 

@@ -12,11 +12,16 @@ from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
 from ulysses_dp.kernels.relayout import Panel, relayout
 
-from ._arrays import empty_like, from_usm, scratch, tensor, to_usm
+from ._arrays import empty_like, from_usm, scratch, tensor, to_usm, view
 from ._trace import stage
 from ._validate import Geometry, Options, check_attention
 from .backend import AttnType
 from .reference import dense_attention
+
+# Query rows from which the CPU kernel gets copies of k and v with the rows of a head next to each other. With the heads in
+# between, the rows of one head fall into an eighth of the cache sets. Measured for 8 heads: 1.15 to 1.35 times as fast with the
+# copies from 2048 rows on, as fast at 1024, slower below.
+HEAD_MAJOR_FROM = 2048
 
 
 def attention(
@@ -143,6 +148,8 @@ def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, grou
             if schedule(queue.sycl_device, q.dtype, q.shape[3]) == "gpu":
                 flash_forward_gpu(q, k, v, out, lse, partial(scratch, queue, dtype=q.dtype), **options_of_kernel)
             else:
+                if q.shape[1] >= HEAD_MAJOR_FROM:
+                    k, v = _head_major(k, v)
                 flash_forward(q, k, v, out, lse, **options_of_kernel)
 
 
@@ -154,6 +161,28 @@ def schedule(device: Any, dtype: Any, head_dim: int) -> str:
     fits = dtype == np.float32 and head_dim in GPU_TILES and SUB_GROUP in device.sub_group_sizes
     wish = os.environ.get("ULYSSES_DP_SCHEDULE", "gpu" if device.is_gpu else "cpu")
     return "gpu" if fits and wish == "gpu" else "cpu"
+
+
+def _head_major(k: Any, v: Any) -> tuple[Any, Any]:
+    """The arrays themselves if the rows of a head follow each other, or else such copies in scratch memory."""
+    batch, seq, heads, width = k.shape
+    if k.strides[1] == v.strides[1] == width or k.size == 0:
+        return k, v
+    copies = scratch(k.sycl_queue, "k, v", (2, batch, heads, seq, width), k.dtype)
+    strides = (heads * seq * width, width, seq * width, 1)
+    panels = []
+    for number, x in enumerate((k, v)):
+        batch_stride, seq_stride, heads_stride, width_stride = x.strides
+        target = number * k.size
+        panels.append(
+            Panel(
+                *(number, x._element_offset, seq_stride, batch_stride, heads_stride, width_stride),
+                *(0, target, strides[1], strides[0], strides[2]),
+                *(heads, width),
+            )
+        )
+    relayout([k, v], [copies], panels, rows=seq, batch=batch)
+    return view(copies, 0, k.shape, strides), view(copies, k.size, k.shape, strides)
 
 
 def _dense_last_axis(x: Any) -> Any:

@@ -38,7 +38,7 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
     same kind, dtype and queue as x
         (batch, seq, heads_local, head_dim), where seq is the sum of all seq_local. The first ``heads % P`` ranks have one head
         more than the others. The result is a view of an array whose axes are ordered (seq, batch, heads, head_dim): the
-        order in which the rows arrive. With only one rank it is x.
+        order in which the rows arrive. With only one rank it is a view of x, or for NumPy a copy.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
     -------
     same kind, dtype and queue as x
         (batch, seq_local, heads, head_dim), where heads is the sum of all heads_local. C-contiguous, unless there is only
-        one rank: then it is x.
+        one rank: then it is a view of x, or for NumPy a copy.
 
     Raises
     ------
@@ -175,7 +175,12 @@ def _trade(
         check_device(x, kind)
         batch, seq, heads, width = (x.shape[axis] for axis in axes)
         pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
-        common = {"scatter_idx and gather_idx": pair, "axis 0 (batch)": batch, "axis 3 (head_dim)": width, "dtype": x.dtype}
+        common = {
+            "scatter_idx and gather_idx": pair,
+            f"batch (axis {axes[0]})": batch,
+            f"head_dim (axis {axes[3]})": width,
+            "dtype": x.dtype,
+        }
         if joins_rows:
             return (seq,), {**common, "heads": heads}, (joins_rows, axes, kind)
         wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from dpctl.memory import MemoryUSMDevice
 
-from .launch import launch
+from .launch import launch, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,18 @@ class Panel(NamedTuple):
     target_slot: int
     slots: int
     width: int  # dense in the target
+
+
+def source_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
+    """The source fields of a panel that is read from array `number`, (batch, row, slot, width), from slot `first` on."""
+    offset, batch, row, slot, width = place(x)
+    return number, offset + first * slot, row, batch, slot, width
+
+
+def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
+    """The target fields of a panel that goes to array `number`, (batch, row, slot, width), from slot `first` on."""
+    offset, batch, row, slot, _ = place(x)
+    return number, offset + first * slot, row, batch, slot
 
 
 LANES = 8

@@ -10,7 +10,7 @@ import numpy as np
 
 from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
-from ulysses_dp.kernels.relayout import Panel, relayout
+from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
 from ._arrays import empty_like, from_usm, scratch, tensor, to_usm, view
 from ._trace import stage
@@ -165,38 +165,28 @@ def schedule(device: Any, dtype: Any, head_dim: int) -> str:
 
 def _head_major(k: Any, v: Any) -> tuple[Any, Any]:
     """The arrays themselves if the rows of a head follow each other, or else such copies in scratch memory."""
-    batch, seq, heads, width = k.shape
+    _, seq, heads, width = k.shape
     if k.strides[1] == v.strides[1] == width or k.size == 0:
         return k, v
-    copies = scratch(k.sycl_queue, "k, v", (2, batch, heads, seq, width), k.dtype)
+    memory = scratch(k.sycl_queue, "k, v", (2 * k.size,), k.dtype)
     strides = (heads * seq * width, width, seq * width, 1)
-    panels = []
-    for number, x in enumerate((k, v)):
-        batch_stride, seq_stride, heads_stride, width_stride = x.strides
-        target = number * k.size
-        panels.append(
-            Panel(
-                *(number, x._element_offset, seq_stride, batch_stride, heads_stride, width_stride),
-                *(0, target, strides[1], strides[0], strides[2]),
-                *(heads, width),
-            )
-        )
-    relayout([k, v], [copies], panels, rows=seq, batch=batch)
-    return view(copies, 0, k.shape, strides), view(copies, k.size, k.shape, strides)
+    copies = view(memory, 0, k.shape, strides), view(memory, k.size, k.shape, strides)
+    _copy((k, v), copies)
+    return copies
 
 
 def _dense_last_axis(x: Any) -> Any:
     """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
-    batch, seq, heads, head_dim = x.shape
-    if x.strides[3] == 1 or head_dim == 1 or x.size == 0:
+    if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
         return x
     copy = empty_like(x, x.shape)
-    offset, (batch_stride, seq_stride, heads_stride, dim_stride) = x._element_offset, x.strides
-    target_batch, target_seq, target_heads, _ = copy.strides
-    panel = Panel(
-        *(0, offset, seq_stride, batch_stride, heads_stride, dim_stride),
-        *(0, 0, target_seq, target_batch, target_heads),
-        *(heads, head_dim),
-    )
-    relayout([x], [copy], [panel], rows=seq, batch=batch)
+    _copy((x,), (copy,))
     return copy
+
+
+def _copy(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
+    """Copy arrays of one shape in one launch; the targets are dense in the last axis."""
+    batch, seq, heads, width = sources[0].shape
+    pairs = enumerate(zip(sources, targets, strict=True))
+    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]
+    relayout(sources, targets, panels, rows=seq, batch=batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.relayout import Panel, relayout
+from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
 from . import _exchange
 from ._arrays import empty_like, from_usm, permute, scratch, to_usm, view
@@ -253,11 +253,9 @@ def _pack_panels(trade: Trade, arrays: Sequence[Any], shares: Sequence[Share]) -
         slots, target = trade.slots[peer], base
         for number, (x, share) in enumerate(zip(arrays, shares, strict=True)):
             first, count = share[peer]
-            batch_stride, seq_stride, heads_stride, width_stride = x.strides
             panels.append(
                 Panel(
-                    *(number, x._element_offset + first * heads_stride),
-                    *(seq_stride, batch_stride, heads_stride, width_stride),
+                    *source_of(number, x, first),
                     *(0, target, trade.batch * slots * trade.width, slots * trade.width, trade.width),
                     *(count, trade.width),
                 )
@@ -286,11 +284,10 @@ def to_local(comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, tar
     for peer, base in enumerate(starts(trade.local_counts)):
         slots, first = trade.slots[peer], starts(trade.slots)[peer]
         for number, (x, first_column) in enumerate(targets):
-            batch_stride, seq_stride, heads_stride, _ = x.strides
             panels.append(
                 Panel(
                     *(0, base + first_column, trade.batch * slots * trade.width, slots * trade.width, trade.width, 1),
-                    *(number, x._element_offset + first * heads_stride, seq_stride, batch_stride, heads_stride),
+                    *target_of(number, x, first),
                     *(slots, x.shape[3]),
                 )
             )
@@ -305,11 +302,8 @@ def _gather(comm: Any, route: _exchange.Route, trade: Trade, x: Any) -> Any:
     as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
     if not as_sent or x._element_offset:
         with stage("pack"):
-            copy = scratch(x.sycl_queue, "gathered", (x.size,), x.dtype)
-            panel = Panel(
-                *(0, x._element_offset, x.strides[1], x.strides[0], x.strides[2], x.strides[3]),
-                *(0, 0, strides[1], strides[0], strides[2], slots, width),
-            )
+            copy = view(scratch(x.sycl_queue, "gathered", (x.size,), x.dtype), 0, x.shape, strides)
+            panel = Panel(*source_of(0, x), *target_of(0, copy), slots, width)
             relayout([x], [copy], [panel], rows=rows, batch=batch)
         x = copy
     result = empty_like(x, (batch, trade.rows[comm.rank], sum(trade.slots), width))

@@ -20,7 +20,6 @@ from .device import default_queue
 
 POOLED_BYTES = 16 * 2**20
 POOLED_RESULTS = 8
-REFERENCES_OF_POOL = 3  # its entry, the loop variable and the argument of getrefcount
 
 
 class Kind(enum.Enum):
@@ -68,6 +67,16 @@ def permute(x: Any, axes: tuple[int, ...]) -> Any:
     return tensor.permute_dims(x, axes) if kind is Kind.USM else x.transpose(axes)
 
 
+def _references(entry: tuple[Any, Any]) -> int:
+    """How many references there are to the memory of an entry of the pool, as Python counts them."""
+    memory = entry[1]
+    return sys.getrefcount(memory)
+
+
+# Measured, because versions of Python differ in whether a local variable and an argument count.
+_REFERENCES_OF_POOL = _references((None, object()))
+
+
 def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
     """A new, uninitialised USM array with the dtype, queue and kind of USM memory of x.
 
@@ -80,10 +89,10 @@ def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
         return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
     key = (x.sycl_queue, x.usm_type, nbytes)
     pool = _workspace.results
-    for place, (kind, memory) in enumerate(pool):
-        if kind == key and sys.getrefcount(memory) == REFERENCES_OF_POOL:
+    for place, entry in enumerate(pool):
+        if entry[0] == key and _references(entry) == _REFERENCES_OF_POOL:
             pool.append(pool.pop(place))  # the least recently used one is dropped first
-            return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=memory)
+            return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=entry[1])
     result = tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
     pool.append((key, result.usm_data))
     del pool[:-POOLED_RESULTS]

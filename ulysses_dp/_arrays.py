@@ -81,7 +81,7 @@ def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
     """A new, uninitialised USM array with the dtype, queue and kind of USM memory of x.
 
     A small one may get memory that an earlier result gave back: fresh memory is mapped page by page on first use, which took
-    two thirds of the time of a short call. Memory is given back when nothing but the pool refers to it any more. Work of the
+    two fifths of the time of a short call. Memory is given back when nothing but the pool refers to it any more. Work of the
     queue that still reads it is no danger: it is waited for before anything is launched.
     """
     nbytes = math.prod(shape) * x.dtype.itemsize

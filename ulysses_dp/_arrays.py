@@ -85,8 +85,6 @@ def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
     queue that still reads it is no danger: it is waited for before anything is launched.
     """
     nbytes = math.prod(shape) * x.dtype.itemsize
-    if not 0 < nbytes <= POOLED_BYTES:
-        return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
     key = (x.sycl_queue, x.usm_type, nbytes)
     pool = _workspace.results
     for place, entry in enumerate(pool):
@@ -94,8 +92,9 @@ def empty_like(x: Any, shape: tuple[int, ...]) -> Any:
             pool.append(pool.pop(place))  # the least recently used one is dropped first
             return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=entry[1])
     result = tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
-    pool.append((key, result.usm_data))
-    del pool[:-POOLED_RESULTS]
+    if 0 < nbytes <= POOLED_BYTES:
+        pool.append((key, result.usm_data))
+        del pool[:-POOLED_RESULTS]
     return result
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ._arrays import scratch
+from ._partition import starts
 from ._trace import stage
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def _all_to_all(name: str, comm: Any, route: Route, trade: Trade, send: Any, rec
             comm.Alltoall([_buffer(outgoing), send_counts[0], element], [_buffer(incoming), receive_counts[0], element])
         else:
             comm.Alltoallv(
-                [_buffer(outgoing), (send_counts, _displacements(send_counts)), element],
-                [_buffer(incoming), (receive_counts, _displacements(receive_counts)), element],
+                [_buffer(outgoing), (send_counts, starts(send_counts)), element],
+                [_buffer(incoming), (receive_counts, starts(receive_counts)), element],
             )
         if route.name == "host" and target.size:
             target.sycl_queue.memcpy(target.usm_data, incoming.usm_data, target.nbytes)
@@ -144,7 +144,3 @@ def _buffer(x: Any) -> Any:
     """The memory of a contiguous USM array as mpi4py takes it. mpi4py cannot ask for it by itself: dpctl refuses the DLPack
     stream that it asks with. The address does not keep the array alive, the caller does."""
     return _mpi().buffer.fromaddress(x._pointer, x.nbytes)
-
-
-def _displacements(counts: tuple[int, ...]) -> tuple[int, ...]:
-    return (0, *accumulate(counts))[: len(counts)]

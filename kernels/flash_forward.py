@@ -43,8 +43,14 @@ class Tile(NamedTuple):
     lanes: int  # work-items of a work-group
 
 
-# Three rows hold 12 sums in the 16 vector registers of AVX2 and use every loaded key or value three times.
-CPU_TILE = Tile(rows=3, keys=4, dims=4, block=32, lanes=8)
+# 16 lanes are one vector register of AVX-512 and two of AVX2; on a CPU with AVX-512, 8 lanes are not vectorised at all (14
+# times slower, measured). `ulysses_dp.schedule` chooses between the tiles.
+TILES = {
+    "wide": Tile(rows=2, keys=8, dims=8, block=32, lanes=16),  # 16 sums, for the 32 registers of AVX-512
+    "narrow": Tile(rows=2, keys=6, dims=4, block=36, lanes=16),  # 12 sums, for the 16 registers of AVX2
+    "short": Tile(rows=1, keys=8, dims=8, block=32, lanes=16),  # wastes less of a short sequence
+}
+TILES_OF = {"float32": tuple(TILES), "float64": ("short",)}  # for float64 the others are within 10 % of it
 
 # A constant head_dim lets the compiler unroll the dot products: 1.25 times the speed of the kernel for any head_dim.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
@@ -62,16 +68,18 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def name(dtype: str, head_dim: int) -> str:
-    """Name of the compiled kernel that serves this dtype and head_dim."""
-    return f"flash_forward_{dtype}_{f'd{head_dim}' if head_dim in HEAD_DIMS else 'any'}"
+def name(dtype: str, head_dim: int, tile: str) -> str:
+    """Name of the compiled kernel that serves this dtype and head_dim by this tile."""
+    return f"flash_forward_{dtype}_{f'd{head_dim}' if head_dim in HEAD_DIMS else 'any'}_{tile}"
 
 
 def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What the build compiles: (kernel name, dtype, keyword arguments of `kernel`)."""
     for dtype in DTYPES.values():
         for head_dim in (*HEAD_DIMS, None):
-            yield name(dtype, head_dim or 0), dtype, {"dtype": dtype, "head_dim": head_dim, "tile": CPU_TILE}
+            for tile in TILES_OF[dtype]:
+                options = {"dtype": dtype, "head_dim": head_dim, "tile": TILES[tile]}
+                yield name(dtype, head_dim or 0, tile), dtype, options
 
 
 def kernel(*, dtype: str, head_dim: int | None, tile: Tile) -> Callable[..., None]:
@@ -120,6 +128,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile) -> Callable[..., Non
         shift = PrivateArray(rows, real)
         rescale = PrivateArray(rows, real)
         normaliser = PrivateArray(rows, real)
+        block_sum = PrivateArray(rows, real)
 
         # `zero` is an argument: a constant would become a memset, which forces the arrays out of vector layout
         for r in range(rows):
@@ -162,17 +171,20 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile) -> Callable[..., Non
                 shift[r] = new_maximum[r] if new_maximum[r] > minus_infinity else zero
                 rescale[r] = exp2(maximum[r] - shift[r])
                 maximum[r] = new_maximum[r]
-                normaliser[r] *= rescale[r]
+                block_sum[r] = zero
+            # sums of a block start from zero: the rounding errors of many keys then grow with the number of blocks
             for j in range(block):
                 for r in range(rows):
                     weight = exp2(score[r * block + j] - shift[r])
                     score[r * block + j] = weight
-                    normaliser[r] += weight
+                    block_sum[r] += weight
+            for r in range(rows):
+                normaliser[r] = mad(normaliser[r], rescale[r], block_sum[r])
             count = min(block, end - start)
             for d in range(0, size, dims):
                 for r in range(rows):
                     for t in range(dims):
-                        part[r * dims + t] = total[r * width + d + t] * rescale[r]
+                        part[r * dims + t] = zero
                 for j in range(count):
                     source = v_offset + (start + j) * v_seq
                     for t in range(dims):
@@ -187,7 +199,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile) -> Callable[..., Non
                                 part[r * dims + t] = mad(score[r * block + j], value, part[r * dims + t])
                 for r in range(rows):
                     for t in range(dims):
-                        total[r * width + d + t] = part[r * dims + t]
+                        total[r * width + d + t] = mad(total[r * width + d + t], rescale[r], part[r * dims + t])
 
         for r in range(rows):
             row = first + r * lanes + lane
@@ -203,7 +215,17 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile) -> Callable[..., Non
 
 
 def flash_forward(
-    q: Any, k: Any, v: Any, out: Any, lse: Any, *, scale: float, diagonal: int, group: int, head_shift: int = 0
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    scale: float,
+    diagonal: int,
+    group: int,
+    head_shift: int = 0,
+    tile: str,
 ) -> None:
     """Attention of USM arrays, written into `out` and `lse`; any strides but a dense last axis of q, k, v and out.
 
@@ -223,15 +245,18 @@ def flash_forward(
         Query row i sees the keys j <= i + diagonal.
     group, head_shift : int
         Query head h reads kv head ``(h + head_shift) // group``.
+    tile : str
+        Which of `TILES`, of those that `TILES_OF` lists for the dtype.
     """
     batch, seq_q, heads, head_dim = q.shape
     if out.size == 0:
         return
-    row_blocks = -(-seq_q // (CPU_TILE.rows * CPU_TILE.lanes))
+    rows, lanes = TILES[tile].rows, TILES[tile].lanes
+    row_blocks = -(-seq_q // (rows * lanes))
     lse_offset, lse_batch, lse_head, lse_seq = place(lse)
     launch(
         q.sycl_queue,
-        name(DTYPES[q.dtype.itemsize], head_dim),
+        name(DTYPES[q.dtype.itemsize], head_dim, tile),
         [x.usm_data for x in (q, k, v, out, lse)],
         (
             *(number for x in (q, k, v, out) for number in place(x)[:4]),
@@ -240,7 +265,7 @@ def flash_forward(
             *(scale * math.log2(math.e), 0.0),
         ),
         groups=batch * heads * row_blocks,
-        lanes=CPU_TILE.lanes,
+        lanes=lanes,
     )
 
 
@@ -248,12 +273,13 @@ def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, diagonal: int, group: int, head_shift: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel computes, in float64 NumPy, block by block as the kernel does."""
+    block = TILES["wide"].block
     q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k, v))
     kv = (np.arange(q.shape[1]) + head_shift) // group
     total, normaliser = np.zeros(q.shape), np.zeros(q.shape[:3])
     maximum = np.full(q.shape[:3], -np.inf)
-    for start in range(0, k.shape[2], CPU_TILE.block):
-        key, value = (x[:, kv, start : start + CPU_TILE.block] for x in (k, v))
+    for start in range(0, k.shape[2], block):
+        key, value = (x[:, kv, start : start + block] for x in (k, v))
         j = start + np.arange(key.shape[2])
         seen = j <= np.arange(q.shape[2])[:, None] + diagonal
         score = np.where(seen, scale * math.log2(math.e) * q @ key.swapaxes(2, 3), -np.inf)

@@ -50,7 +50,7 @@ def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
     return number, offset + first * slot, row, batch, slot
 
 
-LANES = 8
+LANES = 16
 DTYPES = {4: "uint32", 8: "uint64"}
 MAX_ARRAYS = 3  # sources, and targets
 

@@ -2,12 +2,16 @@
 
     pip install '.[peers]'
     python scripts/bench_attention.py --json bench.json --plot bench.png
+    python scripts/bench_attention.py --memory
 
 Each row of the table is the median over pairs of turns: ours and PyTorch's follow each other, again and again, so that both
 see the same machine, and the ratio is taken pair by pair. A turn is a few calls, of which the first does not count: while it
 runs, threads of the other side may still be spinning on the cores. Ours is the call that users make, `ulysses_dp.attention` on
 bshd dpnp arrays ("bshd"), or on views of the buffer that the exchange receives ("wire"). PyTorch gets its preferred layout,
 contiguous (batch, heads, seq, head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices.
+
+With --memory: by how much the first call raises the peak memory of a process, in bytes per element of q. What grows with seq
+squared would double from row to row.
 """
 
 from __future__ import annotations
@@ -161,6 +165,35 @@ def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float
     }
 
 
+def memory_process(connection: Connection, case: Case) -> None:
+    """Answer with the bytes by which a call of this size raises the peak of resident memory; Linux only."""
+    our_call(Case(case.head_dim, case.seq // 8, case.causal))()  # what does not depend on the size: the compiled kernels
+    call = our_call(case)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = resident_peak()
+    results = [call()]
+    connection.send(resident_peak() - before)
+    del results
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had in memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def print_memory(context: Any) -> None:
+    """Print how the memory of a call grows with seq; the result and the head-major copies of k and v are 12 bytes."""
+    print("head_dim    seq | bytes per element of q")
+    for head_dim in (64, 128):
+        for seq in (4096, 8192, 16384, 32768):
+            answer, connection = context.Pipe()
+            process = context.Process(target=memory_process, args=(connection, Case(head_dim, seq, causal=True)))
+            process.start()
+            print(f"{head_dim:8} {seq:6} | {answer.recv() / (HEADS * seq * head_dim):6.2f}", flush=True)
+            process.join()
+
+
 def plot(rows: list[dict[str, Any]], path: str) -> None:
     """Draw the ratio to PyTorch against seq, a line for each head_dim."""
     from matplotlib.figure import Figure
@@ -189,9 +222,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of PyTorch (all cores)")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--plot", help="draw the ratios here")
+    parser.add_argument("--memory", action="store_true", help="print memory instead of speed")
     arguments = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
+    if arguments.memory:
+        print_memory(context)
+        return
     peer, remote = context.Pipe()
     process = context.Process(target=torch_process, args=(remote, arguments.threads), daemon=True)
     process.start()

@@ -16,7 +16,6 @@ from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_for
 from ulysses_dp import attention, trace
 from ulysses_dp._arrays import scratch
 from ulysses_dp.device import default_queue
-from ulysses_dp.local import schedule
 
 pytestmark = [
     pytest.mark.single,
@@ -60,18 +59,6 @@ def test_huge_scores_and_nan_in_a_query(head_dim):
     expected_out[0, 17, 0], expected_lse[0, 0, 17] = np.nan, np.nan
     compare([out], [expected_out], "float32")
     np.testing.assert_allclose(lse, expected_lse, rtol=5e-7, atol=1e-5)
-
-
-def test_choice(monkeypatch):
-    device = default_queue().sycl_device
-    monkeypatch.delenv("ULYSSES_DP_SCHEDULE", raising=False)
-    assert schedule(device, np.dtype("float32"), 64) == ("gpu" if device.is_gpu else "cpu")
-    monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
-    assert schedule(device, np.dtype("float32"), 64) == "gpu"
-    assert schedule(device, np.dtype("float64"), 64) == "cpu"
-    assert schedule(device, np.dtype("float32"), 50) == "cpu"
-    monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "cpu")
-    assert schedule(device, np.dtype("float32"), 64) == "cpu"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -43,7 +43,7 @@ def launches(monkeypatch):
     launched = []
 
     def noting(queue, name, *arguments, **options):
-        launched.append(name)
+        launched.append(name.split("_d16")[0])  # whatever tile the device gets
         launch(queue, name, *arguments, **options)
 
     for module in (flash_forward, relayout):
@@ -71,11 +71,11 @@ def test_forward(comm, launches, how):
     if comm.size == 1:
         assert names(record) == ["attention"]
         assert counting.calls == []
-        assert launches == ["flash_forward_float32_d16"]
+        assert launches == ["flash_forward_float32"]
     else:
         assert names(record) == FORWARD
         assert counting.calls == ["Allgather", all_to_all, all_to_all]
-        assert launches == ["relayout_uint32", "flash_forward_float32_d16", "relayout_uint32"]
+        assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
     assert all(stage.seconds > 0 for stage in record.stages)
     assert record.seconds("attention") == sum(stage.seconds for stage in record.stages if stage.name == "attention")
 

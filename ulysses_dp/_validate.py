@@ -24,6 +24,7 @@ from ._arrays import Kind, kind_of
 from ._partition import group_size
 from .backend import AttnType
 from .device import default_queue
+from .schedule import choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -75,6 +76,7 @@ NAMES = Names()
 def check_attention(q: Any, k: Any, v: Any, names: Names = NAMES, **options: Any) -> tuple[Kind, Geometry, Options]:
     """Check all arguments of a call of attention."""
     kind, geometry = check_inputs(q, k, v, names)
+    choose(device_of(q, kind), q.dtype, geometry.head_dim, q.shape[1])  # a bad environment variable of this rank
     return kind, geometry, check_options(geometry.head_dim, names, **options)
 
 
@@ -138,9 +140,14 @@ def check_array(name: str, x: Any) -> Kind:
     return kind
 
 
+def device_of(x: Any, kind: Kind) -> Any:
+    """The device on which an array is, or for NumPy will be."""
+    return (default_queue() if kind is Kind.NUMPY else x.sycl_queue).sycl_device
+
+
 def check_device(x: Any, kind: Kind) -> None:
     """Check that there is a device for the array, with kernels for its dtype: before the other ranks rely on this one."""
-    device = (default_queue() if kind is Kind.NUMPY else x.sycl_queue).sycl_device
+    device = device_of(x, kind)
     if x.dtype == np.float64 and not device.has_aspect_fp64:
         raise TypeError(f"float64 is not supported by the device {device.name.strip()}")
     manifest.read()

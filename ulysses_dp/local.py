@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ulysses_dp.kernels.flash_forward import flash_forward
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
+from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
 from ._arrays import empty_like, from_usm, scratch, tensor, to_usm, view
@@ -17,6 +16,7 @@ from ._trace import stage
 from ._validate import Geometry, Options, check_attention
 from .backend import AttnType
 from .reference import dense_attention
+from .schedule import choose
 
 # Query rows times head_dim from which the CPU kernel gets copies of k and v with the rows of a head next to each other. With
 # the heads in between, the rows of one head fall into an eighth of the cache sets. Measured for 8 heads of 64 and 128: 1.15 to
@@ -145,22 +145,13 @@ def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, grou
                 "head_shift": head_shift,
             }
             queue = q.sycl_queue
-            if schedule(queue.sycl_device, q.dtype, q.shape[3]) == "gpu":
+            schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1])
+            if schedule == "gpu":
                 flash_forward_gpu(q, k, v, out, lse, partial(scratch, queue, dtype=q.dtype), **options_of_kernel)
             else:
                 if q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM:
                     k, v = _head_major(k, v)
-                flash_forward(q, k, v, out, lse, **options_of_kernel)
-
-
-def schedule(device: Any, dtype: Any, head_dim: int) -> str:
-    """The kernel for a device: "gpu" where its registers and sub-groups fit, "cpu" everywhere else.
-
-    The environment variable ULYSSES_DP_SCHEDULE names one to use wherever it can run, to compare them.
-    """
-    wish = os.environ.get("ULYSSES_DP_SCHEDULE", "gpu" if device.is_gpu else "cpu")
-    fits = wish == "gpu" and dtype == np.float32 and head_dim in GPU_TILES and SUB_GROUP in device.sub_group_sizes
-    return "gpu" if fits else "cpu"
+                flash_forward(q, k, v, out, lse, tile=schedule, **options_of_kernel)
 
 
 def _head_major(k: Any, v: Any) -> tuple[Any, Any]:

@@ -103,7 +103,7 @@ setup(
     extras_require={
         "mpi": ["impi-rt>=2021.16"],
         "demo": ["matplotlib", "safetensors", "scikit-image>=0.25", "tqdm"],
-        "test": ["build", "hypothesis", "numpydoc>=1.8", "pytest>=8"],
+        "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8"],
         "peers": ["torch==2.13.0"],
         "dev": ["mypy", "numpydoc>=1.8", "ruff"],
     },

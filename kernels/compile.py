@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from . import flash_forward, flash_forward_gpu, manifest, relayout  # noqa: E402
 logging.disable(logging.NOTSET)
 
 KERNELS = (flash_forward, flash_forward_gpu, relayout)
+PARTS = 8
+SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 
 # numba loads the lowering of range, min, max, … only when it first compiles for the host
 cpu_target.target_context.refresh()
@@ -43,17 +47,16 @@ class _NoArray(USMNdArray):
 dpex_kernel_target.target_context.data_model_manager.register(_NoArray, EmptyStructModel)
 
 
-def _compile(function, parameters, dtype):
-    """The compiled kernel of `function`, whose arguments after the item and the empty array are `parameters`."""
-    real = getattr(types, dtype)
-    kinds = {
-        "pointer": types.CPointer(real, addrspace=1),
-        "table": types.CPointer(types.int64, addrspace=1),
-        "int64": types.int64,
-        "real": real,
-    }
+def _compile(function, parameters, type_names):
+    """The compiled kernel of `function`, whose arguments after the item and the empty array are `parameters`.
 
-    signature = (NdItemType(1), _NoArray(), *(kinds[kind] for _, kind in parameters))
+    The kinds of the parameters are "int64", "real", and pointers: "table" to int64, any other to the type of its name.
+    """
+    names = {"int64": "int64", "table": "int64", **type_names}
+    kinds = {kind: getattr(types, name) for kind, name in names.items()}
+    pointers = {kind: types.CPointer(kinds[kind], addrspace=1) for kind in names if kind not in SCALARS}
+
+    signature = (NdItemType(1), _NoArray(), *((kinds | pointers)[kind] for _, kind in parameters))
     dispatcher = dpex.kernel([signature])(function)
     (result,) = dispatcher.overloads.values()
     return result.kernel_device_ir_module
@@ -83,20 +86,34 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
     return np.concatenate([words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]).tobytes()
 
 
+def _compile_part(part: int) -> tuple[dict[str, dict], dict[str, bytes]]:
+    """Entries of the manifest and SPIR-V of every `PARTS`-th kernel, by name."""
+    entries, modules = {}, {}
+    variants = [(module, *variant) for module in KERNELS for variant in module.variants()]
+    for module, name, type_names, options in variants[part::PARTS]:
+        device_module = _compile(module.kernel(**options), module.ARGUMENTS, type_names)
+        spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
+        modules[name] = _with_sub_group(spirv, sub_group) if sub_group else spirv
+        entries[name] = {
+            "entry": device_module.kernel_name,
+            "build_options": getattr(module, "BUILD_OPTIONS", {}),
+            "arguments": [
+                (argument, type_names.get(kind, kind) if kind in SCALARS else "pointer") for argument, kind in module.ARGUMENTS
+            ],
+            "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
+        }
+        print("compiled", name, flush=True)
+    return entries, modules
+
+
 def main(folder: Path) -> None:
     entries, modules = {}, {}
-    for module in KERNELS:
-        for name, dtype, options in module.variants():
-            device_module = _compile(module.kernel(**options), module.ARGUMENTS, dtype)
-            spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
-            modules[name] = _with_sub_group(spirv, sub_group) if sub_group else spirv
-            entries[name] = {
-                "entry": device_module.kernel_name,
-                "build_options": getattr(module, "BUILD_OPTIONS", {}),
-                "arguments": [(argument, dtype if kind == "real" else kind) for argument, kind in module.ARGUMENTS],
-                "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
-            }
-            print("compiled", name, flush=True)
+    # Every part in a process of its own, on all cores: numba slows down with every function that it has compiled. The parts
+    # are the same on any machine, because the names of the entry points count the kernels of a process.
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for part_entries, part_modules in pool.map(_compile_part, range(PARTS)):
+            entries |= part_entries
+            modules |= part_modules
     # only now, so that what was there stays until it can be replaced
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.iterdir():

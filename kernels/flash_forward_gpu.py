@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-ARGUMENTS = flash_forward.ARGUMENTS
+ARGUMENTS = flash_forward.POINTERS + flash_forward.SCALARS
 
 
 class Tile(NamedTuple):
@@ -53,10 +53,10 @@ def name(head_dim: int) -> str:
     return f"flash_forward_gpu_float32_d{head_dim}"
 
 
-def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """What the build compiles: (kernel name, dtype, keyword arguments of `kernel`)."""
+def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
     for head_dim, tile in GPU_TILES.items():
-        yield name(head_dim), "float32", {"head_dim": head_dim, "tile": tile}
+        yield name(head_dim), {"pointer": "float32", "real": "float32"}, {"head_dim": head_dim, "tile": tile}
 
 
 def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
@@ -144,16 +144,13 @@ def flash_forward_gpu(
         panels = scratch("panels of q", (batch * heads * row_blocks * SUB_GROUP * head_dim,))
         pack_query(q, panels)
         q, q_place = panels, (place(panels)[0], 0, 0, 0)
-    lse_offset, lse_batch, lse_head, lse_seq = place(lse)
     launch(
         out.sycl_queue,
         name(head_dim),
         [x.usm_data for x in (q, k, v, out, lse)],
-        (
-            *(*q_place, *place(k)[:4], *place(v)[:4], *place(out)[:4]),
-            *(lse_offset, lse_batch, lse_seq, lse_head),
-            *(heads, group, head_shift, seq_q, k.shape[1], diagonal, row_blocks, head_dim),
-            *(scale * math.log2(math.e), 0.0),
+        flash_forward.scalars(
+            *(q_place, k, v, out, lse),
+            **{"scale": scale, "diagonal": diagonal, "group": group, "head_shift": head_shift, "row_blocks": row_blocks},
         ),
         groups=batch * heads * row_blocks,
         lanes=SUB_GROUP,

@@ -13,6 +13,7 @@ from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+_I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _F32 = ir.FloatType()
@@ -105,3 +106,65 @@ def exp2(typing_context, x):
         return _call_builtin(builder, "_Z4exp2d", _LLVM[x], [arguments[0]])
 
     return x(x), generate
+
+
+def _conversion(source, target):
+    """Make an intrinsic of one argument from the function that emits its code."""
+
+    def wrap(emit):
+        @intrinsic
+        def convert(typing_context, x):
+            if x != source:
+                raise TypingError(f"the conversion takes {source}, not {x}")
+
+            def generate(context, builder, signature, arguments):
+                return emit(builder, arguments[0])
+
+            return target(x), generate
+
+        return convert
+
+    return wrap
+
+
+@_conversion(types.uint16, types.float32)
+def _bfloat16_to_float32(builder, x):
+    return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), _F32)
+
+
+@_conversion(types.float32, types.uint16)
+def _bfloat16_from_float32(builder, x):
+    """Rounds to the nearest, ties to even; a nan stays one, whose payload the rounding could carry over to infinity."""
+    bits = builder.bitcast(x, _I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+    quiet = builder.or_(bits, ir.Constant(_I32, 0x400000))
+    result = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
+    return builder.trunc(builder.lshr(result, ir.Constant(_I32, 16)), _I16)
+
+
+@_conversion(types.uint16, types.float32)
+def _float16_to_float32(builder, x):
+    return builder.fpext(builder.bitcast(x, ir.HalfType()), _F32)
+
+
+@_conversion(types.float32, types.uint16)
+def _float16_from_float32(builder, x):
+    return builder.bitcast(builder.fptrunc(x, ir.HalfType()), _I16)
+
+
+@intrinsic
+def _same(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return arguments[0]
+
+    return x(x), generate
+
+
+CONVERSIONS = {
+    None: _same,
+    "bfloat16_to_float32": _bfloat16_to_float32,
+    "bfloat16_from_float32": _bfloat16_from_float32,
+    "float16_to_float32": _float16_to_float32,
+    "float16_from_float32": _float16_from_float32,
+}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dpctl
 from dpctl import SyclQueue
+from dpctl.memory import MemoryUSMDevice
 from dpctl.program import create_program_from_spirv
 
 from . import manifest
@@ -20,9 +21,11 @@ from . import manifest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 # DPCTLKernelArgType in dpctl_sycl_enum_types.h
-_TYPE_IDS = {"int64": 6, "float32": 8, "float64": 9, "pointer": 10, "table": 10}
+_TYPE_IDS = {"int64": 6, "float32": 8, "float64": 9, "pointer": 10}
 
 
 def _interface() -> Any:
@@ -92,6 +95,18 @@ def _arguments(name: str, scalars: tuple[float, ...]) -> _Arguments:
 @lru_cache(maxsize=256)
 def _range(n: int) -> Any:
     return (ctypes.c_size_t * 1)(n)
+
+
+def upload(queue: Any, x: np.ndarray) -> Any:
+    """Device memory with the numbers of a small C-contiguous array, to be read only; kept for the calls that follow."""
+    return _uploaded(queue, x.tobytes())
+
+
+@lru_cache(maxsize=64)
+def _uploaded(queue: Any, content: bytes) -> Any:
+    memory = MemoryUSMDevice(max(len(content), 1), queue=queue)
+    memory.copy_from_host(content or b"\0")
+    return memory
 
 
 def place(x: Any) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 A panel is a block of numbers with four axes `(row, batch, slot, width)`, for instance the query heads that go to one rank
 with slot = head and width = head_dim. All panels of a launch have the same rows and batch; a `Panel` says where one lies in
 its source and where it goes in its target. A work-group copies one (row, batch) of all panels: a few kilobytes that are
-contiguous on at least one side. Elements are moved as unsigned integers of their size, so the copy is bit-exact.
+contiguous on at least one side. Elements are moved as unsigned integers of their size, so the copy is bit-exact; between
+numbers of 16 bits, which float16 and bfloat16 arrays hold, and float32, in which attention computes, the copy converts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from dpctl.memory import MemoryUSMDevice
 
-from .launch import launch, place
+from .launch import launch, place, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,30 +51,43 @@ def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
 
 
 LANES = 16
-DTYPES = {4: "uint32", 8: "uint64"}
 MAX_ARRAYS = 3  # sources, and targets
 
+# (dtype of the sources, dtype of the targets): what is compiled. bfloat16 is stored as uint16, which USM arrays know.
+COPIES = {2: "uint16", 4: "uint32", 8: "uint64"}  # by itemsize
+HALVES = {"float16": "float16", "uint16": "bfloat16"}  # by dtype of the USM array
+
 ARGUMENTS = (
-    ("source_0", "pointer"), ("source_1", "pointer"), ("source_2", "pointer"),
-    ("target_0", "pointer"), ("target_1", "pointer"), ("target_2", "pointer"),
+    ("source_0", "source"), ("source_1", "source"), ("source_2", "source"),
+    ("target_0", "target"), ("target_1", "target"), ("target_2", "target"),
     ("table", "table"), ("panels", "int64"), ("batch", "int64"),
 )  # fmt: skip
 
 
-def name(itemsize: int) -> str:
-    """Name of the compiled kernel that copies elements of this size."""
-    return f"relayout_{DTYPES[itemsize]}"
+def name(source: Any, target: Any) -> str:
+    """Name of the compiled kernel that copies between arrays of these dtypes."""
+    if source == target or source.itemsize == target.itemsize:
+        return f"relayout_{COPIES[source.itemsize]}"
+    narrow, wide = sorted((source, target), key=lambda dtype: dtype.itemsize)
+    return f"relayout_{HALVES[str(narrow)]}_{'to' if wide == target else 'from'}_{wide}"
 
 
-def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """What the build compiles: (kernel name, dtype, keyword arguments of `kernel`)."""
-    for itemsize, dtype in DTYPES.items():
-        yield name(itemsize), dtype, {"lanes": LANES}
+def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
+    for dtype in COPIES.values():
+        yield f"relayout_{dtype}", {"source": dtype, "target": dtype}, {"lanes": LANES, "conversion": None}
+    for half in HALVES.values():
+        for direction, types in (("to", ("uint16", "float32")), ("from", ("float32", "uint16"))):
+            conversion = f"{half}_{direction}_float32"
+            options = {"lanes": LANES, "conversion": conversion}
+            yield f"relayout_{conversion}", dict(zip(("source", "target"), types, strict=True)), options
 
 
-def kernel(*, lanes: int) -> Callable[..., None]:
-    """Make the numba-dpex kernel function; the element type is that of its pointers."""
-    from .intrinsics import group_index, lane_index
+def kernel(*, lanes: int, conversion: str | None) -> Callable[..., None]:
+    """Make the numba-dpex kernel function; the element types are those of its pointers."""
+    from .intrinsics import CONVERSIONS, group_index, lane_index
+
+    convert = CONVERSIONS[conversion]
 
     columns = len(Panel._fields)
 
@@ -107,13 +120,14 @@ def kernel(*, lanes: int) -> Callable[..., None]:
                             value = source_1[i]
                         else:
                             value = source_2[i]
+                        converted = convert(value)
                         j = goal + slot * target_slot + d
                         if target == 0:
-                            target_0[j] = value
+                            target_0[j] = converted
                         elif target == 1:
-                            target_1[j] = value
+                            target_1[j] = converted
                         else:
-                            target_2[j] = value
+                            target_2[j] = converted
 
     return relayout
 
@@ -121,14 +135,11 @@ def kernel(*, lanes: int) -> Callable[..., None]:
 @lru_cache(maxsize=128)
 def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
     """The table of panels in device memory."""
-    numbers = np.array(panels, dtype=np.int64)
-    table = MemoryUSMDevice(numbers.nbytes, queue=queue)
-    table.copy_from_host(numbers.reshape(-1).view(np.uint8))
-    return table
+    return upload(queue, np.array(panels, dtype=np.int64))
 
 
 def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
-    """Copy `panels` from `sources` to `targets` (up to three USM arrays each, of one itemsize, on one queue)."""
+    """Copy `panels` from `sources` to `targets` (up to three USM arrays each, each three of one dtype, on one queue)."""
     panels = tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
     if not panels or rows * batch == 0:
         return
@@ -137,7 +148,7 @@ def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Pa
     memories = [(*arrays, *[arrays[0]] * (MAX_ARRAYS - len(arrays))) for arrays in (sources, targets)]
     launch(
         queue,
-        name(targets[0].dtype.itemsize),
+        name(sources[0].dtype, targets[0].dtype),
         [*(x.usm_data for arrays in memories for x in arrays), _table(queue, panels)],
         (len(panels), batch),
         groups=rows * batch,

@@ -1,5 +1,6 @@
 """Arrays and their parts: the global inputs that every rank draws alike, and what this rank passes of them."""
 
+import sys
 from itertools import cycle
 
 import dpctl
@@ -55,6 +56,8 @@ def as_kind(x, kind, queue=None):
     """A NumPy array as an array of another kind."""
     if kind == "numpy":
         return x
+    if kind in ("torch", "array_api_strict"):
+        return pytest.importorskip(kind).asarray(x)
     return {"dpnp": dpnp, "usm": tensor}[kind].asarray(x, sycl_queue=queue)
 
 
@@ -78,18 +81,25 @@ def as_numpy(x):
     """An array of any kind on the host."""
     if isinstance(x, dpnp.ndarray):
         return dpnp.asnumpy(x)
+    if isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ())):
+        x = x.detach()
+        return x.float().numpy() if "bfloat16" in str(x.dtype) else x.numpy()
+    if hasattr(x, "__array_namespace__") and not isinstance(x, np.ndarray | tensor.usm_ndarray):
+        return np.from_dlpack(x)
     return tensor.asnumpy(x) if isinstance(x, tensor.usm_ndarray) else x
 
 
 def assert_like(result, given, shape, c_contiguous=True):
-    """The result has the kind, dtype and queue of what was given, and this shape."""
+    """The result has the kind, dtype and queue or device of what was given, and this shape."""
     assert type(result) is type(given)
     assert result.dtype == given.dtype
     assert tuple(result.shape) == tuple(shape)
-    if not isinstance(given, np.ndarray):
-        assert result.sycl_queue == given.sycl_queue
-    if c_contiguous:
+    for place in ("sycl_queue", "device"):
+        assert getattr(result, place, None) == getattr(given, place, None)
+    if c_contiguous and hasattr(result, "flags"):
         assert result.flags["C_CONTIGUOUS"]
+    if c_contiguous and hasattr(result, "is_contiguous"):
+        assert result.is_contiguous()
 
 
 def new_queue():

@@ -55,9 +55,13 @@ BAD_ARRAYS = {
     "heads": (lambda: {"q": ones(1, 3, 5, 8)}, ValueError, "heads of q .* not 5 and 2"),
     "no kv heads": (lambda: {"k": ones(1, 3, 0, 8), "v": ones(1, 3, 0, 8)}, ValueError, "heads of q .* not 4 and 0"),
     "dtypes": (lambda: {"k": ones(1, 3, 2, 8, dtype=np.float64)}, TypeError, "q, k and v must have one dtype"),
-    "int": (lambda: qkv(lambda x: x.astype(int)), TypeError, "q has dtype int64; supported are float32 and float64"),
+    "int": (
+        lambda: qkv(lambda x: x.astype(int)),
+        TypeError,
+        "q has dtype int64; supported are float32",
+    ),
     "complex": (lambda: qkv(lambda x: x.astype(np.complex64)), TypeError, "q has dtype complex64"),
-    "float16": (lambda: qkv(lambda x: x.astype(np.float16)), TypeError, "q has dtype float16"),
+    "uint16": (lambda: qkv(lambda x: x.astype(np.uint16)), TypeError, "q has dtype uint16; .* give dtype='bfloat16'"),
     "big-endian": (lambda: qkv(lambda x: x.astype(">f4")), TypeError, "q has dtype >f4; .* native byte order"),
     "object": (lambda: {"v": arguments()["v"].astype(object)}, TypeError, "v has dtype object"),
     "queues": (lambda: qkv(lambda x: as_kind(x, "dpnp", new_queue())), ValueError, "q, k and v must be on one queue"),
@@ -76,18 +80,23 @@ BAD_OPTIONS = [
     ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be finite, not nan"),
     ({"softmax_scale": -np.inf}, ValueError, "softmax_scale must be finite, not -inf"),
     ({"softmax_scale": -(10**400)}, ValueError, r"softmax_scale must be at most 1e\+30 in size"),
-    ({"window_size": ((1, 2), 3)}, NotImplementedError, "window_size is not supported yet"),
+    ({"window_size": ((1, 2), 3)}, TypeError, "window_size must be an integer, not tuple"),
     ({"causal": 1}, TypeError, "causal must be a bool, not int"),
     ({"causal": None}, TypeError, "causal must be a bool, not NoneType"),
-    ({"window_size": (3, 0)}, NotImplementedError, "window_size is not supported yet"),
-    ({"window_size": None}, NotImplementedError, "window_size is not supported yet"),
-    ({"alibi_slopes": ones(4)}, NotImplementedError, "alibi_slopes is not supported yet"),
+    ({"window_size": (3, -2)}, ValueError, r"window_size must be at least 0, or -1 for no limit, not \(3, -2\)"),
+    ({"window_size": None}, TypeError, r"window_size must be two integers \(left, right\), not None"),
+    ({"alibi_slopes": ones(3)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(1, 4\), .* not \(3,\)"),
 ]
 BAD_KEYWORDS = [
     ({"return_lse": 0}, TypeError, "return_lse must be a bool, not int"),
     ({"attn_type": "numpy"}, TypeError, "attn_type must be a member of AttnType, not 'numpy'"),
-    ({"softcap": 30.0}, NotImplementedError, "softcap is not supported yet"),
-    ({"sinks": ones(4)}, NotImplementedError, "sinks is not supported yet"),
+    ({"softcap": -30.0}, ValueError, "softcap must be positive, or 0 for none, not -30.0"),
+    ({"sinks": ones(3)}, ValueError, r"sinks must have shape \(4,\), one for every head, not \(3,\)"),
+    ({"layout": "bdsh"}, ValueError, "layout must be one of bhsd, bshd, sbhd, thd, not 'bdsh'"),
+    ({"layout": (0, 1, 2, 2)}, ValueError, "layout must be one of"),
+    ({"layout": 3}, TypeError, "layout must be a string, not int"),
+    ({"dtype": np.float32}, TypeError, "dtype must be a string, not type"),
+    ({"dtype": "float64"}, TypeError, "q has dtype float32, but dtype is 'float64'"),
 ]
 BAD_EXCHANGE = [
     ({"exchange": "fast"}, ValueError, "exchange must be one of 'auto', 'device', 'host', not 'fast'"),
@@ -95,8 +104,8 @@ BAD_EXCHANGE = [
     ({"exchange": ["auto"]}, ValueError, "exchange must be one of"),
 ]
 BAD_DROPOUT = [
-    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p is not supported yet"),
-    ({"dropout_p": None}, NotImplementedError, "dropout_p is not supported yet"),
+    ({"dropout_p": 0.1}, ValueError, "seed must be given with dropout_p = 0.1"),
+    ({"dropout_p": None}, TypeError, "dropout_p must be a real number, not NoneType"),
 ]
 
 
@@ -152,7 +161,7 @@ LAYER_ARRAYS = {
     "shapes": (lambda: {"value": ones(1, 2, 2, 8)}, ValueError, "key and value must have the same shape, not query: "),
     "heads": (lambda: {"query": ones(1, 3, 5, 8)}, ValueError, "the heads of query .* those of key and value"),
 }
-BAD_SOFTCAP = [({"softcap": 30.0}, NotImplementedError, "softcap is not supported yet")]
+BAD_SOFTCAP = [({"softcap": "30"}, TypeError, "softcap must be a real number, not str")]
 BAD_PROBS = [({"return_attn_probs": 1}, TypeError, "return_attn_probs must be a bool, not int")]
 BAD_FOR_LAYER = with_arrays(LAYER_ARRAYS) + with_options(BAD_OPTIONS + BAD_DROPOUT + BAD_SOFTCAP + BAD_PROBS)
 BAD_FOR_FUNCTION = with_arrays({"q": BAD_ARRAYS["q of 3 axes"]}) + with_options(BAD_OPTIONS + BAD_DROPOUT + BAD_PROBS)

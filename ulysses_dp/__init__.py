@@ -10,6 +10,7 @@ from .attention import ulysses_attention  # noqa: E402
 from .backend import AttnType  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
+from .merge import merge_attention  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, scatter_heads  # noqa: E402
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "free_workspace",
     "gather_heads",
+    "merge_attention",
     "scatter_heads",
     "trace",
     "ulysses_attention",

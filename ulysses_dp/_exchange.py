@@ -127,8 +127,8 @@ def _all_to_all(name: str, comm: Any, route: Route, trade: Trade, send: Any, rec
             incoming = scratch(target.sycl_queue, "host incoming", target.shape, target.dtype, "host")
             if source.size:
                 source.sycl_queue.memcpy(outgoing.usm_data, source.usm_data, source.nbytes)
-        # elements, not bytes, are counted: an int holds four or eight times as many
-        element = {4: _mpi().INT32_T, 8: _mpi().INT64_T}[itemsize]
+        # elements, not bytes, are counted: an int holds two to eight times as many
+        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[itemsize]
         if trade.even:
             comm.Alltoall([_buffer(outgoing), send_counts[0], element], [_buffer(incoming), receive_counts[0], element])
         else:

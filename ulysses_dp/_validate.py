@@ -7,41 +7,27 @@ argument on one rank raises the same exception on every rank, and the communicat
 
 from __future__ import annotations
 
-import math
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
 from . import _exchange
-from ._arrays import Kind, kind_of
+from ._arrays import Kind, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
+from ._layout import LAYOUTS, PACKED, Layout, to_bshd
 from ._partition import group_size
-from .backend import AttnType
 from .device import default_queue
-from .schedule import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
+# dtypes, and the one in which attention computes with each
+COMPUTE_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 EXCHANGES = ("auto", "device", "host")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of attention that change its result; every rank must pass the same."""
-
-    softmax_scale: float
-    causal: bool
-    return_lse: bool
-    attn_type: AttnType
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,11 @@ class Geometry:
     kv_heads: int
     head_dim: int
     dtype: str
+
+    @property
+    def compute_dtype(self) -> str:
+        """In which dtype attention computes, and gives lse."""
+        return COMPUTE_DTYPES[self.dtype]
 
     @property
     def group(self) -> int:
@@ -73,110 +64,114 @@ class Names(NamedTuple):
 NAMES = Names()
 
 
-def check_attention(q: Any, k: Any, v: Any, names: Names = NAMES, **options: Any) -> tuple[Kind, Geometry, Options]:
-    """Check all arguments of a call of attention."""
-    kind, geometry = check_inputs(q, k, v, names)
-    choose(device_of(q, kind), q.dtype, geometry.head_dim, q.shape[1])  # a bad environment variable of this rank
-    return kind, geometry, check_options(geometry.head_dim, names, **options)
-
-
-def check_options(
-    head_dim: int,
-    names: Names,
-    *,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    return_lse: Any,
-    attn_type: Any,
-    sinks: Any = None,
-    dropout_p: Any = 0.0,
-) -> Options:
-    """Check the options; the default of the scale is filled in."""
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(head_dim)
-    if not isinstance(softmax_scale, numbers.Real) or isinstance(softmax_scale, bool):
-        raise TypeError(f"softmax_scale must be a real number or None, not {type(softmax_scale).__name__}")
-    size: Any = abs(softmax_scale)
-    if not size < math.inf:
-        raise ValueError(f"softmax_scale must be finite, not {softmax_scale}")
-    if size > MAX_SCALE:
-        raise ValueError(f"softmax_scale must be at most {MAX_SCALE:g} in size, not {softmax_scale}")
-    for name, flag in (("causal", causal), (names.return_lse, return_lse)):
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name} must be a bool, not {type(flag).__name__}")
-    if not isinstance(attn_type, AttnType):
-        raise TypeError(f"attn_type must be a member of AttnType, not {attn_type!r}")
-    check_unsupported(window_size=(window_size, (-1, -1)), softcap=(softcap, 0.0))
-    check_unsupported(alibi_slopes=(alibi_slopes, None), sinks=(sinks, None), dropout_p=(dropout_p, 0.0))
-    return Options(float(softmax_scale), bool(causal), bool(return_lse), attn_type)
-
-
-def check_unsupported(**options: tuple[Any, Any]) -> None:
-    """Refuse options that are part of a signature but not built yet, given as ``name=(value, neutral value)``."""
-    for name, (value, neutral) in options.items():
-        if isinstance(neutral, tuple):
-            unused = isinstance(value, (tuple, list, np.ndarray)) and tuple(value) == neutral
-        elif neutral is None:
-            unused = value is None
-        else:
-            unused = isinstance(value, numbers.Real) and value == neutral
-        if not unused:
-            raise NotImplementedError(f"{name} is not supported yet; leave it at {neutral}")
-
-
-def check_array(name: str, x: Any) -> Kind:
-    """Check the kind, the number of axes and the dtype of one array."""
+def check_kind(name: str, x: Any) -> Kind:
+    """Check that it is an array that we know, and that it can be used."""
     kind = kind_of(x)
     if kind is None:
         expected = ", ".join(k.value for k in Kind)
         raise TypeError(f"{name} must be an array ({expected}), not {type(x).__module__}.{type(x).__qualname__}")
-    if x.ndim != 4:
-        raise ValueError(f"{name} must have the 4 axes (batch, seq, heads, head_dim), not shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; supported are float32 and float64 in native byte order")
+    if (refused := obstacle(x, kind)) is not None:
+        error, message = refused
+        raise error(f"{name} {message}")
     return kind
 
 
-def device_of(x: Any, kind: Kind) -> Any:
-    """The device on which an array is, or for NumPy will be."""
-    return (default_queue() if kind is Kind.NUMPY else x.sycl_queue).sycl_device
+def check_array(name: str, x: Any, layout: Layout = "bshd", dtype: str | None = None) -> Kind:
+    """Check the kind and the number of axes of one array, and that attention knows its dtype."""
+    kind = check_axis_count(name, x, layout)
+    check_dtype(name, x, dtype)
+    return kind
 
 
-def check_device(x: Any, kind: Kind) -> None:
+def check_axis_count(name: str, x: Any, layout: Layout = "bshd") -> Kind:
+    """Check the kind and the number of axes of one array."""
+    kind = check_kind(name, x)
+    if layout == PACKED:
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have the 3 axes (total, heads, head_dim), not shape {tuple(x.shape)}")
+    elif x.ndim != 4:
+        raise ValueError(f"{name} must have the 4 axes (batch, seq, heads, head_dim), not shape {tuple(x.shape)}")
+    return kind
+
+
+def check_dtype(name: str, x: Any, dtype: str | None) -> str:
+    """Check the dtype of an array, which for uint16 the user says; returns its name."""
+    given = dtype_of(x)
+    if given == "uint16" and dtype == "bfloat16":
+        return dtype
+    if given not in COMPUTE_DTYPES:
+        hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
+        raise TypeError(f"{name} has dtype {given}; supported are {', '.join(COMPUTE_DTYPES)} in native byte order{hint}")
+    if dtype is not None and dtype != given:
+        raise TypeError(f"{name} has dtype {given}, but dtype is {dtype!r}")
+    return given
+
+
+def check_layout(layout: Any, dtype: Any) -> None:
+    """Check the names of the layout and of the dtype."""
+    for name, value, known in (("layout", layout, {*LAYOUTS, PACKED}), ("dtype", dtype, {None, *COMPUTE_DTYPES})):
+        if not isinstance(value, str | tuple | None):
+            raise TypeError(f"{name} must be a string, not {type(value).__name__}")
+        if value not in known and not (name == "layout" and isinstance(value, tuple) and set(value) == {0, 1, 2, 3}):
+            raise ValueError(f"{name} must be one of {', '.join(sorted(filter(None, known)))}, not {value!r}")
+
+
+def device_of(x: Any) -> Any:
+    """The device on which an array is, or from the host will be."""
+    kind = kind_of(x)
+    if on_host(x, kind):
+        return default_queue().sycl_device
+    return (to_usm(x) if kind is Kind.TORCH else x).sycl_queue.sycl_device
+
+
+def check_aspects(x: Any, *aspects: tuple[str, str]) -> None:
+    """Check that there is a device for the array, and that it has the dtype: pairs of dtype and needed aspect."""
+    device, dtype = device_of(x), dtype_of(x)
+    for needs, aspect in aspects:
+        if dtype == needs and not getattr(device, f"has_aspect_{aspect}"):
+            raise TypeError(f"{dtype} is not supported by the device {device.name.strip()}")
+
+
+def check_device(x: Any) -> None:
     """Check that there is a device for the array, with kernels for its dtype: before the other ranks rely on this one."""
-    device = device_of(x, kind)
-    if x.dtype == np.float64 and not device.has_aspect_fp64:
-        raise TypeError(f"float64 is not supported by the device {device.name.strip()}")
+    check_aspects(x, ("float64", "fp64"))  # float16 is storage here: the kernels compute in float32
     manifest.read()
 
 
-def check_inputs(q: Any, k: Any, v: Any, names: Names) -> tuple[Kind, Geometry]:
-    """Check q, k and v against each other."""
-    kinds = (check_array(names.q, q), check_array(names.k, k), check_array(names.v, v))
-    geometry = _check_shapes(names, kinds, (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype))
-    kind = kinds[0]
-    if kind is not Kind.NUMPY and not q.sycl_queue == k.sycl_queue == v.sycl_queue:
-        queues = _each(names, (_describe(x.sycl_queue) for x in (q, k, v)))
-        raise ValueError(f"{names.q}, {names.k} and {names.v} must be on one queue, not {queues}")
-    check_device(q, kind)
-    return kind, geometry
+def check_places(names: Sequence[str], arrays: Sequence[Any], kind: Kind) -> None:
+    """Check that arrays of one kind are on one queue, or one device."""
+    places = [place_of(x, kind) for x in arrays]
+    if places.count(places[0]) < len(places):
+        if kind in (Kind.DPNP, Kind.USM):
+            raise ValueError(f"{_join(names)} must be on one queue, not {_each(names, map(_describe, places))}")
+        raise ValueError(f"{_join(names)} must be on one device, not {_each(names, places)}")
+
+
+def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Any, dtype: Any) -> tuple[tuple[Any, Any, Any], Geometry]:
+    """Check q, k and v against each other; returns them as views (batch, seq, heads, head_dim)."""
+    check_layout(layout, dtype)
+    arrays = q, k, v
+    kinds = tuple(check_array(name, x, layout, dtype) for name, x in zip(names[:3], arrays, strict=True))
+    views = to_bshd(q, layout), to_bshd(k, layout), to_bshd(v, layout)
+    dtypes = tuple(dtype if dtype is not None and dtype_of(x) == "uint16" else dtype_of(x) for x in arrays)
+    geometry = _check_shapes(names, kinds, tuple(tuple(x.shape) for x in views), dtypes)
+    check_places(names[:3], arrays, kinds[0])
+    check_device(q)
+    return views, geometry
 
 
 @lru_cache(maxsize=1024)
 def _check_shapes(
-    names: Names, kinds: tuple[Kind, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...]
+    names: Names, kinds: tuple[Kind, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
 ) -> Geometry:
     """The checks of `check_inputs` that calls with the same shapes need not repeat."""
     q, k, v = names[:3]
     if len(set(kinds)) > 1:
-        given = _each(names, (kind.value for kind in kinds))
+        given = _each(names[:3], (kind.value for kind in kinds))
         raise TypeError(f"{q}, {k} and {v} must be arrays of one kind, not {given}")
     if len(set(dtypes)) > 1:
-        raise TypeError(f"{q}, {k} and {v} must have one dtype, not {_each(names, dtypes)}")
-    given = _each(names, shapes)
+        raise TypeError(f"{q}, {k} and {v} must have one dtype, not {_each(names[:3], dtypes)}")
+    given = _each(names[:3], shapes)
     (batch, _, heads, head_dim), (k_batch, _, kv_heads, k_head_dim), _ = shapes
     if shapes[1] != shapes[2]:
         raise ValueError(f"{k} and {v} must have the same shape, not {given}")
@@ -188,7 +183,7 @@ def _check_shapes(
         raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
     if (heads % kv_heads) if kv_heads else heads:
         raise ValueError(f"the heads of {q} must be a multiple of those of {k} and {v}, not {heads} and {kv_heads}")
-    return Geometry(batch, heads, kv_heads, head_dim, str(dtypes[0]))
+    return Geometry(batch, heads, kv_heads, head_dim, dtypes[0])
 
 
 def check_exchange(exchange: Any) -> None:
@@ -288,8 +283,12 @@ def _raise_everywhere(comm: Any, function: str, error: Exception | None, common:
             raise ValueError(f"{function}: {name} must be the same on all ranks, not {given}")
 
 
-def _each(names: Names, values: Iterable[Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in zip(names[:3], values, strict=True))
+def _join(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _each(names: Sequence[str], values: Iterable[Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
 
 
 def _describe(queue: Any) -> str:

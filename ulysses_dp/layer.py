@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._layout import axes_to_bshd
 from ._validate import Names, check_axes
 from .attention import distributed
 from .backend import AttnType
-from .redistribute import axes_to_bshd
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")
@@ -72,32 +72,40 @@ class UlyssesAttention:
         alibi_slopes: Any = None,
         deterministic: bool = False,
         return_attn_probs: bool = False,
+        *,
+        bias: Any = None,
+        key_padding_mask: Any = None,
+        sinks: Any = None,
+        seed: int | None = None,
+        dtype: str | None = None,
     ) -> Any:
         """Attention of the rows of this rank. Collective over the group; see `ulysses_attention` for what is raised.
 
         Parameters
         ----------
-        query, key, value : dpnp.ndarray, usm_ndarray or numpy.ndarray
-            Rows of this rank, float32 or float64; (batch, seq_local, heads, head_dim) unless the layer was made with other
-            axes. key and value may have fewer heads, of which the heads of query are a multiple.
+        query, key, value : arrays of one kind, dtype and device
+            Rows of this rank, of any kind and dtype that `ulysses_attention` takes; (batch, seq_local, heads, head_dim) unless
+            the layer was made with other axes. key and value may have fewer heads, of which the heads of query are a multiple.
         dropout_p : float
-            Not supported yet; NotImplementedError unless 0.
+            Probability with which a weight is dropped; needs `seed`.
         softmax_scale : float, optional
             Factor of the dot products; 1/sqrt(head_dim) by default.
         causal : bool
             Query i sees the keys j <= i + seq_k - seq_q.
         window_size, softcap, alibi_slopes
-            Not supported yet; NotImplementedError unless left at their defaults.
+            As in `ulysses_attention`.
         deterministic : bool
             The result is bit-identical on repetition either way.
         return_attn_probs : bool
-            Return ``(out, lse, None)`` as flash-attn does without dropout.
+            Return ``(out, lse, None)``, as flash-attn does without dropout.
+        bias, key_padding_mask, sinks, seed, dtype
+            As in `ulysses_attention`.
 
         Returns
         -------
-        out : same kind, dtype and queue as query
+        out : same kind, dtype and device as query
             Shape of query.
-        lse : same kind, dtype and queue as query
+        lse : same kind and device as query
             Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
         """
         return _flash_attn(
@@ -107,7 +115,7 @@ class UlyssesAttention:
             value,
             return_attn_probs,
             comm=self.sequence_process_group,
-            axes=self._axes,
+            layout=self._axes,
             names=_CLASS_NAMES,
             dropout_p=dropout_p,
             softmax_scale=softmax_scale,
@@ -115,6 +123,11 @@ class UlyssesAttention:
             window_size=window_size,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
+            bias=bias,
+            key_padding_mask=key_padding_mask,
+            sinks=sinks,
+            seed=seed,
+            dtype=dtype,
             attn_type=self.attn_type,
         )
 
@@ -131,6 +144,13 @@ def ulysses_flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     group: Any = None,
+    *,
+    softcap: float = 0.0,
+    bias: Any = None,
+    key_padding_mask: Any = None,
+    sinks: Any = None,
+    seed: int | None = None,
+    dtype: str | None = None,
 ) -> Any:
     """`ulysses_attention` with the signature of ``flash_attn_func``, plus the communicator.
 
@@ -138,28 +158,31 @@ def ulysses_flash_attn_func(
 
     Parameters
     ----------
-    q, k, v : dpnp.ndarray, usm_ndarray or numpy.ndarray
-        Rows of this rank, (batch, seq_local, heads, head_dim), float32 or float64; k and v may have fewer heads.
+    q, k, v : arrays of one kind, dtype and device
+        Rows of this rank, of any kind and dtype that `ulysses_attention` takes, (batch, seq_local, heads, head_dim); k and v
+        may have fewer heads.
     dropout_p : float
-        Not supported yet; NotImplementedError unless 0.
+        Probability with which a weight is dropped; needs `seed`.
     softmax_scale : float, optional
         Factor of the dot products; 1/sqrt(head_dim) by default.
     causal : bool
         Query i sees the keys j <= i + seq_k - seq_q.
     window_size, alibi_slopes
-        Not supported yet; NotImplementedError unless left at their defaults.
+        As in `ulysses_attention`.
     deterministic : bool
         The result is bit-identical on repetition either way.
     return_attn_probs : bool
-        Return ``(out, lse, None)`` as flash-attn does without dropout.
+        Return ``(out, lse, None)``, as flash-attn does without dropout.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
+    softcap, bias, key_padding_mask, sinks, seed, dtype
+        As in `ulysses_attention`.
 
     Returns
     -------
-    out : same kind, dtype and queue as q
+    out : same kind, dtype and device as q
         (batch, seq_local, heads, head_dim).
-    lse : same kind, dtype and queue as q
+    lse : same kind and device as q
         Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
 
     Raises
@@ -183,13 +206,19 @@ def ulysses_flash_attn_func(
         v,
         return_attn_probs,
         comm=group,
+        layout="bshd",
         names=_FUNCTION_NAMES,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
-        softcap=0.0,
+        softcap=softcap,
         alibi_slopes=alibi_slopes,
+        bias=bias,
+        key_padding_mask=key_padding_mask,
+        sinks=sinks,
+        seed=seed,
+        dtype=dtype,
         attn_type=AttnType.INTEL_SYCL,
     )
 

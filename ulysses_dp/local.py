@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward import flash_forward
+from ulysses_dp.kernels.flash_forward import flash_forward, reference
 from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
 from ._arrays import empty_like, from_usm, scratch, tensor, to_usm, view
+from ._layout import Layout, axes_of, from_bshd, inverse, lse_to_user
+from ._options import Options, check_attention
 from ._trace import stage
-from ._validate import Geometry, Options, check_attention
 from .backend import AttnType
-from .reference import dense_attention
 from .schedule import choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._validate import Geometry
 
 # Query rows times head_dim from which the CPU kernel gets copies of k and v with the rows of a head next to each other. With
 # the heads in between, the rows of one head fall into an eighth of the cache sets. Measured for 8 heads of 64 and 128: 1.15 to
@@ -35,27 +41,62 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    bias: Any = None,
+    key_padding_mask: Any = None,
     sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
     return_lse: bool = False,
     attn_type: AttnType = AttnType.INTEL_SYCL,
 ) -> Any:
-    """Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
+    r"""Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
 
     Not collective. Returns when the result is complete.
 
     Parameters
     ----------
-    q : dpnp.ndarray, usm_ndarray or numpy.ndarray
-        Queries, (batch, seq_q, heads, head_dim), float32 or float64, any strides. head_dim is at most 256.
-    k, v : same kind, dtype and queue as q
+    q : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
+        Queries, (batch, seq_q, heads, head_dim) or what `layout` says; float32, float64, float16 or bfloat16, any strides.
+        head_dim is at most 256.
+    k, v : same kind, dtype and device as q
         Keys and values, (batch, seq_k, kv_heads, head_dim). heads is a multiple of kv_heads: query head h reads kv head
         ``h // (heads // kv_heads)``.
     softmax_scale : float, optional
         Factor of the dot products; 1/sqrt(head_dim) by default.
     causal : bool
         Query i sees the keys j <= i + seq_k - seq_q: the mask is aligned to the last query and key, as in flash-attn.
-    window_size, softcap, alibi_slopes, sinks
-        Not supported yet; NotImplementedError unless left at their defaults.
+    window_size : (int, int)
+        Query i sees the keys from i + seq_k - seq_q - left to i + seq_k - seq_q + right; -1 means no limit. Keys outside the
+        window take no time.
+    softcap : float
+        If positive, a score s becomes softcap * tanh(s / softcap), before ALiBi and bias.
+    alibi_slopes : array or sequence of float, optional
+        (heads,) or (batch, heads): slope * \|i + seq_k - seq_q - j\| is subtracted from the score of query i and key j.
+    bias : array, optional
+        Added to the scores; 4 axes, broadcastable to (batch, heads, seq_q, seq_k), float32, float64, float16 or bfloat16, on
+        the host or on the queue of q. What it repeats by strides of 0 is not copied. -inf hides a key.
+    key_padding_mask : array of bool, optional
+        (batch, seq_k): True for the keys that take part.
+    sinks : array or sequence of float, optional
+        (heads,): a logit per head, whose exponential is added to the softmax denominator.
+    cu_seqlens_q, cu_seqlens_k : array or sequence of int, optional
+        With layout "thd": where the packed sequences start, from 0 to the number of rows. Queries of a sequence see keys of the
+        same sequence only, and `causal`, `window_size` and `alibi_slopes` count within it. `cu_seqlens_k` is `cu_seqlens_q` by
+        default.
+    dropout_p : float
+        Probability with which a weight is dropped; those that stay are divided by 1 - dropout_p. Which ones are dropped is a
+        function of seed, batch, head, query and key alone (Philox4x32-10).
+    seed : int, optional
+        From 0 to 2**64 - 1; needed if dropout_p is positive.
+    layout : {"bshd", "sbhd", "bhsd", "thd"} or tuple of int
+        The axes of q, k, v and out: b batch, s seq, h heads, d head_dim; t the rows of all packed sequences, which count as one
+        batch in bias, key_padding_mask and dropout. A tuple says which axes are batch, seq, heads and head_dim.
+    dtype : str, optional
+        "bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     attn_type : AttnType
@@ -63,24 +104,25 @@ def attention(
 
     Returns
     -------
-    out : same kind, dtype and queue as q
-        (batch, seq_q, heads, head_dim), C-contiguous. Zeros for a query that sees no key.
-    lse : same kind, dtype and queue as q
-        Only with `return_lse`: natural logarithm of the sum of exp(score), (batch, heads, seq_q); -inf for a query that
-        sees no key.
+    out : same kind, dtype and device as q
+        The axes of q, C-contiguous. Zeros for a query that sees no key.
+    lse : same kind and device as q
+        Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q), or (heads, total) with
+        layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
 
     Raises
     ------
     TypeError
         An argument is not of a supported kind or dtype, or the kinds or dtypes of q, k and v differ.
     ValueError
-        The shapes do not fit each other, head_dim is above 256, or the arrays are on different queues.
+        The shapes do not fit each other, a number is out of range, or the arrays are on different queues or devices.
     NotImplementedError
-        An option that is not supported yet is given.
+        A torch tensor requires a gradient.
 
     Notes
     -----
-    The kernel follows FlashAttention-2 (Dao, arXiv:2307.08691); see ``kernels/flash_forward.py``.
+    The kernel follows FlashAttention-2 (Dao, arXiv:2307.08691); see ``kernels/flash_forward.py``. 16-bit arrays are computed in
+    float32, in copies. A key that a query does not see has no influence on it, even if it is nan or infinite.
 
     Examples
     --------
@@ -95,74 +137,120 @@ def attention(
     True
     """
     # Validate inputs.
-    kind, geometry, options = check_attention(
-        q,
-        k,
-        v,
+    views, geometry, options = check_attention(
+        *(q, k, v),
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        bias=bias,
+        key_padding_mask=key_padding_mask,
         sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+        dtype=dtype,
         return_lse=return_lse,
         attn_type=attn_type,
     )
+    options.check_lengths("attention", views[0].shape[1], views[1].shape[1])
     # Delegate.
-    q, k, v = (to_usm(x, kind) for x in (q, k, v))
-    out, lse = attend_whole(q, k, v, geometry, options)
-    return (from_usm(out, kind), from_usm(lse, kind)) if options.return_lse else from_usm(out, kind)
+    q_usm, k_usm, v_usm = (to_usm(x) for x in views)
+    out, lse = attend_whole(q_usm, k_usm, v_usm, geometry, options)
+    return results_to_user(out, lse, options, q)
 
 
 def attend_whole(q: Any, k: Any, v: Any, geometry: Geometry, options: Options) -> tuple[Any, Any]:
-    """Attention of USM arrays with all rows and all heads, into new arrays."""
-    q, k, v = (_dense_last_axis(x) for x in (q, k, v))
-    out = empty_like(q, q.shape)
+    """Attention of USM arrays with all rows and all heads, into new arrays; out is C-contiguous in the order of the layout."""
+    out = empty_out(q, options.layout)
     lse_shape = (geometry.batch, geometry.heads, q.shape[1])
-    lse = empty_like(q, lse_shape) if options.return_lse else scratch(q.sycl_queue, "lse", lse_shape, q.dtype)
+    if options.return_lse:
+        lse = empty_like(q, lse_shape, geometry.compute_dtype)
+    else:
+        lse = scratch(q.sycl_queue, "lse", lse_shape, np.dtype(geometry.compute_dtype))
     attend(q, k, v, out, lse, options, group=geometry.group)
     return out, lse
 
 
-def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, group: int, head_shift: int = 0) -> None:
-    """Compute attention of USM arrays into `out` and `lse`; query head h reads kv head ``(h + head_shift) // group``."""
+def empty_out(q: Any, layout: Layout) -> Any:
+    """A new USM array for the result, (batch, seq, heads, head_dim), that is C-contiguous in the order of the layout.
+
+    Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd.
+    """
+    axes = axes_of(layout)
+    if axes[3] != 3:
+        return empty_like(q, q.shape)
+    order = inverse(axes)
+    return tensor.permute_dims(empty_like(q, tuple(q.shape[axis] for axis in order)), axes)
+
+
+def results_to_user(out: Any, lse: Any, options: Options, like: Any) -> Any:
+    """The results of USM arrays as the user wants them: the axes of the layout, and the kind of `like`."""
+    out = from_usm(from_bshd(out, options.layout), like)
+    return (out, from_usm(lse_to_user(lse, options.layout), like)) if options.return_lse else out
+
+
+def attend(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, group: int, head_shift: int = 0, first_head: int = 0
+) -> None:
+    """Compute attention of USM arrays into `out` and `lse`.
+
+    Query head h reads kv head ``(h + head_shift) // group``, and is number ``h + first_head`` of all heads. `out` is dense in
+    the last axis.
+    """
     with stage("attention"):
         if out.size == 0:
             return
-        if options.attn_type is AttnType.NUMPY:
-            kv = (np.arange(q.shape[2]) + head_shift) // group
-            queries, keys, values = (tensor.asnumpy(x) for x in (q, k, v))
-            results = dense_attention(
-                queries, keys[:, :, kv], values[:, :, kv], softmax_scale=options.softmax_scale, causal=options.causal
-            )
-            for target, result in zip((out, lse), results, strict=True):
-                target[...] = tensor.asarray(result, dtype=target.dtype, sycl_queue=target.sycl_queue)
+        halves = q.dtype.itemsize == 2
+        result = out
+        if halves:
+            (q,) = _head_major((q,), "q float32", lse.dtype)
+            k, v = _head_major((k, v), "k, v", lse.dtype)
+            result = view(scratch(q.sycl_queue, "out float32", (q.size,), q.dtype), 0, q.shape, q.strides)
         else:
-            options_of_kernel = {
-                "scale": options.softmax_scale,
-                "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
-                "group": group,
-                "head_shift": head_shift,
-            }
-            queue = q.sycl_queue
-            schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1])
-            if schedule == "gpu":
-                flash_forward_gpu(q, k, v, out, lse, partial(scratch, queue, dtype=q.dtype), **options_of_kernel)
-            else:
-                if q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM:
-                    k, v = _head_major(k, v)
-                flash_forward(q, k, v, out, lse, tile=schedule, **options_of_kernel)
+            q, k, v = (_dense_last_axis(x) for x in (q, k, v))
+        extras = options.extras(q, k.shape[1], first_head)
+        arguments = {
+            "scale": options.softmax_scale,
+            "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
+            "group": group,
+            "head_shift": head_shift,
+        }
+        queue = q.sycl_queue
+        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1])
+        if options.attn_type is AttnType.NUMPY:
+            if extras is not None and extras.bias is not None:
+                extras = replace(extras, bias=tensor.asnumpy(extras.bias))
+            results = reference(*(tensor.asnumpy(x) for x in (q, k, v)), extras=extras, **arguments)
+            for target, dense in zip((result, lse), results, strict=True):
+                target[...] = tensor.asarray(dense, dtype=target.dtype, sycl_queue=queue)
+        elif schedule == "gpu" and extras is None:
+            flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=q.dtype), **arguments)
+        else:
+            if q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM and not _is_head_major(k, v):
+                k, v = _head_major((k, v), "k, v", k.dtype)
+            tile = schedule if schedule != "gpu" else None
+            flash_forward(q, k, v, result, lse, tile=tile, extras=extras, **arguments)
+        if halves:
+            copy_arrays((result,), (out,))
 
 
-def _head_major(k: Any, v: Any) -> tuple[Any, Any]:
-    """The arrays themselves if the rows of a head follow each other, or else such copies in scratch memory."""
-    _, seq, heads, width = k.shape
-    if k.strides[1] == v.strides[1] == width or k.size == 0:
-        return k, v
-    memory = scratch(k.sycl_queue, "k, v", (2 * k.size,), k.dtype)
+def _is_head_major(*arrays: Any) -> bool:
+    """Whether the rows of a head follow each other."""
+    return all(x.strides[1] == x.shape[3] or x.size == 0 for x in arrays)
+
+
+def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
+    """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
+    shape, size = arrays[0].shape, arrays[0].size
+    _, seq, heads, width = shape
+    memory = scratch(arrays[0].sycl_queue, slot, (len(arrays) * size,), dtype)
     strides = (heads * seq * width, width, seq * width, 1)
-    copies = view(memory, 0, k.shape, strides), view(memory, k.size, k.shape, strides)
-    _copy((k, v), copies)
+    copies = [view(memory, number * size, shape, strides) for number in range(len(arrays))]
+    copy_arrays(arrays, copies)
     return copies
 
 
@@ -171,12 +259,12 @@ def _dense_last_axis(x: Any) -> Any:
     if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
         return x
     copy = empty_like(x, x.shape)
-    _copy((x,), (copy,))
+    copy_arrays((x,), (copy,))
     return copy
 
 
-def _copy(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
-    """Copy arrays of one shape in one launch; the targets are dense in the last axis."""
+def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis."""
     batch, seq, heads, width = sources[0].shape
     pairs = enumerate(zip(sources, targets, strict=True))
     panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]

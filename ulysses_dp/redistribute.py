@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
 from . import _exchange
-from ._arrays import empty_like, from_usm, permute, scratch, to_usm, view
+from ._arrays import dtype_of, empty_like, from_usm, permute, scratch, to_usm, view
+from ._layout import axes_to_bshd, inverse
 from ._partition import Trade, split, starts
 from ._trace import stage
-from ._validate import agree, check_array, check_axes, check_count, check_device, check_exchange
+from ._validate import agree, check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,27 +172,28 @@ def _trade(
     def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
         joins_rows, axes = direction()
         check_exchange(exchange)
-        kind = check_array("x", x)
-        check_device(x, kind)
+        check_axis_count("x", x)
+        check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
+        check_device(x)
         batch, seq, heads, width = (x.shape[axis] for axis in axes)
         pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
         common = {
             "scatter_idx and gather_idx": pair,
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
-            "dtype": x.dtype,
+            "dtype": dtype_of(x),
         }
         if joins_rows:
-            return (seq,), {**common, "heads": heads}, (joins_rows, axes, kind)
+            return (seq,), {**common, "heads": heads}, (joins_rows, axes)
         wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
-        return (heads, wanted), {**common, "seq": seq}, (joins_rows, axes, kind)
+        return (heads, wanted), {**common, "seq": seq}, (joins_rows, axes)
 
-    sizes, (joins_rows, axes, kind) = agree(comm, function, check)
+    sizes, (joins_rows, axes) = agree(comm, function, check)
     if not joins_rows and sum(wanted for _, wanted in sizes) != x.shape[axes[1]]:
         rows = ", ".join(str(wanted) for _, wanted in sizes)
         raise ValueError(f"{function}: the seq_local of all ranks ({rows}) must add up to seq, {x.shape[axes[1]]}")
     # Delegate.
-    x = to_usm(permute(x, axes), kind)
+    like, x = x, to_usm(permute(x, axes))
     if comm.size > 1:
         route = _exchange.choose_route(x.sycl_queue, exchange)
         if joins_rows:
@@ -200,7 +202,7 @@ def _trade(
         else:
             trade = Trade(comm.rank, column(sizes, 1), column(sizes, 0), x.shape[0], x.shape[3])
             x = _gather(comm, route, trade, x)
-    return from_usm(permute(x, inverse(axes)), kind)
+    return from_usm(permute(x, inverse(axes)), like)
 
 
 def to_gathered(
@@ -314,14 +316,3 @@ def _gather(comm: Any, route: _exchange.Route, trade: Trade, x: Any) -> Any:
 def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
     """One column of a table of integers."""
     return tuple(row[index] for row in table)
-
-
-def axes_to_bshd(heads: int, seq: int) -> tuple[int, ...]:
-    """The order of axes that makes an array (batch, seq, heads, head_dim), given which axes are the heads and the rows."""
-    batch, head_dim = (axis for axis in range(4) if axis not in (heads, seq))
-    return batch, seq, heads, head_dim
-
-
-def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of axes that undoes another."""
-    return tuple(axes.index(axis) for axis in range(len(axes)))

@@ -1,16 +1,39 @@
-"""Dense attention in NumPy float64, written from the definition: the oracle of the tests and the backend AttnType.NUMPY."""
+"""Dense attention in NumPy float64, for comparison; the backend AttnType.NUMPY computes the same."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from ulysses_dp.kernels.flash_forward import Extras, reference
+
+from ._mask import spans
+from ._partition import group_size
 
 
 def dense_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, /, *, softmax_scale: float | None = None, causal: bool = False
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    /,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    bias: Any = None,
+    key_padding_mask: Any = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention straight from its definition, softmax(softmax_scale * q kᵀ) v.
 
-    Not collective. Memory grows with batch * heads * seq_q * seq_k.
+    Not collective. Memory grows with batch * heads * seq_q * seq_k. The arguments are not checked.
 
     Parameters
     ----------
@@ -22,6 +45,8 @@ def dense_attention(
         Factor of the dot products; 1/sqrt(head_dim) by default.
     causal : bool
         Query i sees the keys j <= i + seq_k - seq_q (the last query sees all keys).
+    window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed
+        As in `attention`, as NumPy arrays; packed sequences are one batch here, too.
 
     Returns
     -------
@@ -29,11 +54,6 @@ def dense_attention(
         (batch, seq_q, heads, head_dim), float64. Zeros for a query that sees no key.
     lse : numpy.ndarray
         log of the sum of exp(score), (batch, heads, seq_q), float64. -inf for a query that sees no key.
-
-    Raises
-    ------
-    ValueError
-        The shapes do not fit each other.
 
     References
     ----------
@@ -51,24 +71,24 @@ def dense_attention(
     >>> print(lse.round(4))
     [[[0.6931 0.6931]]]
     """
-    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     seq_q, heads, head_dim = q.shape[1:]
     seq_k, kv_heads = k.shape[1:3]
-    if kv_heads:
-        k, v = (np.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
-    scale = 1 / np.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    diagonal = seq_k - seq_q if causal else seq_k
-    seen = np.arange(seq_k) <= np.arange(seq_q)[:, None] + diagonal
-    score = np.where(seen, scale * np.einsum("bihd,bjhd->bhij", q, k), -np.inf)
-    highest = score.max(axis=-1, keepdims=True, initial=-np.inf)
-    weight = np.exp(score - np.where(np.isneginf(highest), 0, highest))
-    total = weight.sum(axis=-1, keepdims=True)
-    out = np.einsum("bhij,bjhd->bihd", weight / np.where(total == 0, 1, total), np.where(np.isfinite(v), v, 0))
-    # what is not finite reaches the queries that see it and, unlike in a product with a weight of 0, no other
-    for special in (np.inf, -np.inf, np.nan):
-        where = np.isnan(v) if np.isnan(special) else v == special
-        if where.any():
-            out += np.where(np.einsum("ij,bjhd->bihd", seen, where) > 0, special, 0)
-    with np.errstate(divide="ignore"):
-        lse = (highest + np.log(total))[..., 0]
-    return out, lse
+    ends = tuple(map(int, cu_seqlens_q)) if cu_seqlens_q is not None else None
+    extras = Extras(
+        spans=spans(
+            *(seq_q, seq_k),
+            causal=causal,
+            window_size=window_size,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends if cu_seqlens_k is None else tuple(map(int, cu_seqlens_k)),
+        ),
+        softcap=softcap,
+        slopes=None if alibi_slopes is None else np.asarray(alibi_slopes).reshape(-1, heads),
+        sinks=None if sinks is None else np.asarray(sinks),
+        bias=bias,
+        padding=key_padding_mask,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    return reference(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), extras=extras)

@@ -1,0 +1,48 @@
+"""Orders of axes: from the user's to (batch, seq, heads, head_dim) and back. Views only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._arrays import permute
+
+Layout = str | tuple[int, ...]  # a name, or which axes are batch, seq, heads and head_dim
+LAYOUTS: dict[str, tuple[int, ...]] = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
+PACKED = "thd"  # the rows of all sequences on one axis
+
+
+def to_bshd(x: Any, layout: Layout) -> Any:
+    """A view (batch, seq, heads, head_dim) of an array of a layout; packed sequences are one batch."""
+    if layout == PACKED:
+        return x[None, ...]
+    axes = axes_of(layout)
+    return x if axes == (0, 1, 2, 3) else permute(x, axes)
+
+
+def from_bshd(x: Any, layout: Layout) -> Any:
+    """The inverse of `to_bshd`."""
+    if layout == PACKED:
+        return x[0, ...]
+    axes = inverse(axes_of(layout))
+    return x if axes == (0, 1, 2, 3) else permute(x, axes)
+
+
+def lse_to_user(lse: Any, layout: Layout) -> Any:
+    """(batch, heads, seq), whatever the order of axes; (heads, total) of packed sequences."""
+    return lse[0, ...] if layout == PACKED else lse
+
+
+def axes_of(layout: Layout) -> tuple[int, ...]:
+    """Which axes of an array of this layout are batch, seq, heads and head_dim; packed sequences have these as they are."""
+    return LAYOUTS.get(layout, LAYOUTS["bshd"]) if isinstance(layout, str) else layout
+
+
+def axes_to_bshd(heads: int, seq: int) -> tuple[int, ...]:
+    """The order of axes that makes an array (batch, seq, heads, head_dim), given which axes are the heads and the rows."""
+    batch, head_dim = (axis for axis in range(4) if axis not in (heads, seq))
+    return batch, seq, heads, head_dim
+
+
+def inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that undoes another."""
+    return tuple(axes.index(axis) for axis in range(len(axes)))

@@ -1,0 +1,36 @@
+"""Which keys every query row sees: causal masks, windows and packed sequences as one table. Pure integers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=64)
+def spans(
+    seq_q: int,
+    seq_k: int,
+    *,
+    causal: bool,
+    window_size: tuple[int, int],
+    cu_seqlens_q: tuple[int, ...] | None = None,
+    cu_seqlens_k: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """For every query row the first key that it sees, the end of its keys, and the key on its diagonal; (seq_q, 3), int64.
+
+    The diagonal joins the last query and the last key of a sequence; a row and a key on it have distance 0.
+    """
+    starts_q = np.array((0, seq_q) if cu_seqlens_q is None else cu_seqlens_q)
+    starts_k = np.array((0, seq_k) if cu_seqlens_k is None else cu_seqlens_k)
+    lengths_q = np.diff(starts_q)
+    start, end = (np.repeat(x, lengths_q) for x in (starts_k[:-1], starts_k[1:]))
+    centre = np.arange(seq_q) + np.repeat(starts_k[1:] - starts_q[1:], lengths_q)
+    left, right = window_size
+    if causal:
+        right = 0
+    first = start if left < 0 else np.clip(centre - left, start, end)
+    end = end if right < 0 else np.clip(centre + right + 1, first, end)
+    table = np.stack([first, end, centre], axis=-1).astype(np.int64).reshape(seq_q, 3)
+    table.flags.writeable = False  # it is shared between calls
+    return table

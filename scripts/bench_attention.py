@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 HEADS = 8
 HEAD_DIMS = (32, 64, 80, 128, 256)
+WINDOW = 256  # keys to each side
+PADDED = 0.25  # share of the keys that --options pads
 SEQS = (128, 256, 512, 1000, 1024, 2048, 4095, 4096)
 PEAK_SIZE = 2048
 TURN = 0.03  # seconds
@@ -51,11 +53,16 @@ class Case:
     batch: int = 1
     kv_heads: int = HEADS
     layout: str = "bshd"
+    option: str = ""
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of both products; half of the square under a causal mask."""
+        """Floating-point operations of both products, for the pairs of a query and a key that it sees."""
         pairs = self.seq * (self.seq + 1) / 2 if self.causal else self.seq**2
+        if self.option == "window":
+            pairs = int(np.sum(window_mask(self.seq, self.causal)))
+        elif self.option == "padding":
+            pairs *= 1 - PADDED
         return 4.0 * self.batch * HEADS * self.head_dim * pairs
 
     def arrays(self) -> list[np.ndarray]:
@@ -63,6 +70,40 @@ class Case:
         rng = np.random.default_rng(0)
         heads = (HEADS, self.kv_heads, self.kv_heads)
         return [rng.standard_normal((self.batch, self.seq, n, self.head_dim), dtype=np.float32) for n in heads]
+
+
+def window_mask(seq: int, causal: bool) -> np.ndarray:
+    """Which keys each query sees in a window."""
+    distance = np.arange(seq)[:, None] - np.arange(seq)
+    return (distance <= WINDOW) & (distance >= (0 if causal else -WINDOW))
+
+
+def option_arguments(case: Case) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The option of a case as ours takes it, and as the dense mask by which PyTorch has it, (1 or heads, 1 or seq, seq)."""
+    seq = case.seq
+    rng = np.random.default_rng(1)
+    slopes = 2.0 ** -np.arange(1, HEADS + 1, dtype=np.float32)
+    distance = abs(np.arange(seq)[:, None] - np.arange(seq)).astype(np.float32)
+    if case.option == "window":
+        return {"window_size": (WINDOW, WINDOW)}, window_mask(seq, case.causal)[None]
+    if case.option == "padding":
+        mask = np.arange(seq) < seq * (1 - PADDED)
+        return {"key_padding_mask": np.tile(mask, (case.batch, 1))}, mask[None, None]
+    if case.option == "alibi":
+        return {"alibi_slopes": slopes}, -slopes[:, None, None] * distance
+    if case.option == "bias":
+        bias = rng.standard_normal((HEADS, seq, seq), dtype=np.float32)
+        return {"bias": bias[None]}, bias
+    return {}, None
+
+
+def option_cases() -> Iterator[Case]:
+    """The rows of --options. PyTorch has no mask and `is_causal` in one call: a causal window is one dense mask."""
+    for option in ("window", "padding", "alibi", "bias"):
+        for seq in (1024, 4096):
+            yield Case(64, seq, option=option)
+    for seq in (1024, 4096):
+        yield Case(64, seq, causal=True, option="window")
 
 
 def cases(full: bool) -> Iterator[Case]:
@@ -94,7 +135,14 @@ def torch_process(connection: Connection, threads: int) -> None:
         for message in iter(connection.recv, "stop"):
             if message is not None:
                 inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in message.arrays()]
-                call = partial(attention, *inputs, is_causal=message.causal, enable_gqa=message.kv_heads != HEADS)
+                _, mask = option_arguments(message)
+                call = partial(
+                    attention,
+                    *inputs,
+                    attn_mask=None if mask is None else torch.from_numpy(mask),
+                    is_causal=message.causal and mask is None,
+                    enable_gqa=message.kv_heads != HEADS,
+                )
             connection.send(turn(call))
 
 
@@ -110,7 +158,10 @@ def our_call(case: Case) -> Callable[[], Any]:
         buffer = dpnp.ascontiguousarray(dpnp.concatenate([x.transpose(1, 0, 2, 3) for x in (q, k, v)], axis=2))
         edges = (0, HEADS, HEADS + case.kv_heads, HEADS + 2 * case.kv_heads)
         q, k, v = (buffer[:, :, a:b].transpose(1, 0, 2, 3) for a, b in pairwise(edges))
-    return lambda: ulysses_dp.attention(q, k, v, causal=case.causal)
+    options, _ = option_arguments(case)
+    if "bias" in options:
+        options["bias"] = dpnp.asarray(options["bias"])
+    return lambda: ulysses_dp.attention(q, k, v, causal=case.causal, **options)
 
 
 def peak_call() -> Callable[[], Any]:
@@ -217,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
     parser.add_argument("--full", action="store_true", help="every combination of sizes")
+    parser.add_argument("--options", action="store_true", help="windows, padding, ALiBi and bias instead")
     parser.add_argument("--head-dim", type=int, nargs="*", help="only these")
     parser.add_argument("--seq", type=int, nargs="*", help="only these")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of PyTorch (all cores)")
@@ -235,7 +287,7 @@ def main() -> None:
     peak = peak_call()
     rows = []
     print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm")
-    for case in cases(arguments.full):
+    for case in option_cases() if arguments.options else cases(arguments.full):
         if arguments.head_dim and case.head_dim not in arguments.head_dim:
             continue
         if arguments.seq and case.seq not in arguments.seq:
@@ -244,7 +296,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{case.head_dim:8} {case.seq:5}  {'causal' if case.causal else '-':6} {case.batch:5} {case.kv_heads:8} "
-            f"{case.layout:6} | {row['microseconds']:8.0f} {row['gflops']:8.1f} {row['torch_gflops']:8.1f} | "
+            f"{case.option or case.layout:6} | {row['microseconds']:8.0f} {row['gflops']:8.1f} {row['torch_gflops']:8.1f} | "
             f"{row['ratio']:5.2f} {row['of_sgemm']:8.0%}",
             flush=True,
         )

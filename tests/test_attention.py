@@ -233,6 +233,35 @@ def test_communicators(comm):
         piece.Free()
 
 
+def test_traffic_of_the_user_on_the_same_communicator(comm):
+    """Collectives and messages that are under way when a call begins are none of ours, in whatever order ranks start them."""
+    whole = random_qkv(9, 1, 26, 6, 3, 16)
+    mine = [part(x, split(26, comm.size), comm.rank) for x in whole]
+    ours = ulysses_attention(*mine, comm=comm)
+    neighbour, total = (comm.rank + 1) % comm.size, np.zeros(1)
+    receipt, message = np.zeros(1), np.full(1, comm.rank, float)
+    requests = [comm.Irecv(receipt, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG)]
+    for turn in range(2):
+        if turn == comm.rank % 2:
+            requests.append(comm.Iallreduce(np.ones(1), total))
+            requests.append(comm.Isend(message, neighbour))
+        if turn == 0:
+            np.testing.assert_array_equal(ulysses_attention(*mine, comm=comm), ours)
+    MPI.Request.Waitall(requests)
+    assert total == comm.size
+    assert receipt == (comm.rank - 1) % comm.size
+
+
+def test_communicators_are_given_back(comm):
+    """There are only so many: what a call keeps with a communicator goes with it."""
+    whole = random_qkv(9, 1, 6, 2, 2, 4)
+    mine = [part(x, split(6, comm.size), comm.rank) for x in whole]
+    for _ in range(3000):
+        piece = comm.Dup()
+        ulysses_attention(*mine, comm=piece)
+        piece.Free()
+
+
 def test_workspace_is_used_again(comm):
     """Growing and shrinking calls of both dtypes and routes, in between given back."""
     for seq in (3, 40, 90, 40, 0, 3):

@@ -79,7 +79,7 @@ def gather_text(text: str) -> str:
 
 
 def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
-    """The communicator to use; raises on this rank alone, since without a communicator no other rank can be told."""
+    """The communicator to use, with the same ranks; raises on this rank alone: without one, no other rank can be told."""
     mpi = _mpi()
     if comm is None:
         return mpi.COMM_WORLD
@@ -89,7 +89,25 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
         raise ValueError(f"{function}: {name} is MPI.COMM_NULL: it was freed, or this process is not a member")
     if comm.Is_inter():
         raise ValueError(f"{function}: {name} is an intercommunicator; an intracommunicator is expected")
-    return comm
+    return _private(comm)
+
+
+@cache
+def _keyval() -> int:
+    """The key under which a communicator keeps its private duplicate, which is freed with it."""
+    return _mpi().Comm.Create_keyval(delete_fn=lambda comm, key, duplicate: duplicate.Free())
+
+
+def _private(comm: Any) -> Any:
+    """A duplicate for this package alone: collectives of the user that are still under way cannot be taken for ours.
+
+    Made by the first call on a communicator. All ranks are in that call, and the library frees what it keeps at the end.
+    """
+    duplicate = comm.Get_attr(_keyval())
+    if duplicate is None:
+        duplicate = comm.Dup()
+        comm.Set_attr(_keyval(), duplicate)
+    return duplicate
 
 
 def share_record(comm: Any, record: tuple[int, ...]) -> np.ndarray:

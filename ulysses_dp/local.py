@@ -181,7 +181,7 @@ def empty_out(q: Any, layout: Layout) -> Any:
     Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd.
     """
     axes = axes_of(layout)
-    if axes[3] != 3:
+    if axes[3] != 3 or axes == (0, 1, 2, 3):
         return empty_like(q, q.shape)
     order = inverse(axes)
     return tensor.permute_dims(empty_like(q, tuple(q.shape[axis] for axis in order)), axes)

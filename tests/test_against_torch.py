@@ -1,0 +1,54 @@
+"""A second oracle for the options that PyTorch's scaled_dot_product_attention has, where PyTorch is installed."""
+
+import numpy as np
+import pytest
+from helpers import random_qkv
+
+from ulysses_dp import attention
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.single
+
+HEADS, SEQ = 4, 37
+DISTANCE = np.arange(SEQ)[:, None] - np.arange(SEQ)
+SLOPES = np.array([0.5, 0.25, -0.125, 1.0], np.float32)
+BIAS = np.random.default_rng(0).standard_normal((2, HEADS, SEQ, SEQ)).astype(np.float32)
+PADDING = np.random.default_rng(1).random((2, SEQ)) < 0.7
+
+# ours, and the mask of PyTorch: True or added to the scores
+OPTIONS = {
+    "none": ({}, None),
+    "causal": ({"causal": True}, DISTANCE >= 0),
+    "window": ({"window_size": (5, 3)}, (DISTANCE <= 5) & (DISTANCE >= -3)),
+    "causal window": ({"window_size": (7, -1), "causal": True}, (DISTANCE <= 7) & (DISTANCE >= 0)),
+    "bias": ({"bias": BIAS}, BIAS),
+    "alibi": ({"alibi_slopes": SLOPES}, -SLOPES[:, None, None] * abs(DISTANCE).astype(np.float32)),
+    "padding": ({"key_padding_mask": PADDING}, PADDING[:, None, None, :]),
+}
+
+
+def theirs(q, k, v, mask, **options):
+    """PyTorch's attention of (batch, seq, heads, head_dim) arrays."""
+    q, k, v = (torch.from_numpy(x).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else torch.from_numpy(mask)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, scale, kv_heads):
+    q, k, v = random_qkv(5, 2, SEQ, HEADS, kv_heads, 16)
+    options, mask = OPTIONS[name]
+    expected = theirs(q, k, v, mask, scale=scale, enable_gqa=kv_heads != HEADS)
+    np.testing.assert_allclose(attention(q, k, v, softmax_scale=scale, **options), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves(dtype):
+    arrays = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in random_qkv(6, 2, SEQ, HEADS, HEADS, 64)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in arrays)).transpose(1, 2)
+    out = attention(*arrays)
+    assert out.dtype == arrays[0].dtype
+    # half a unit in the last place of the result
+    assert ((out.float() - expected).abs() <= expected.abs() * torch.finfo(out.dtype).eps * 0.51 + 1e-6).all()

@@ -130,7 +130,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
     # private arrays are flat: [rows][…] each
     dots_size, sums_size, scores_size, vectors_size = rows * keys, rows * dims, rows * block, rows * width
     minus_infinity, ln2, log2e = real(-np.inf), real(math.log(2)), real(math.log2(math.e))
-    word = 0xFFFFFFFF
+    word, one, lowest = 0xFFFFFFFF, real(1), np.finfo(real).min
 
     def flash_forward(
         item, no_array, q, k, v, out, lse, spans, per_head, bias, padding,
@@ -232,8 +232,10 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
                         key_place = min(start + j, seq_k - 1) * bias_key
                         for r in range(rows):
                             added = bias[bias_row[r] + key_place]
-                            hidden = added == minus_infinity
-                            score[r * block + j] = minus_infinity if hidden else mad(added, log2e, score[r * block + j])
+                            biased = mad(added, log2e, score[r * block + j])
+                            # a bias of the lowest number, which others use for a mask, must not become -inf by log2e
+                            biased = lowest if biased < lowest else biased
+                            score[r * block + j] = minus_infinity if added == minus_infinity else biased
                 if use_padding != 0:
                     for j in range(block):
                         if padding[b * padding_batch + min(start + j, seq_k - 1)] == zero:
@@ -264,8 +266,13 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
             for j in range(block):
                 for r in range(rows):
                     weight = exp2(score[r * block + j] - shift[r])
-                    score[r * block + j] = weight
                     block_sum[r] += weight
+                    if options:
+                        # a mark that a weight of 0, by underflow or dropout, does not have: this key is hidden
+                        hidden = edge and score[r * block + j] == minus_infinity
+                        score[r * block + j] = -one if hidden else weight
+                    else:
+                        score[r * block + j] = weight
             for r in range(rows):
                 normaliser[r] = mad(normaliser[r], rescale[r], block_sum[r])
             if options and threshold > 0:
@@ -280,10 +287,10 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
                             c0, c1, c2, c3 = ((p1 >> 32) & word) ^ c1 ^ k0, p1 & word, ((p0 >> 32) & word) ^ c3 ^ k1, p0 & word
                             k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
                         t = r * block + j
-                        score[t] = score[t] * keep_scale if c0 >= threshold else zero
-                        score[t + 1] = score[t + 1] * keep_scale if c1 >= threshold else zero
-                        score[t + 2] = score[t + 2] * keep_scale if c2 >= threshold else zero
-                        score[t + 3] = score[t + 3] * keep_scale if c3 >= threshold else zero
+                        score[t] = score[t] * keep_scale if c0 >= threshold or score[t] < zero else zero
+                        score[t + 1] = score[t + 1] * keep_scale if c1 >= threshold or score[t + 1] < zero else zero
+                        score[t + 2] = score[t + 2] * keep_scale if c2 >= threshold or score[t + 2] < zero else zero
+                        score[t + 3] = score[t + 3] * keep_scale if c3 >= threshold or score[t + 3] < zero else zero
             count = min(block, end - start)
             for d in range(0, size, dims):
                 for r in range(rows):
@@ -296,9 +303,9 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
                         if edge:
                             # 0 · nan is nan: a value that the row does not see must not reach its sum
                             for r in range(rows):
-                                # bias and padding hide keys that are within the span: these have no weight
-                                shown = score[r * block + j] != zero if options else start + j <= last[r]
-                                seen = value if shown else zero
+                                # bias and padding hide keys that are within the span: these have a negative weight
+                                hidden = score[r * block + j] < zero if options else start + j > last[r]
+                                seen = zero if hidden else value
                                 part[r * dims + t] = mad(score[r * block + j], seen, part[r * dims + t])
                         else:
                             for r in range(rows):
@@ -370,9 +377,9 @@ def flash_forward(
         **{"scale": scale, "diagonal": diagonal, "group": group, "head_shift": head_shift, "row_blocks": row_blocks},
     )
     if extras is None:
-        pointers, option_numbers = [q.usm_data] * len(OPTION_POINTERS), _NO_OPTIONS
+        pointers, option_numbers = [q.usm_data] * len(OPTION_POINTERS), no_option_scalars()
     else:
-        pointers, option_numbers = _option_arguments(q, extras)
+        pointers, option_numbers = [upload(q.sycl_queue, extras.spans), *option_memories(q, extras)], option_scalars(q, extras)
         if extras.softcap:
             numbers = (*numbers[:-2], scale / extras.softcap, 0.0)  # tanh takes the scores without log2(e)
     launch(
@@ -409,34 +416,40 @@ def scalars(
     )
 
 
-_NO_OPTIONS = (0,) * (len(OPTION_SCALARS) - 2) + (0.0, 0.0)
+def no_option_scalars() -> tuple[float, ...]:
+    """Values of `OPTION_SCALARS` for a kernel without options."""
+    return (0,) * (len(OPTION_SCALARS) - 2) + (0.0, 0.0)
+
+
+def option_scalars(q: Any, extras: Extras) -> tuple[float, ...]:
+    """The values of `OPTION_SCALARS`."""
+    bias_place = (0,) * 5 if extras.bias is None else place(extras.bias)
+    slopes_batch = 0 if extras.slopes is None or extras.slopes.shape[0] == 1 else 2 * q.shape[2]
+    padding_batch = 0 if extras.padding is None or extras.padding.shape[0] == 1 else extras.padding.shape[1]
+    return (
+        *(slopes_batch, extras.slopes is not None, extras.sinks is not None),
+        *(extras.bias is not None, extras.padding is not None, *bias_place),
+        *(padding_batch, threshold(extras.dropout_p), extras.seed, extras.first_head),
+        *(extras.softcap * math.log2(math.e), 1 / (1 - extras.dropout_p)),
+    )
+
+
+def option_memories(q: Any, extras: Extras) -> list[Any]:
+    """The values of `OPTION_POINTERS` but the spans: slope and sink of every head in units of log2, bias, padding."""
+    slopes = np.zeros((1, q.shape[2])) if extras.slopes is None else extras.slopes
+    sinks = np.zeros(q.shape[2]) if extras.sinks is None else extras.sinks
+    per_head = np.stack(np.broadcast_arrays(slopes, sinks), axis=-1) * math.log2(math.e)
+    padding = np.empty((1, 0), bool) if extras.padding is None else extras.padding
+    return [
+        upload(q.sycl_queue, per_head.astype(q.dtype)),
+        (q if extras.bias is None else extras.bias).usm_data,
+        upload(q.sycl_queue, padding.astype(q.dtype)),
+    ]
 
 
 def threshold(dropout_p: float) -> int:
     """Random words of 32 bits below it drop a weight."""
     return int(dropout_p * 2**32)
-
-
-def _option_arguments(q: Any, extras: Extras) -> tuple[list[Any], tuple[float, ...]]:
-    """The values of `OPTION_POINTERS` and `OPTION_SCALARS`."""
-    queue, heads, log2e = q.sycl_queue, q.shape[2], math.log2(math.e)
-    slopes = np.zeros((1, heads)) if extras.slopes is None else extras.slopes
-    sinks = np.zeros(heads) if extras.sinks is None else extras.sinks
-    per_head = np.stack(np.broadcast_arrays(slopes, sinks), axis=-1) * log2e
-    padding = np.empty((1, 0), bool) if extras.padding is None else extras.padding
-    bias = q if extras.bias is None else extras.bias
-    pointers = [
-        upload(queue, np.ascontiguousarray(extras.spans, dtype=np.int64)),
-        upload(queue, per_head.astype(q.dtype)),
-        bias.usm_data,
-        upload(queue, padding.astype(q.dtype)),
-    ]
-    return pointers, (
-        *(2 * heads if per_head.shape[0] > 1 else 0, extras.slopes is not None, extras.sinks is not None),
-        *(extras.bias is not None, extras.padding is not None, *place(bias)[:5]),
-        *(padding.shape[1] if padding.shape[0] > 1 else 0, threshold(extras.dropout_p), extras.seed, extras.first_head),
-        *(extras.softcap * log2e, 1 / (1 - extras.dropout_p)),
-    )
 
 
 def philox(counter: np.ndarray, seed: int) -> np.ndarray:
@@ -465,26 +478,9 @@ def reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel computes, dense in float64 NumPy: out and lse."""
     q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k, v))
-    batch, heads, seq_q, _ = q.shape
-    seq_k = k.shape[2]
-    i, j = np.ogrid[:seq_q, :seq_k]
-    if extras is None:
-        extras = Extras(np.stack(np.broadcast_arrays(0, np.clip(i[:, 0] + diagonal + 1, 0, seq_k), 0), axis=-1))
-    kv = (np.arange(heads) + head_shift) // group
+    kv = (np.arange(q.shape[1]) + head_shift) // group
     k, v = k[:, kv], v[:, kv]
-
-    score = scale * q @ k.swapaxes(2, 3)
-    if extras.softcap:
-        score = extras.softcap * np.tanh(score / extras.softcap)
-    if extras.slopes is not None:
-        score = score - extras.slopes[..., None, None] * abs(extras.spans[:, 2:] - j)
-    seen = np.broadcast_to((extras.spans[:, :1] <= j) & (j < extras.spans[:, 1:2]), score.shape)
-    if extras.bias is not None:
-        score, seen = score + extras.bias, seen & ~np.isneginf(extras.bias)
-    if extras.padding is not None:
-        seen = seen & extras.padding[:, None, None, :]
-    score = np.where(seen, score, -np.inf)
-
+    score, seen, extras = scores(q, k, scale=scale, diagonal=diagonal, extras=extras)
     highest = score.max(axis=-1, keepdims=True, initial=-np.inf)
     if extras.sinks is not None:
         highest = np.maximum(highest, extras.sinks[:, None, None])
@@ -496,15 +492,7 @@ def reference(
     with np.errstate(divide="ignore"):
         lse = (shift + np.log(total))[..., 0]
     weight = weight / np.where(total == 0, 1, total)
-    if extras.dropout_p:
-        counters = np.stack(
-            np.broadcast_arrays(
-                *(j // 4, i, np.arange(heads)[:, None, None] + extras.first_head, np.arange(batch)[:, None, None, None])
-            ),
-            axis=-1,
-        )
-        drawn = np.take_along_axis(philox(counters, extras.seed), np.broadcast_to(j % 4, score.shape)[..., None], -1)[..., 0]
-        weight = np.where(drawn < threshold(extras.dropout_p), 0, weight / (1 - extras.dropout_p))
+    weight = np.where(dropped(extras, weight.shape), 0, weight / (1 - extras.dropout_p))
     out = weight @ np.where(np.isfinite(v), v, 0)
     # what is not finite reaches the queries that see it and, unlike in a product with a weight of 0, no other
     for special in (np.inf, -np.inf, np.nan):
@@ -512,3 +500,34 @@ def reference(
         if where.any():
             out += np.where(seen.astype(float) @ where > 0, special, 0)
     return out.swapaxes(1, 2), lse
+
+
+def scores(
+    q: np.ndarray, k: np.ndarray, *, scale: float, diagonal: int, extras: Extras | None
+) -> tuple[np.ndarray, np.ndarray, Extras]:
+    """Scores of float64 (batch, heads, seq, head_dim) arrays, which of them are seen, and the options with all spans."""
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    i, j = np.ogrid[:seq_q, :seq_k]
+    if extras is None:
+        extras = Extras(np.stack(np.broadcast_arrays(0, np.clip(i[:, 0] + diagonal + 1, 0, seq_k), 0), axis=-1))
+    score = scale * q @ k.swapaxes(2, 3)
+    if extras.softcap:
+        score = extras.softcap * np.tanh(score / extras.softcap)
+    if extras.slopes is not None:
+        score = score - extras.slopes[..., None, None] * abs(extras.spans[:, 2:] - j)
+    seen = np.broadcast_to((extras.spans[:, :1] <= j) & (j < extras.spans[:, 1:2]), score.shape)
+    if extras.bias is not None:
+        score, seen = score + extras.bias, seen & ~np.isneginf(extras.bias)
+    if extras.padding is not None:
+        seen = seen & extras.padding[:, None, None, :]
+    return np.where(seen, score, -np.inf), seen, extras
+
+
+def dropped(extras: Extras, shape: tuple[int, ...]) -> np.ndarray:
+    """Which weights (batch, heads, seq_q, seq_k) dropout takes away."""
+    if not extras.dropout_p:
+        return np.zeros(shape, bool)
+    b, h, i, j = np.ogrid[tuple(map(slice, shape))]
+    counters = np.stack(np.broadcast_arrays(j // 4, i, h + extras.first_head, b), axis=-1)
+    drawn = np.take_along_axis(philox(counters, extras.seed), np.broadcast_to(j % 4, shape)[..., None], -1)[..., 0]
+    return drawn < threshold(extras.dropout_p)

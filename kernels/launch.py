@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
+KEPT_BYTES = 65536  # hashing more takes longer than sending it again
 # DPCTLKernelArgType in dpctl_sycl_enum_types.h
 _TYPE_IDS = {"int64": 6, "float32": 8, "float64": 9, "pointer": 10}
 
@@ -98,8 +99,13 @@ def _range(n: int) -> Any:
 
 
 def upload(queue: Any, x: np.ndarray) -> Any:
-    """Device memory with the numbers of a small C-contiguous array, to be read only; kept for the calls that follow."""
-    return _uploaded(queue, x.tobytes())
+    """Device memory with the numbers of a C-contiguous array, to be read only; small ones are kept for later calls."""
+    return (_uploaded if x.nbytes <= KEPT_BYTES else _uploaded.__wrapped__)(queue, x.tobytes())
+
+
+def free_uploads() -> None:
+    """Give back what `upload` keeps."""
+    _uploaded.cache_clear()
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,16 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "spirv"
 _FILE = "manifest.json"
-_SOURCES = ("compile.py", "flash_forward.py", "flash_forward_gpu.py", "intrinsics.py", "relayout.py", "subgroup.py")
+_SOURCES = (
+    "compile.py",
+    "flash_backward.py",
+    "flash_forward.py",
+    "flash_forward_gpu.py",
+    "intrinsics.py",
+    "relayout.py",
+    "row_dot.py",
+    "subgroup.py",
+)
 
 
 def _source_hashes() -> dict[str, str]:

@@ -36,6 +36,7 @@ class Panel(NamedTuple):
     target_slot: int
     slots: int
     width: int  # dense in the target
+    add: int = 0  # 1: add to the target what earlier panels put there
 
 
 def source_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
 
 
 LANES = 16
-MAX_ARRAYS = 3  # sources, and targets
+MAX_SOURCES, MAX_TARGETS = 6, 3
 
 # (dtype of the sources, dtype of the targets): what is compiled. bfloat16 is stored as uint16, which USM arrays know.
 COPIES = {2: "uint16", 4: "uint32", 8: "uint64"}  # by itemsize
@@ -59,13 +60,16 @@ HALVES = {"float16": "float16", "uint16": "bfloat16"}  # by dtype of the USM arr
 
 ARGUMENTS = (
     ("source_0", "source"), ("source_1", "source"), ("source_2", "source"),
+    ("source_3", "source"), ("source_4", "source"), ("source_5", "source"),
     ("target_0", "target"), ("target_1", "target"), ("target_2", "target"),
     ("table", "table"), ("panels", "int64"), ("batch", "int64"),
 )  # fmt: skip
 
 
-def name(source: Any, target: Any) -> str:
-    """Name of the compiled kernel that copies between arrays of these dtypes."""
+def name(source: Any, target: Any, *, sums: bool = False) -> str:
+    """Name of the compiled kernel that copies between arrays of these dtypes, and adds where a panel says so."""
+    if sums:
+        return f"relayout_sum_{source}"
     if source == target or source.itemsize == target.itemsize:
         return f"relayout_{COPIES[source.itemsize]}"
     narrow, wide = sorted((source, target), key=lambda dtype: dtype.itemsize)
@@ -75,16 +79,18 @@ def name(source: Any, target: Any) -> str:
 def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
     for dtype in COPIES.values():
-        yield f"relayout_{dtype}", {"source": dtype, "target": dtype}, {"lanes": LANES, "conversion": None}
+        yield f"relayout_{dtype}", {"source": dtype, "target": dtype}, {"lanes": LANES, "conversion": None, "sums": False}
+    for dtype in ("float32", "float64"):
+        yield f"relayout_sum_{dtype}", {"source": dtype, "target": dtype}, {"lanes": LANES, "conversion": None, "sums": True}
     for half in HALVES.values():
         for direction, types in (("to", ("uint16", "float32")), ("from", ("float32", "uint16"))):
             conversion = f"{half}_{direction}_float32"
-            options = {"lanes": LANES, "conversion": conversion}
+            options = {"lanes": LANES, "conversion": conversion, "sums": False}
             yield f"relayout_{conversion}", dict(zip(("source", "target"), types, strict=True)), options
 
 
-def kernel(*, lanes: int, conversion: str | None) -> Callable[..., None]:
-    """Make the numba-dpex kernel function; the element types are those of its pointers."""
+def kernel(*, lanes: int, conversion: str | None, sums: bool) -> Callable[..., None]:
+    """Make the numba-dpex kernel function; the element types are those of its pointers. `sums` honours `Panel.add`."""
     from .intrinsics import CONVERSIONS, group_index, lane_index
 
     convert = CONVERSIONS[conversion]
@@ -92,42 +98,51 @@ def kernel(*, lanes: int, conversion: str | None) -> Callable[..., None]:
     columns = len(Panel._fields)
 
     def relayout(
-        item, no_array, source_0, source_1, source_2, target_0, target_1, target_2, table, panels, batch
+        item, no_array, source_0, source_1, source_2, source_3, source_4, source_5, target_0, target_1, target_2,
+        table, panels, batch,
     ):  # fmt: skip
         index = group_index()
         lane = lane_index()
         row = index // batch
         b = index - row * batch
+        # a work-item handles the same element of all panels, one after the other, so that sums have an order
         for panel in range(panels):
             entry = panel * columns
-            source = table[entry]
+            number = table[entry]
+            source = source_0
+            if number == 1:
+                source = source_1
+            elif number == 2:
+                source = source_2
+            elif number == 3:
+                source = source_3
+            elif number == 4:
+                source = source_4
+            elif number == 5:
+                source = source_5
             start = table[entry + 1] + row * table[entry + 2] + b * table[entry + 3]
             source_slot = table[entry + 4]
             step = table[entry + 5]
-            target = table[entry + 6]
+            number = table[entry + 6]
+            target = target_0
+            if number == 1:
+                target = target_1
+            elif number == 2:
+                target = target_2
             goal = table[entry + 7] + row * table[entry + 8] + b * table[entry + 9]
             target_slot = table[entry + 10]
             slots = table[entry + 11]
             width = table[entry + 12]
+            add = table[entry + 13]
             for slot in range(slots):
                 for chunk in range(0, width, lanes):
                     d = chunk + lane
                     if d < width:
-                        i = start + slot * source_slot + d * step
-                        if source == 0:
-                            value = source_0[i]
-                        elif source == 1:
-                            value = source_1[i]
-                        else:
-                            value = source_2[i]
-                        converted = convert(value)
-                        j = goal + slot * target_slot + d
-                        if target == 0:
-                            target_0[j] = converted
-                        elif target == 1:
-                            target_1[j] = converted
-                        else:
-                            target_2[j] = converted
+                        value = convert(source[start + slot * source_slot + d * step])
+                        place = goal + slot * target_slot + d
+                        if sums and add != 0:
+                            value += target[place]
+                        target[place] = value
 
     return relayout
 
@@ -139,16 +154,18 @@ def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
 
 
 def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
-    """Copy `panels` from `sources` to `targets` (up to three USM arrays each, each three of one dtype, on one queue)."""
+    """Copy `panels` from `sources` (up to six USM arrays of one dtype) to `targets` (up to three), all on one queue."""
     panels = tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
     if not panels or rows * batch == 0:
         return
     queue = targets[0].sycl_queue
     # an array that no panel names still needs a valid pointer
-    memories = [(*arrays, *[arrays[0]] * (MAX_ARRAYS - len(arrays))) for arrays in (sources, targets)]
+    memories = [
+        (*arrays, *[arrays[0]] * (most - len(arrays))) for arrays, most in ((sources, MAX_SOURCES), (targets, MAX_TARGETS))
+    ]
     launch(
         queue,
-        name(sources[0].dtype, targets[0].dtype),
+        name(sources[0].dtype, targets[0].dtype, sums=any(panel.add for panel in panels)),
         [*(x.usm_data for arrays in memories for x in arrays), _table(queue, panels)],
         (len(panels), batch),
         groups=rows * batch,
@@ -171,4 +188,7 @@ def reference(
         row, b, slot, d = np.ogrid[:rows, :batch, : p.slots, : p.width]
         i = p.source_offset + row * p.source_row + b * p.source_batch + slot * p.source_slot + d * p.source_width
         j = p.target_offset + row * p.target_row + b * p.target_batch + slot * p.target_slot + d
-        targets[p.target][j] = sources[p.source][i]
+        if p.add:
+            targets[p.target][j] += sources[p.source][i]
+        else:
+            targets[p.target][j] = sources[p.source][i]

@@ -54,16 +54,20 @@ class Case:
     kv_heads: int = HEADS
     layout: str = "bshd"
     option: str = ""
+    backward: bool = False
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of both products, for the pairs of a query and a key that it sees."""
+        """Floating-point operations of the products that are needed, for the pairs of a query and a key that it sees.
+
+        Two products forward, and five backward, of which the kernels compute two more than once.
+        """
         pairs = self.seq * (self.seq + 1) / 2 if self.causal else self.seq**2
         if self.option == "window":
             pairs = int(np.sum(window_mask(self.seq, self.causal)))
         elif self.option == "padding":
             pairs *= 1 - PADDED
-        return 4.0 * self.batch * HEADS * self.head_dim * pairs
+        return (10.0 if self.backward else 4.0) * self.batch * HEADS * self.head_dim * pairs
 
     def arrays(self) -> list[np.ndarray]:
         """q, k and v, bshd; the same in both processes."""
@@ -106,6 +110,15 @@ def option_cases() -> Iterator[Case]:
         yield Case(64, seq, causal=True, option="window")
 
 
+def backward_cases() -> Iterator[Case]:
+    """The rows of --backward."""
+    for causal in (False, True):
+        for head_dim in HEAD_DIMS:
+            for seq in (256, 1024, 2048, 4096):
+                yield Case(head_dim, seq, causal, backward=True)
+        yield Case(64, 1024, causal, kv_heads=2, backward=True)
+
+
 def cases(full: bool) -> Iterator[Case]:
     """The rows: all of head_dim, seq and mask; the other sizes one at a time, or with `full` in every combination."""
     for causal in (False, True):
@@ -131,19 +144,22 @@ def torch_process(connection: Connection, threads: int) -> None:
 
     torch.set_num_threads(threads)
     attention = torch.nn.functional.scaled_dot_product_attention
-    with torch.no_grad():
-        for message in iter(connection.recv, "stop"):
-            if message is not None:
-                inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in message.arrays()]
-                _, mask = option_arguments(message)
-                call = partial(
-                    attention,
-                    *inputs,
-                    attn_mask=None if mask is None else torch.from_numpy(mask),
-                    is_causal=message.causal and mask is None,
-                    enable_gqa=message.kv_heads != HEADS,
-                )
-            connection.send(turn(call))
+    for message in iter(connection.recv, "stop"):
+        if message is not None:
+            inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in message.arrays()]
+            inputs = [x.requires_grad_(message.backward) for x in inputs]
+            _, mask = option_arguments(message)
+            call = partial(
+                attention,
+                *inputs,
+                attn_mask=None if mask is None else torch.from_numpy(mask),
+                is_causal=message.causal and mask is None,
+                enable_gqa=message.kv_heads != HEADS,
+            )
+            if message.backward:
+                out = call()
+                call = partial(torch.autograd.grad, out, inputs, torch.ones_like(out), retain_graph=True)
+        connection.send(turn(call))
 
 
 def our_call(case: Case) -> Callable[[], Any]:
@@ -158,6 +174,10 @@ def our_call(case: Case) -> Callable[[], Any]:
         buffer = dpnp.ascontiguousarray(dpnp.concatenate([x.transpose(1, 0, 2, 3) for x in (q, k, v)], axis=2))
         edges = (0, HEADS, HEADS + case.kv_heads, HEADS + 2 * case.kv_heads)
         q, k, v = (buffer[:, :, a:b].transpose(1, 0, 2, 3) for a, b in pairwise(edges))
+    if case.backward:
+        out, lse = ulysses_dp.attention(q, k, v, causal=case.causal, return_lse=True)
+        dout = dpnp.ones_like(out)
+        return lambda: ulysses_dp.attention_backward(dout, q, k, v, out, lse, causal=case.causal)
     options, _ = option_arguments(case)
     if "bias" in options:
         options["bias"] = dpnp.asarray(options["bias"])
@@ -268,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
     parser.add_argument("--full", action="store_true", help="every combination of sizes")
+    parser.add_argument("--backward", action="store_true", help="the gradient instead of the forward pass")
     parser.add_argument("--options", action="store_true", help="windows, padding, ALiBi and bias instead")
     parser.add_argument("--head-dim", type=int, nargs="*", help="only these")
     parser.add_argument("--seq", type=int, nargs="*", help="only these")
@@ -287,7 +308,12 @@ def main() -> None:
     peak = peak_call()
     rows = []
     print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm")
-    for case in option_cases() if arguments.options else cases(arguments.full):
+    rows_to_measure = cases(arguments.full)
+    if arguments.options:
+        rows_to_measure = option_cases()
+    elif arguments.backward:
+        rows_to_measure = backward_cases()
+    for case in rows_to_measure:
         if arguments.head_dim and case.head_dim not in arguments.head_dim:
             continue
         if arguments.seq and case.seq not in arguments.seq:

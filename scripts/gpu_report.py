@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -169,20 +170,19 @@ def main() -> None:
     if ocloc is None:
         sys.exit("gpu_report: ocloc is not installed; on Debian and Ubuntu, apt install intel-opencl-icd brings it")
 
-    print(f"{'kernel':32} device SIMD  GRF  spill private  SLM instr. | hot loop   mad  mem scratch other  of peak")
+    print(f"{'kernel':52} device SIMD  GRF  spill private  SLM instr. | hot loop   mad  mem scratch other  of peak")
+    devices = arguments.device or known_devices(ocloc)
+    wanted = [(kernel, device) for kernel in manifest.read() if arguments.kernel in kernel for device in devices]
     reports = []
-    for kernel in manifest.read():
-        for device in arguments.device or known_devices(ocloc):
-            if arguments.kernel not in kernel:
-                continue
-            r = compile_kernel(ocloc, kernel, device)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done by the processes that they wait for
+        for r in pool.map(lambda pair: compile_kernel(ocloc, *pair), wanted):
             reports.append(r)
             bar = "" if r.bar is None else f"  bar {r.bar:.0%}: {'met' if r.passes else 'MISSED'}"
             detail = r.problem or (
                 f"{r.simd:4} {r.registers:4} {r.spill_bytes:6} {r.private_bytes:7} {r.local_bytes:4} {r.instructions:6} | "
                 f"{r.loop:8} {r.mad:5} {r.memory:4} {r.scratch:7} {r.other:5} {r.of_peak:8.0%}"
             )
-            print(f"{kernel:32} {device:6} {detail}{bar}", flush=True)
+            print(f"{r.kernel:52} {r.device:6} {detail}{bar}", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([{**asdict(r), "of_peak": r.of_peak} for r in reports], indent=1))
     if not all(r.passes for r in reports):

@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ulysses_dp.kernels import flash_forward, flash_forward_gpu, manifest, relayout
+from ulysses_dp.kernels import flash_backward, flash_forward, flash_forward_gpu, manifest, relayout, row_dot
 from ulysses_dp.kernels.launch import _kernel, launch
 
 from ulysses_dp.device import default_queue
 
 pytestmark = pytest.mark.single
 
-SOURCES = ("compile.py", "flash_forward.py", "flash_forward_gpu.py", "intrinsics.py", "relayout.py", "subgroup.py")
+SOURCES = manifest._SOURCES
 
 
 @pytest.fixture
@@ -26,7 +26,11 @@ def copied(tmp_path):
 
 
 def test_manifest_lists_every_variant():
-    expected = {name for kernel in (flash_forward, flash_forward_gpu, relayout) for name, *_ in kernel.variants()}
+    expected = {
+        name
+        for kernel in (flash_forward, flash_forward_gpu, flash_backward, relayout, row_dot)
+        for name, *_ in kernel.variants()
+    }
     assert set(manifest.read()) == expected
     assert {path.stem for path in manifest.FOLDER.glob("*.spv")} == expected
 

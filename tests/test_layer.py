@@ -8,7 +8,7 @@ import pytest
 from helpers import KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
 from oracle import TOLERANCE
 
-from ulysses_dp import AttnType, UlyssesAttention, ulysses_attention, ulysses_flash_attn_func
+from ulysses_dp import AttnType, UlyssesAttention, attention, ulysses_attention, ulysses_flash_attn_func
 
 
 @pytest.fixture
@@ -85,3 +85,36 @@ def test_defaults_are_those_of_ulysses_attention(comm, problem):
 def test_bad_axes(axes, error, message):
     with pytest.raises(error, match=message):
         UlyssesAttention(**axes)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "dpnp", "torch", "array_api_strict"])
+def test_options_of_all_functions_and_kinds(comm, kind):
+    """One call with every option at once, through every function: the bits of `attention` on whole NumPy arrays."""
+    rng = np.random.default_rng(0)
+    whole = random_qkv(0, 2, 9, 6, 3, 7)
+    options = {
+        "window_size": (3, 2),
+        "softcap": 2.0,
+        "alibi_slopes": rng.random((2, 6), dtype=np.float32),
+        "bias": rng.standard_normal((2, 1, 9, 9), dtype=np.float32),
+        "key_padding_mask": rng.random((2, 9)) < 0.7,
+        "sinks": rng.random(6, dtype=np.float32),
+        "dropout_p": 0.2,
+        "seed": 3,
+    }
+    expected_out, expected_lse = attention(*whole, return_lse=True, **options)
+    rows = split(9, comm.size, "uneven")
+    expected = part(expected_out, rows, comm.rank), part(expected_lse, rows, comm.rank, axis=2)
+    options = {name: as_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    mine = [np.ascontiguousarray(part(x, rows, comm.rank)) for x in whole]
+    bshd, bhsd = [as_kind(x, kind) for x in mine], [as_kind(np.ascontiguousarray(x.swapaxes(1, 2)), kind) for x in mine]
+    by_function = ulysses_flash_attn_func(*bshd, return_attn_probs=True, group=comm, **options)
+    by_layer = UlyssesAttention(comm)(*bshd, return_attn_probs=True, **options)
+    by_axes = UlyssesAttention(comm, 1, 2)(*bhsd, return_attn_probs=True, **options)
+    by_layout = ulysses_attention(*bhsd, return_lse=True, comm=comm, layout="bhsd", **options)
+    for out, lse, *_ in (by_function, by_layer):
+        np.testing.assert_array_equal(as_numpy(out), expected[0])
+        np.testing.assert_array_equal(as_numpy(lse), expected[1])
+    for out, lse, *_ in (by_axes, by_layout):
+        np.testing.assert_array_equal(as_numpy(out).swapaxes(1, 2), expected[0])
+        np.testing.assert_array_equal(as_numpy(lse), expected[1])

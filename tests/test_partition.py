@@ -45,15 +45,14 @@ def test_share_heads_without_heads():
     assert [share.q_count + share.kv_count for share in share_heads(0, 0, 3)] == [0, 0, 0]
 
 
-@given(rows=sizes, slots=sizes, batch=st.integers(0, 3), width=st.integers(1, 5))
-def test_trade(rows, slots, batch, width):
-    ranks = min(len(rows), len(slots))
-    rows, slots = rows[:ranks], slots[:ranks]
-    trades = [Trade(rank, rows, slots, batch, width) for rank in range(ranks)]
+@given(rows=sizes, row_sizes=sizes, batch=st.integers(0, 3))
+def test_trade(rows, row_sizes, batch):
+    ranks = min(len(rows), len(row_sizes))
+    rows, row_sizes = rows[:ranks], row_sizes[:ranks]
+    trades = [Trade(rank, rows, row_sizes, batch) for rank in range(ranks)]
     for rank, trade in enumerate(trades):
-        assert trade.gathered_shape == (sum(rows), batch, slots[rank], width)
-        assert sum(trade.gathered_counts) == sum(rows) * batch * slots[rank] * width
-        assert sum(trade.local_counts) == rows[rank] * batch * sum(slots) * width
+        assert sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
+        assert sum(trade.local_counts) == rows[rank] * batch * sum(row_sizes)
         for peer, other in enumerate(trades):
             assert trade.local_counts[peer] == other.gathered_counts[rank]
     blocks = {count for trade in trades for count in trade.local_counts}

@@ -5,7 +5,7 @@ import pytest
 from helpers import numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ulysses_dp.kernels.relayout import MAX_ARRAYS, Panel, reference, relayout
+from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, reference, relayout
 
 from ulysses_dp._arrays import tensor
 from ulysses_dp.device import default_queue
@@ -44,7 +44,7 @@ def nested_strides(extents, order, gap):
 def launches(draw):
     """Panels of one launch: sources with any strides, targets that do not overlap and leave gaps."""
     rows, batch, gap = draw(st.integers(0, 4)), draw(st.integers(0, 3)), draw(st.integers(0, 2))
-    source_count, target_count = draw(st.integers(1, MAX_ARRAYS)), draw(st.integers(1, MAX_ARRAYS))
+    source_count, target_count = draw(st.integers(1, MAX_SOURCES)), draw(st.integers(1, MAX_TARGETS))
     source_sizes, target_sizes = [1] * source_count, [GUARD] * target_count
     panels = []
     for _ in range(draw(st.integers(0, 5))):

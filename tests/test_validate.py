@@ -90,7 +90,7 @@ BAD_OPTIONS = [
 BAD_KEYWORDS = [
     ({"return_lse": 0}, TypeError, "return_lse must be a bool, not int"),
     ({"attn_type": "numpy"}, TypeError, "attn_type must be a member of AttnType, not 'numpy'"),
-    ({"softcap": -30.0}, ValueError, "softcap must be positive, or 0 for none, not -30.0"),
+    ({"softcap": -30.0}, ValueError, "softcap must be from 1e-30 to 1e.30, or 0 for none, not -30.0"),
     ({"sinks": ones(3)}, ValueError, r"sinks must have shape \(4,\), one for every head, not \(3,\)"),
     ({"layout": "bdsh"}, ValueError, "layout must be one of bhsd, bshd, sbhd, thd, not 'bdsh'"),
     ({"layout": (0, 1, 2, 2)}, ValueError, "layout must be one of"),

@@ -8,6 +8,7 @@ from ._arrays import free_workspace  # noqa: E402
 from ._trace import trace  # noqa: E402
 from .attention import ulysses_attention  # noqa: E402
 from .backend import AttnType  # noqa: E402
+from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
 from .merge import merge_attention  # noqa: E402
@@ -18,11 +19,13 @@ __all__ = [
     "UlyssesAttention",
     "all_to_all_4d",
     "attention",
+    "attention_backward",
     "free_workspace",
     "gather_heads",
     "merge_attention",
     "scatter_heads",
     "trace",
     "ulysses_attention",
+    "ulysses_attention_backward",
     "ulysses_flash_attn_func",
 ]

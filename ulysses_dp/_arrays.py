@@ -17,6 +17,9 @@ try:
 except ImportError:
     import dpctl.tensor as tensor
 
+from ulysses_dp.kernels.launch import free_uploads
+
+from ._mask import spans
 from .device import default_queue
 
 POOLED_BYTES = 16 * 2**20
@@ -246,3 +249,5 @@ def free_workspace() -> None:
     """
     _workspace.memories.clear()
     _workspace.results.clear()
+    spans.cache_clear()
+    free_uploads()

@@ -82,7 +82,7 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
     """The communicator to use, with the same ranks; raises on this rank alone: without one, no other rank can be told."""
     mpi = _mpi()
     if comm is None:
-        return mpi.COMM_WORLD
+        return _private(mpi.COMM_WORLD)
     if not isinstance(comm, mpi.Comm):
         raise TypeError(f"{function}: {name} must be an mpi4py communicator or None, not {type(comm).__name__}")
     if comm == mpi.COMM_NULL:

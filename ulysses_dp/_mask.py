@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def spans(
     seq_q: int,
     seq_k: int,
@@ -26,7 +26,7 @@ def spans(
     lengths_q = np.diff(starts_q)
     start, end = (np.repeat(x, lengths_q) for x in (starts_k[:-1], starts_k[1:]))
     centre = np.arange(seq_q) + np.repeat(starts_k[1:] - starts_q[1:], lengths_q)
-    left, right = window_size
+    left, right = (min(n, seq_q + seq_k) for n in window_size)
     if causal:
         right = 0
     first = start if left < 0 else np.clip(centre - left, start, end)
@@ -34,3 +34,12 @@ def spans(
     table = np.stack([first, end, centre], axis=-1).astype(np.int64).reshape(seq_q, 3)
     table.flags.writeable = False  # it is shared between calls
     return table
+
+
+def trim(table: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """The spans without the keys before the first and after the last that is visible to anyone."""
+    (keys,) = np.nonzero(visible)
+    begin, end = (keys[0], keys[-1] + 1) if keys.size else (0, 0)
+    trimmed = table.copy()
+    trimmed[:, :2] = np.clip(table[:, :2], begin, end)
+    return trimmed

@@ -18,8 +18,8 @@ from ulysses_dp.kernels.flash_forward import Extras
 
 from ._arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
 from ._layout import PACKED, Layout
-from ._mask import spans
-from ._validate import NAMES, Geometry, Names, check_inputs, check_integer, check_kind, device_of
+from ._mask import spans, trim
+from ._validate import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
 from .backend import AttnType
 from .schedule import choose
 
@@ -96,15 +96,18 @@ class Options:
             return None
         batch, seq_q, heads, _ = q.shape
         mine = slice(first_head, first_head + heads)
+        table = spans(
+            seq_q,
+            seq_k,
+            causal=self.causal,
+            window_size=self.window_size,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+        )
+        if self.key_padding_mask is not None:
+            table = trim(table, np.any(self.key_padding_mask, axis=0))
         return Extras(
-            spans=spans(
-                seq_q,
-                seq_k,
-                causal=self.causal,
-                window_size=self.window_size,
-                cu_seqlens_q=self.cu_seqlens_q,
-                cu_seqlens_k=self.cu_seqlens_k,
-            ),
+            spans=table,
             softcap=self.softcap,
             slopes=None if self.alibi_slopes is None else self.alibi_slopes[:, mine],
             sinks=None if self.sinks is None else self.sinks[mine],
@@ -149,8 +152,7 @@ def check_options(
 ) -> Options:
     """Check the options, as far as that goes without the rows of the other ranks; the default of the scale is filled in."""
     for name, flag in (("causal", causal), (names.return_lse, return_lse)):
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name} must be a bool, not {type(flag).__name__}")
+        check_flag(name, flag)
     if not isinstance(attn_type, AttnType):
         raise TypeError(f"attn_type must be a member of AttnType, not {attn_type!r}")
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
@@ -165,6 +167,9 @@ def check_options(
     elif cu_seqlens_q is not None or cu_seqlens_k is not None:
         name = "cu_seqlens_k" if cu_seqlens_q is None else "cu_seqlens_q"
         raise ValueError(f"{name} is for layout 'thd', not {layout!r}")
+    window = _check_window(window_size)
+    if window == (-1, 0):  # the plain kernel has that, too
+        causal, window = True, UNLIMITED
     batch, heads = geometry.batch, geometry.heads
     packed = layout == PACKED
     return Options(
@@ -173,7 +178,7 @@ def check_options(
         return_lse=bool(return_lse),
         attn_type=attn_type,
         layout=layout,
-        window_size=_check_window(window_size),
+        window_size=window,
         softcap=_check_softcap(softcap),
         dropout_p=_check_dropout(dropout_p, seed),
         seed=0 if seed is None else _check_seed(seed),
@@ -209,8 +214,8 @@ def _check_window(window_size: Any) -> tuple[int, int]:
 
 
 def _check_softcap(softcap: Any) -> float:
-    if not 0 <= _check_real("softcap", softcap) < MAX_SCALE:
-        raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}")
+    if _check_real("softcap", softcap) != 0 and not 1 / MAX_SCALE <= softcap <= MAX_SCALE:
+        raise ValueError(f"softcap must be from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, or 0 for none, not {softcap}")
     return float(softcap)
 
 
@@ -246,13 +251,21 @@ def _small_array(name: str, x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def _bfloat16_to_float32(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
 def _check_numbers(name: str, x: Any, shapes: list[tuple[int, ...]], heads: int) -> np.ndarray | None:
     """Check real numbers, some for every head; as (1 or batch, heads), float64."""
     if x is None:
         return None
     array = _small_array(name, x)
+    if kind_of(x) is not None and dtype_of(x) == "bfloat16":
+        array = _bfloat16_to_float32(array)
     if array.dtype.kind not in "fi":
         raise TypeError(f"{name} must be real numbers, not {array.dtype}")
+    if not (abs(array[~np.isneginf(array)] if name == "sinks" else array) <= MAX_SCALE).all():
+        raise ValueError(f"{name} must be finite and at most {MAX_SCALE:g} in size")
     if array.shape not in shapes:
         expected = " or ".join(f"{shape}" for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} must have shape {expected}, one for every head, not {array.shape}")
@@ -309,11 +322,10 @@ def _digest(content: bytes) -> str:
 def _bias_of(bias: Any, heads: slice, q: Any, shape: tuple[int, ...]) -> Any:
     """The bias of some heads as a USM array of the dtype of q, broadcast by strides: what repeats stays as small as it came."""
     kind = kind_of(bias)
-    host = on_host(bias, kind)
-    x = to_numpy(bias, kind) if host else to_usm(bias)
-    if host and dtype_of(bias) == "bfloat16":
-        x = (x.astype(np.uint32) << 16).view(np.float32)
+    x = to_numpy(bias, kind) if on_host(bias, kind) else to_usm(bias)
     x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
     if x.shape[1] > 1:
         x = x[:, heads]
+    if dtype_of(bias) == "bfloat16":
+        x = _bfloat16_to_float32(x if on_host(bias, kind) else tensor.asnumpy(x))
     return tensor.broadcast_to(tensor.asarray(x, dtype=q.dtype, sycl_queue=q.sycl_queue), shape)

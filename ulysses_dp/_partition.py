@@ -46,37 +46,44 @@ def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
     return tuple(shares)
 
 
+Share = list[tuple[int, int]]  # of every rank: its first head and the number of its heads
+
+
+def query_shares(heads: tuple[Heads, ...]) -> Share:
+    """The query heads of every rank."""
+    return [(h.q_start, h.q_count) for h in heads]
+
+
+def kv_shares(heads: tuple[Heads, ...]) -> Share:
+    """The kv heads that every rank reads; they may overlap."""
+    return [(h.kv_start, h.kv_count) for h in heads]
+
+
 @dataclass(frozen=True)
 class Trade:
-    """One exchange between the two splits of an array: by rows (the *local* side) and by slots (the *gathered* side).
+    """One exchange between the two splits of arrays: by rows (the *local* side) and by heads (the *gathered* side).
 
-    A slot is a head, or one of several things that travel with the heads. On the local side a rank has its rows and all
-    slots, as one block per peer, each `(rows, batch, slots of the peer, width)`. On the gathered side it has all rows and its
-    slots, `(all rows, batch, slots, width)`: the blocks of the peers in rank order, which is why nothing is unpacked there.
+    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and all
+    numbers, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all rows and its
+    numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, which is why nothing is unpacked there.
     """
 
     rank: int
     rows: tuple[int, ...]  # of every rank
-    slots: tuple[int, ...]  # of every rank
+    sizes: tuple[int, ...]  # numbers of every rank in a row
     batch: int
-    width: int
 
     @property
     def local_counts(self) -> tuple[int, ...]:
         """Elements of the block for or from every peer on the local side."""
-        return tuple(self.rows[self.rank] * self.batch * self.width * slots for slots in self.slots)
+        return tuple(self.rows[self.rank] * self.batch * size for size in self.sizes)
 
     @property
     def gathered_counts(self) -> tuple[int, ...]:
         """Elements of the block for or from every peer on the gathered side."""
-        return tuple(rows * self.batch * self.width * self.slots[self.rank] for rows in self.rows)
+        return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
     @property
     def even(self) -> bool:
         """Whether every block on every rank has the same size; all ranks agree on the answer."""
-        return len(set(self.rows)) == 1 and len(set(self.slots)) == 1
-
-    @property
-    def gathered_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the gathered buffer."""
-        return sum(self.rows), self.batch, self.slots[self.rank], self.width
+        return len(set(self.rows)) == 1 and len(set(self.sizes)) == 1

@@ -13,6 +13,8 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
@@ -110,9 +112,12 @@ def check_dtype(name: str, x: Any, dtype: str | None) -> str:
 def check_layout(layout: Any, dtype: Any) -> None:
     """Check the names of the layout and of the dtype."""
     for name, value, known in (("layout", layout, {*LAYOUTS, PACKED}), ("dtype", dtype, {None, *COMPUTE_DTYPES})):
-        if not isinstance(value, str | tuple | None):
+        if name == "layout" and isinstance(value, tuple):
+            if len(value) == 4 and set(value) == {0, 1, 2, 3}:
+                continue
+        elif not isinstance(value, str | None):
             raise TypeError(f"{name} must be a string, not {type(value).__name__}")
-        if value not in known and not (name == "layout" and isinstance(value, tuple) and set(value) == {0, 1, 2, 3}):
+        if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(sorted(filter(None, known)))}, not {value!r}")
 
 
@@ -202,6 +207,12 @@ def check_axes(**axes: Any) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{' and '.join(axes)} must be different axes, not {' and '.join(map(str, axes.values()))}")
     return numbers
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """Check a yes or no."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, not {type(flag).__name__}")
 
 
 def check_count(name: str, n: Any) -> int:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import _exchange, local
-from ._arrays import empty_like, scratch, tensor, to_usm, view
+from ._arrays import empty_like, scratch, tensor, to_usm
 from ._options import Options, check_attention
-from ._partition import Trade, share_heads
-from ._validate import NAMES, Geometry, Names, agree, check_exchange
+from ._partition import kv_shares, query_shares, share_heads
+from ._validate import NAMES, Geometry, Names, agree, check_exchange, check_flag
 from .backend import AttnType
-from .redistribute import column, to_gathered, to_local
+from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What `ulysses_attention` keeps for `ulysses_attention_backward`: opaque to users."""
+
+    geometry: Geometry
+    q_rows: tuple[int, ...]
+    k_rows: tuple[int, ...]
+    gathered: tuple[Any, ...]  # q, k, v and lse of the heads of this rank; nothing on one rank
 
 
 def ulysses_attention(
@@ -37,6 +48,7 @@ def ulysses_attention(
     layout: str = "bshd",
     dtype: str | None = None,
     return_lse: bool = False,
+    return_ctx: bool = False,
     attn_type: AttnType = AttnType.INTEL_SYCL,
     exchange: str = "auto",
 ) -> Any:
@@ -67,6 +79,9 @@ def ulysses_attention(
         As in `attention`.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
+    return_ctx : bool
+        Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
+        ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse.
     attn_type : AttnType
         The implementation of the local attention.
     exchange : {"auto", "device", "host"}
@@ -79,6 +94,8 @@ def ulysses_attention(
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_local), or (heads, total_local)
         with layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
+    ctx : Context
+        Only with `return_ctx`, as the last result.
 
     Raises
     ------
@@ -112,6 +129,7 @@ def ulysses_attention(
         v,
         comm=comm,
         exchange=exchange,
+        return_ctx=return_ctx,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
@@ -139,6 +157,7 @@ def distributed(
     *,
     comm: Any,
     exchange: str = "auto",
+    return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
 ) -> Any:
@@ -149,7 +168,9 @@ def distributed(
     def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, Geometry, Options]]:
         views, geometry, settings = check_attention(q, k, v, names, **options)
         check_exchange(exchange)
-        return (views[0].shape[1], views[1].shape[1]), vars(geometry) | settings.common(), (views, geometry, settings)
+        check_flag("return_ctx", return_ctx)
+        common = vars(geometry) | settings.common() | {"return_ctx": return_ctx}
+        return (views[0].shape[1], views[1].shape[1]), common, (views, geometry, settings)
 
     rows, (views, geometry, settings) = agree(comm, function, check)
     q_rows, k_rows = column(rows, 0), column(rows, 1)
@@ -157,11 +178,16 @@ def distributed(
     # Delegate.
     q_usm, k_usm, v_usm = (to_usm(x) for x in views)
     if comm.size == 1:
-        results = local.attend_whole(q_usm, k_usm, v_usm, geometry, settings)
+        out, lse = local.attend_whole(q_usm, k_usm, v_usm, geometry, settings)
+        context = Context(geometry, q_rows, k_rows, ())
     else:
         route = _exchange.choose_route(q_usm.sycl_queue, exchange)
-        results = _attend_split(comm, route, q_usm, k_usm, v_usm, q_rows, k_rows, geometry, settings)
-    return local.results_to_user(*results, settings, q)
+        arrays = q_usm, k_usm, v_usm
+        out, lse, context = _attend_split(comm, route, *arrays, q_rows, k_rows, geometry, settings, keep=return_ctx)
+    results = local.results_to_user(out, lse, settings, q)
+    if not return_ctx:
+        return results
+    return (*results, context) if settings.return_lse else (results, context)
 
 
 def _attend_split(
@@ -174,55 +200,56 @@ def _attend_split(
     k_rows: tuple[int, ...],
     geometry: Geometry,
     options: Options,
-) -> tuple[Any, Any]:
-    """Redistribute, attend, redistribute: the whole path on USM arrays of two or more ranks."""
+    *,
+    keep: bool,
+) -> tuple[Any, Any, Context]:
+    """Redistribute, attend, redistribute: the whole path on USM arrays of two or more ranks. `keep`: for a backward pass."""
     heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
-    q_heads = [(h.q_start, h.q_count) for h in heads]
-    kv_heads = [(h.kv_start, h.kv_count) for h in heads]
+    mine = heads[comm.rank]
+    q_heads, kv_heads = query_shares(heads), kv_shares(heads)
 
     # Every rank: from its rows of all heads to all rows of its heads.
+    slots = ("", "") if keep else ("gathered", "gathered k, v")
     if q_rows == k_rows:
-        q_all, k_all, v_all = to_gathered(comm, route, (q, k, v), (q_heads, kv_heads, kv_heads), q_rows, slot="gathered")
+        gathered = to_gathered(comm, route, (q, k, v), (q_heads, kv_heads, kv_heads), q_rows, slot=slots[0])
     else:
-        (q_all,) = to_gathered(comm, route, (q,), (q_heads,), q_rows, slot="gathered")
-        k_all, v_all = to_gathered(comm, route, (k, v), (kv_heads, kv_heads), k_rows, slot="gathered k, v")
+        gathered = to_gathered(comm, route, (q,), (q_heads,), q_rows, slot=slots[0])
+        gathered += to_gathered(comm, route, (k, v), (kv_heads, kv_heads), k_rows, slot=slots[1])
 
-    # Local attention. The result, with lse as more columns if it is wanted, is the send buffer of the way back.
-    seq, batch, head_dim = sum(q_rows), geometry.batch, geometry.head_dim
+    # Local attention. The result, and lse if it is wanted, are the send buffer of the way back.
     lse_dtype = np.dtype(geometry.compute_dtype)
-    lse_columns = lse_dtype.itemsize // q.dtype.itemsize if options.return_lse else 0
-    width = head_dim + lse_columns
-    back = Trade(comm.rank, q_rows, column(q_heads, 1), batch, width)
-    count = back.slots[comm.rank]
+    lse_columns = lse_dtype.itemsize // q.dtype.itemsize  # of a 16-bit buffer, lse takes two columns
+    widths, shares = [geometry.head_dim], [q_heads]
+    if options.return_lse:
+        widths, shares = [geometry.head_dim, lse_columns], [q_heads, q_heads]
+    back = trade_of(comm.rank, q_rows, shares, widths, geometry.batch)
     result = scratch(q.sycl_queue, "result", (sum(back.gathered_counts),), q.dtype)
-    row, b, head = batch * count * width, count * width, width
-    out = view(result, 0, (batch, seq, count, head_dim), (b, row, head, 1))
-    if lse_columns == 1:
-        lse = view(result, head_dim, (batch, count, seq), (b, head, row))
+    out, *lse_as_columns = gathered_views(back, shares, widths, result)
+    lse_shape = (geometry.batch, mine.q_count, sum(q_rows))
+    if keep:
+        lse = empty_like(q, lse_shape, lse_dtype)
+    elif options.return_lse and lse_columns == 1:
+        lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
     else:
-        lse = scratch(q.sycl_queue, "lse", (batch, count, seq), lse_dtype)
-    share = heads[comm.rank]
+        lse = scratch(q.sycl_queue, "lse", lse_shape, lse_dtype)
     local.attend(
-        *(q_all, k_all, v_all, out, lse, options),
+        *(*gathered, out, lse, options),
         group=geometry.group,
-        head_shift=share.shift,
-        first_head=share.q_start,
+        head_shift=mine.shift,
+        first_head=mine.q_start,
     )
-    if lse_columns > 1:
-        columns = view(result, head_dim, (batch, seq, count, lse_columns), (b, row, head, 1))
-        local.copy_arrays([_as_columns(lse, q.dtype)], [columns])
+    if options.return_lse and (keep or lse_columns > 1):
+        local.copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
 
     # Every rank: from all rows of its heads back to its rows of all heads.
     out_local = local.empty_out(q, options.layout)
-    lse_local = empty_like(q, (batch, geometry.heads, q.shape[1]), lse_dtype)
-    targets = [(out_local, 0)]
-    if options.return_lse:
-        targets.append((_as_columns(lse_local, q.dtype), head_dim))
-    to_local(comm, route, back, result, targets)
-    return out_local, lse_local
+    lse_local = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), lse_dtype)
+    targets = [out_local, as_columns(lse_local, q.dtype)][: len(shares)]
+    to_local(comm, route, back, result, targets, shares)
+    return out_local, lse_local, Context(geometry, q_rows, k_rows, (*gathered, lse) if keep else ())
 
 
-def _as_columns(lse: Any, dtype: Any) -> Any:
+def as_columns(lse: Any, dtype: Any) -> Any:
     """A view of C-contiguous lse as numbers of another dtype, (batch, seq, heads, columns): two of 16 bits for one of 32."""
     batch, heads, seq = lse.shape
     columns = lse.dtype.itemsize // dtype.itemsize

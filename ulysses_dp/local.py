@@ -207,11 +207,11 @@ def attend(
         halves = q.dtype.itemsize == 2
         result = out
         if halves:
-            (q,) = _head_major((q,), "q float32", lse.dtype)
-            k, v = _head_major((k, v), "k, v", lse.dtype)
+            (q,) = head_major((q,), "q float32", lse.dtype)
+            k, v = head_major((k, v), "k, v", lse.dtype)
             result = view(scratch(q.sycl_queue, "out float32", (q.size,), q.dtype), 0, q.shape, q.strides)
         else:
-            q, k, v = (_dense_last_axis(x) for x in (q, k, v))
+            q, k, v = (dense_last_axis(x) for x in (q, k, v))
         extras = options.extras(q, k.shape[1], first_head)
         arguments = {
             "scale": options.softmax_scale,
@@ -231,7 +231,7 @@ def attend(
             flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=q.dtype), **arguments)
         else:
             if q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM and not _is_head_major(k, v):
-                k, v = _head_major((k, v), "k, v", k.dtype)
+                k, v = head_major((k, v), "k, v", k.dtype)
             tile = schedule if schedule != "gpu" else None
             flash_forward(q, k, v, result, lse, tile=tile, extras=extras, **arguments)
         if halves:
@@ -243,7 +243,7 @@ def _is_head_major(*arrays: Any) -> bool:
     return all(x.strides[1] == x.shape[3] or x.size == 0 for x in arrays)
 
 
-def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
+def head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
     """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
     shape, size = arrays[0].shape, arrays[0].size
     _, seq, heads, width = shape
@@ -254,7 +254,7 @@ def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
     return copies
 
 
-def _dense_last_axis(x: Any) -> Any:
+def dense_last_axis(x: Any) -> Any:
     """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
     if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
         return x

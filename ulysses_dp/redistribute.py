@@ -14,9 +14,9 @@ from ._trace import stage
 from ._validate import agree, check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    Share = Sequence[tuple[int, int]]  # of every rank: its first head and the number of its heads
+    from ._partition import Share
 
 
 def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any:
@@ -26,9 +26,9 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
 
     Parameters
     ----------
-    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
-        (batch, seq_local, heads, head_dim), float32 or float64, any strides. seq_local may differ between ranks and may
-        be 0; the ranks hold consecutive rows in rank order.
+    x : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
+        (batch, seq_local, heads, head_dim), float32, float64, float16, bfloat16 or uint16, any strides. seq_local may differ
+        between ranks and may be 0; the ranks hold consecutive rows in rank order.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     exchange : {"auto", "device", "host"}
@@ -36,7 +36,7 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
 
     Returns
     -------
-    same kind, dtype and queue as x
+    same kind, dtype and device as x
         (batch, seq, heads_local, head_dim), where seq is the sum of all seq_local. The first ``heads % P`` ranks have one head
         more than the others. The result is a view of an array whose axes are ordered (seq, batch, heads, head_dim): the
         order in which the rows arrive. With only one rank it is a view of x, or for NumPy a copy.
@@ -70,9 +70,9 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
 
     Parameters
     ----------
-    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
-        (batch, seq, heads_local, head_dim), float32 or float64, any strides. heads_local may differ between ranks and may
-        be 0; the ranks hold consecutive heads in rank order.
+    x : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
+        (batch, seq, heads_local, head_dim), float32, float64, float16, bfloat16 or uint16, any strides. heads_local may differ
+        between ranks and may be 0; the ranks hold consecutive heads in rank order.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     seq_local : int, optional
@@ -82,7 +82,7 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
 
     Returns
     -------
-    same kind, dtype and queue as x
+    same kind, dtype and device as x
         (batch, seq_local, heads, head_dim), where heads is the sum of all heads_local. C-contiguous, unless there is only
         one rank: then it is a view of x, or for NumPy a copy.
 
@@ -115,8 +115,8 @@ def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any =
 
     Parameters
     ----------
-    x : dpnp.ndarray, usm_ndarray or numpy.ndarray
-        4 axes, float32 or float64, any strides.
+    x : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
+        4 axes, float32, float64, float16, bfloat16 or uint16, any strides.
     scatter_idx, gather_idx : int
         The axis that is split and the axis that is joined; they differ. The length of the joined axis may differ between
         ranks.
@@ -127,7 +127,7 @@ def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any =
 
     Returns
     -------
-    same kind, dtype and queue as x
+    same kind, dtype and device as x
         Axis `gather_idx` has the sum of the ranks' lengths. Axis `scatter_idx` has this rank's part: the first ranks have one
         more where its length is not a multiple of the number of ranks.
 
@@ -197,11 +197,11 @@ def _trade(
     if comm.size > 1:
         route = _exchange.choose_route(x.sycl_queue, exchange)
         if joins_rows:
-            counts = split(x.shape[2], comm.size)
-            (x,) = to_gathered(comm, route, [x], [list(zip(starts(counts), counts, strict=True))], column(sizes, 0))
+            (x,) = to_gathered(comm, route, [x], [blocks_of(split(x.shape[2], comm.size))], column(sizes, 0))
         else:
-            trade = Trade(comm.rank, column(sizes, 1), column(sizes, 0), x.shape[0], x.shape[3])
-            x = _gather(comm, route, trade, x)
+            shares = [blocks_of(column(sizes, 0))]
+            trade = trade_of(comm.rank, column(sizes, 1), shares, [x.shape[3]], x.shape[0])
+            x = _gather(comm, route, trade, shares, x)
     return from_usm(permute(x, inverse(axes)), like)
 
 
@@ -215,7 +215,7 @@ def to_gathered(
     comm, route
         The ranks, and the way to them.
     arrays : sequence of usm_ndarray
-        Each (batch, rows of this rank, heads, width).
+        Each (batch, rows of this rank, heads, width); the widths may differ.
     shares : sequence of Share
         Per array, which of its heads each rank gets; they may overlap.
     rows : tuple of int
@@ -228,45 +228,59 @@ def to_gathered(
     list of usm_ndarray
         Each (batch, all rows, heads of this rank, width): views of the one received buffer.
     """
-    batch, _, _, width = arrays[0].shape
-    trade = Trade(comm.rank, rows, tuple(sum(n for _, n in peer) for peer in zip(*shares, strict=True)), batch, width)
+    widths = [x.shape[3] for x in arrays]
+    trade = trade_of(comm.rank, rows, shares, widths, arrays[0].shape[0])
     queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
     with stage("pack"):
         sent = scratch(queue, "local", (sum(trade.local_counts),), dtype)
-        relayout(arrays, [sent], _pack_panels(trade, arrays, shares), rows=rows[comm.rank], batch=batch)
+        panels = [
+            Panel(*source_of(number, arrays[number], first), *(0, place, *strides), *(count, widths[number]))
+            for number, first, count, place, strides in _blocks(trade, shares, widths)
+        ]
+        relayout(arrays, [sent], panels, rows=rows[comm.rank], batch=trade.batch)
     size = (sum(trade.gathered_counts),)
     received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], size)
     _exchange.to_gathered(comm, route, trade, sent, received)
+    return gathered_views(trade, shares, widths, received)
 
-    slots = trade.slots[comm.rank]
+
+def trade_of(rank: int, rows: tuple[int, ...], shares: Sequence[Share], widths: Sequence[int], batch: int) -> Trade:
+    """The exchange of arrays of which every rank gets these heads, of these widths."""
+    pairs = list(zip(shares, widths, strict=True))
+    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
+    return Trade(rank, rows, sizes, batch)
+
+
+def gathered_views(trade: Trade, shares: Sequence[Share], widths: Sequence[int], gathered: Any) -> list[Any]:
+    """The arrays in the flat buffer of the gathered side, each (batch, all rows, heads of this rank, width)."""
+    size = trade.sizes[trade.rank]
     views, first = [], 0
-    for share in shares:
-        count = share[comm.rank][1]
-        shape, strides = (batch, sum(rows), count, width), (slots * width, batch * slots * width, width, 1)
-        views.append(view(received, first * width, shape, strides))
-        first += count
+    for share, width in zip(shares, widths, strict=True):
+        count = share[trade.rank][1]
+        shape, strides = (trade.batch, sum(trade.rows), count, width), (size, trade.batch * size, width, 1)
+        views.append(view(gathered, first, shape, strides))
+        first += count * width
     return views
 
 
-def _pack_panels(trade: Trade, arrays: Sequence[Any], shares: Sequence[Share]) -> list[Panel]:
-    """From each array to the block of each peer on the local side: (row, batch, slots of the peer, width)."""
-    panels = []
+def _blocks(
+    trade: Trade, shares: Sequence[Share], widths: Sequence[int]
+) -> Iterator[tuple[int, int, int, int, tuple[int, int, int]]]:
+    """Where arrays lie in the buffer of the local side: the block of every peer is (row, batch, its heads of every array).
+
+    Yields number of the array, first head, heads, place, and the strides of rows, batch and heads.
+    """
     for peer, base in enumerate(starts(trade.local_counts)):
-        slots, target = trade.slots[peer], base
-        for number, (x, share) in enumerate(zip(arrays, shares, strict=True)):
+        size, place = trade.sizes[peer], base
+        for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
             first, count = share[peer]
-            panels.append(
-                Panel(
-                    *source_of(number, x, first),
-                    *(0, target, trade.batch * slots * trade.width, slots * trade.width, trade.width),
-                    *(count, trade.width),
-                )
-            )
-            target += count * trade.width
-    return panels
+            yield number, first, count, place, (trade.batch * size, size, width)
+            place += count * width
 
 
-def to_local(comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, targets: Sequence[tuple[Any, int]]) -> None:
+def to_local(
+    comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, targets: Sequence[Any], shares: Sequence[Share]
+) -> None:
     """Bring the split by heads back to the split by rows: one message to every other rank, one relayout pass.
 
     Parameters
@@ -274,45 +288,51 @@ def to_local(comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, tar
     comm, route
         The ranks, and the way to them.
     trade : Trade
-        The two splits.
+        The two splits, as `trade_of` makes them.
     gathered : usm_ndarray
-        Flat, in the order (all rows, batch, heads of this rank, width).
-    targets : sequence of (usm_ndarray, int)
-        Receive columns of the width: (batch, rows of this rank, heads, columns), dense in the last axis, and the first column.
+        Flat, in the order of `gathered_views`.
+    targets : sequence of usm_ndarray
+        Receive the arrays: (batch, rows of this rank, heads, width), dense in the last axis.
+    shares : sequence of Share
+        Per array, the heads that come from each rank. What several ranks have of one head is added up in rank order.
     """
     received = scratch(gathered.sycl_queue, "local", (sum(trade.local_counts),), gathered.dtype)
     _exchange.to_local(comm, route, trade, gathered, received)
-    panels = []
-    for peer, base in enumerate(starts(trade.local_counts)):
-        slots, first = trade.slots[peer], starts(trade.slots)[peer]
-        for number, (x, first_column) in enumerate(targets):
-            panels.append(
-                Panel(
-                    *(0, base + first_column, trade.batch * slots * trade.width, slots * trade.width, trade.width, 1),
-                    *target_of(number, x, first),
-                    *(slots, x.shape[3]),
-                )
-            )
+    widths = [x.shape[3] for x in targets]
+    panels, covered = [], [0] * len(targets)  # heads of each array that the ranks so far have brought
+    for number, first, count, place, (row, batch, head) in _blocks(trade, shares, widths):
+        again = min(max(covered[number] - first, 0), count)
+        covered[number] = max(covered[number], first + count)
+        for skip, heads in ((0, again), (again, count - again)):
+            source = (0, place + skip * head, row, batch, head, 1)
+            target = target_of(number, targets[number], first + skip)
+            panels.append(Panel(*source, *target, heads, widths[number], add=int(skip < again)))
     with stage("unpack"):
-        relayout([received], [x for x, _ in targets], panels, rows=trade.rows[comm.rank], batch=trade.batch)
+        relayout([received], targets, panels, rows=trade.rows[comm.rank], batch=trade.batch)
 
 
-def _gather(comm: Any, route: _exchange.Route, trade: Trade, x: Any) -> Any:
+def _gather(comm: Any, route: _exchange.Route, trade: Trade, shares: Sequence[Share], x: Any) -> Any:
     """`gather_heads` of a USM array."""
-    rows, batch, slots, width = trade.gathered_shape
-    strides = (slots * width, batch * slots * width, width, 1)
+    batch, rows, heads, width = x.shape
+    strides = (heads * width, batch * heads * width, width, 1)
     as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
     if not as_sent or x._element_offset:
         with stage("pack"):
             copy = view(scratch(x.sycl_queue, "gathered", (x.size,), x.dtype), 0, x.shape, strides)
-            panel = Panel(*source_of(0, x), *target_of(0, copy), slots, width)
+            panel = Panel(*source_of(0, x), *target_of(0, copy), heads, width)
             relayout([x], [copy], [panel], rows=rows, batch=batch)
         x = copy
-    result = empty_like(x, (batch, trade.rows[comm.rank], sum(trade.slots), width))
-    to_local(comm, route, trade, view(x, 0, (rows * batch * slots * width,), (1,)), [(result, 0)])
+    all_heads = sum(count for _, count in shares[0])
+    result = empty_like(x, (batch, trade.rows[comm.rank], all_heads, width))
+    to_local(comm, route, trade, view(x, 0, (x.size,), (1,)), [result], shares)
     return result
 
 
 def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
     """One column of a table of integers."""
     return tuple(row[index] for row in table)
+
+
+def blocks_of(counts: tuple[int, ...]) -> Share:
+    """The heads of every rank if the ranks have consecutive blocks of them."""
+    return list(zip(starts(counts), counts, strict=True))

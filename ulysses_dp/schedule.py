@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cache, lru_cache
 from pathlib import Path
@@ -65,6 +66,13 @@ def _choose(device: Any, dtype: Any, head_dim: int, seq_q: int, wish: str | None
     costs = _costs(device, tuning)
     costs_here = {name: cost for name, cost in costs.get(head_dim, costs[0]).items() if name in possible} or {possible[0]: 1.0}
     return min(costs_here, key=lambda name: costs_here[name] * -(-seq_q // ROWS[name]) * ROWS[name])
+
+
+def fastest(device: Any, head_dim: int, tiles: tuple[str, ...]) -> str:
+    """Of these tiles the one with the least time per row, if none is measured the first."""
+    costs = _costs(device, os.environ.get(TUNING))
+    costs_here = costs.get(head_dim, costs[0])
+    return min(tiles, key=lambda name: costs_here.get(name, math.inf))
 
 
 @cache

@@ -1,0 +1,868 @@
+"""The backward passes against the dense gradient: options, splits, layouts, dtypes and kinds, contexts, and bad arguments."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from checks import (
+    AXES,
+    FORMS,
+    OPTIONS,
+    assert_disagree,
+    assert_refused,
+    decode,
+    described,
+    dtype_of_options,
+    dtype_option,
+    encode,
+    is_array,
+    kinds_of,
+    made,
+    some_options,
+)
+from gradients import dense_gradient
+from helpers import (
+    KINDS,
+    LAYOUTS,
+    SPLITS,
+    WORLD,
+    as_kind,
+    as_numpy,
+    as_view,
+    assert_like,
+    needs_ranks,
+    new_queue,
+    outcomes,
+    part,
+    random_qkv,
+    split,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ulysses_dp import (
+    AttnType,
+    attention,
+    attention_backward,
+    free_workspace,
+    trace,
+    ulysses_attention,
+    ulysses_attention_backward,
+)
+
+# relative to the largest number of a gradient, or to 1 where that is larger: the 16-bit forms round out, too
+TOLERANCE = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-2, "bits": 2e-2}
+LENGTHS = [(23, 23), (9, 31), (31, 9)]
+WINDOWS = [(0, 0), (0, -1), (-1, 0), (3, 2), (-1, 4), (6, 0), (100, 100)]
+# heads and kv_heads: fewer than ranks, and groups that are cut between ranks
+HEADS = [(1, 1), (2, 1), (3, 1), (5, 5), (4, 2), (6, 2), (6, 3)]
+COMBINATIONS = [
+    ("causal", "window", "alibi", "sinks"),
+    ("softcap", "alibi of batch", "bias", "mask"),
+    ("causal", "mask", "sinks", "dropout"),
+    OPTIONS,
+]
+# the queries and the keys of every sequence: one row, none, queries without keys and the reverse, more keys and fewer
+PACKED = {
+    "one": ([23], [23]),
+    "equal": ([7, 1, 0, 12, 3], [7, 1, 0, 12, 3]),
+    "other keys": ([7, 1, 0, 12, 3, 5], [4, 1, 6, 17, 0, 2]),
+    "decoding": ([1, 1, 1, 1], [9, 0, 14, 1]),
+    "long": ([70, 5, 66], [70, 40, 66]),
+    "no rows": ([0, 0], [3, 0]),
+}
+
+
+def local(q, k, v, dout, _comm, *, context=False, restride=lambda x: x, **options):
+    """`attention` and `attention_backward` with the arguments of `distributed`."""
+    assert not context
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    return attention_backward(dout, q, k, v, restride(out), lse, **options)
+
+
+def distributed(q, k, v, dout, comm, *, context=False, restride=lambda x: x, **options):
+    """The gradient of this rank's rows by `ulysses_attention` and `ulysses_attention_backward`."""
+    out, lse, *ctx = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=context, **options)
+    ctx = {"ctx": ctx[0]} if context else {}
+    return ulysses_attention_backward(dout, q, k, v, restride(out), lse, comm=comm, **ctx, **options)
+
+
+@pytest.fixture(params=[pytest.param(local, marks=pytest.mark.single), distributed], ids=["local", "distributed"])
+def function(request, comm):
+    """Both functions; under mpiexec `attention_backward` has nothing to do with the other ranks."""
+    return request.param
+
+
+def packed(lengths, heads=4, kv_heads=2, head_dim=16, dtype="float32", seed=0):
+    """Whole packed q, k and v, and the options that say so."""
+    rows, keys = lengths
+    whole = random_qkv(seed, 1, sum(rows), heads, kv_heads, head_dim, dtype, sum(keys))
+    ends = {"cu_seqlens_q": rows, "cu_seqlens_k": keys}
+    ends = {name: np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for name, x in ends.items()}
+    return tuple(x[0] for x in whole), {"layout": "thd"} | ends
+
+
+def random_dout(q, seed=99):
+    """What comes from the loss, the same on every rank."""
+    return np.random.default_rng(seed).standard_normal(q.shape)
+
+
+def assert_close(result, expected, form):
+    """Equal within the tolerance of the form, relative to the largest number."""
+    atol = TOLERANCE[form] * np.abs(expected[np.isfinite(expected)]).max(initial=1)
+    np.testing.assert_allclose(decode(result), expected, rtol=0, atol=atol)
+
+
+def check(
+    comm,
+    whole,
+    *,
+    dout=None,
+    rows=None,
+    rows_k=None,
+    layout="bshd",
+    form="float32",
+    kind="numpy",
+    strides="C",
+    function=distributed,
+    context=False,
+    attn_type=None,
+    exchange=None,
+    **options,
+):
+    """Every rank passes its rows of the whole arrays and all of the options, and gets its rows of the dense gradient.
+
+    The whole arrays are (batch, seq, heads, head_dim) numbers for any layout, or (total, heads, head_dim) for "thd".
+    """
+    is_packed = layout == "thd"
+    axis, axes = (0, (0, 1, 2)) if is_packed else (1, AXES[layout])
+    rows = split(whole[0].shape[axis], comm.size) if rows is None else rows
+    rows_k = split(whole[1].shape[axis], comm.size) if rows_k is None else rows_k
+    counts = rows, rows_k, rows_k, rows
+    stored = [encode(x, form) for x in (*whole, random_dout(whole[0]) if dout is None else dout)]
+
+    def viewed(x):
+        return as_view(x[None], kind, strides)[0] if is_packed else as_view(x, kind, strides)
+
+    mine = [viewed(part(x, n, comm.rank, axis).transpose(axes)) for x, n in zip(stored, counts, strict=True)]
+    given = {name: as_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    arrays = [*mine, *(x for x in given.values() if is_array(x))]
+    before = [np.array(as_numpy(x)) for x in arrays]
+    how = {"layout": layout, "attn_type": attn_type, "exchange": exchange}
+    how = {name: value for name, value in how.items() if value is not None} | dtype_option(form)
+    how |= {"context": context, "restride": (lambda x: x) if strides == "C" else lambda x: viewed(as_numpy(x))}
+    gradients = function(*mine, comm, **how, **given)
+
+    on_host = {name: as_numpy(x) if is_array(x) else x for name, x in options.items()}
+    *whole_numbers, dout_numbers = map(decode, stored)
+    *expected, expected_dsinks = dense_gradient(dout_numbers, *whole_numbers, **on_host)
+    assert len(gradients) == (3 if options.get("sinks") is None else 4)
+    for gradient, x, whole_gradient, n in zip(gradients[:3], mine[:3], expected, counts[:3], strict=True):
+        assert_like(gradient, x, x.shape, c_contiguous=False)
+        assert_close(gradient, part(whole_gradient, n, comm.rank, axis).transpose(axes), form)
+    for dsinks in gradients[3:]:
+        assert type(dsinks) is type(gradients[0])
+        assert getattr(dsinks, "sycl_queue", None) == getattr(gradients[0], "sycl_queue", None)
+        assert tuple(dsinks.shape) == expected_dsinks.shape
+        assert as_numpy(dsinks).dtype == ("float64" if form == "float64" else "float32")
+        for theirs in comm.allgather(as_numpy(dsinks)):
+            np.testing.assert_array_equal(as_numpy(dsinks), theirs)
+        # out, of which dsinks are a sum over all rows, comes rounded to the form; dsinks do not
+        atol = TOLERANCE[form] * np.abs(expected_dsinks).max(initial=1)
+        np.testing.assert_allclose(as_numpy(dsinks), expected_dsinks, rtol=0, atol=atol)
+    for x, unchanged in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(decode(x), decode(unchanged))
+    return [as_numpy(x) for x in gradients]
+
+
+def assert_same(results, expected):
+    """The same numbers in float32, which may be added up in another order."""
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, other, rtol=0, atol=2e-6 * np.abs(other).max(initial=1))
+
+
+def assert_equal(results, expected):
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, other)
+
+
+@pytest.mark.parametrize("names", [(), *((name,) for name in OPTIONS), ("alibi of batch",), *COMBINATIONS], ids=" ".join)
+@pytest.mark.parametrize("attn_type", AttnType)
+def test_options(comm, function, names, attn_type):
+    for seq, seq_k in ((19, 19), (13, 22)):
+        whole = random_qkv(seq, 2, seq, 4, 2, 16, seq_k=seq_k)
+        check(comm, whole, function=function, attn_type=attn_type, **some_options(names, 2, 4, seq, seq_k))
+
+
+@pytest.mark.parametrize("names", list(combinations(OPTIONS, 2)), ids=" ".join)
+def test_pairs_of_options(comm, function, names):
+    check(comm, random_qkv(1, 2, 13, 6, 3, 8, seq_k=17), function=function, **some_options(names, 2, 6, 13, 17))
+
+
+@pytest.mark.parametrize("window_size", WINDOWS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_window(comm, function, window_size, causal):
+    for seq, seq_k in LENGTHS:
+        whole = random_qkv(seq, 1, seq, 4, 2, 16, seq_k=seq_k)
+        check(comm, whole, window_size=window_size, causal=causal, function=function)
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (20, -1), (3, 3), (-1, 20), (70, 70)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_several_tiles(comm, function, window_size, causal):
+    """Long enough for tiles of keys that no row of a block sees, or that all rows see."""
+    check(comm, random_qkv(2, 1, 150, 2, 1, 16), window_size=window_size, causal=causal, function=function)
+    check(comm, random_qkv(2, 1, 67, 2, 1, 16, seq_k=131), window_size=window_size, causal=causal, function=function)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5, 30.0])
+def test_softcap(comm, function, softcap):
+    q, k, v = random_qkv(3, 2, 23, 4, 2, 16)
+    for scale in (1, 4):  # of which the second is flat at the cap
+        check(comm, (q * np.float32(scale), k, v), softcap=softcap, softmax_scale=0.3, function=function)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 17), (2, 1, 11, 1), (1, 4, 11, 17), (2, 4, 1, 1)], ids=str)
+def test_bias_is_broadcast(comm, function, shape):
+    bias = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    bias[..., -1] = -np.inf
+    check(comm, random_qkv(5, 2, 11, 4, 2, 16, seq_k=17), bias=bias, function=function)
+
+
+@pytest.mark.parametrize("sinks", [[0, 0, 0, 0], [-2, 0.5, 3, 20], [-np.inf, 1, -np.inf, 0], [-np.inf] * 4], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_sinks(comm, function, sinks, causal):
+    for seq, seq_k in (*LENGTHS, (5, 0)):  # with fewer keys than queries, causal, the first rows see the sink alone
+        whole = random_qkv(6, 2, seq, 4, 2, 16, seq_k=seq_k)
+        check(comm, whole, sinks=np.array(sinks, np.float32), causal=causal, function=function)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_dropout(comm, function, heads, kv_heads):
+    """The weights that were dropped in the forward pass, whichever rank has the head."""
+    whole = random_qkv(7, 2, 17, heads, kv_heads, 16, seq_k=22)
+    for dropout_p in (1e-12, 0.1, 0.99):
+        check(comm, whole, dropout_p=dropout_p, seed=7, causal=True, function=function)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=" ".join)
+def test_heads(comm, function, heads, kv_heads, names):
+    """Ranks that share a kv head each hold a part of its gradient; ranks may have no head at all."""
+    whole = random_qkv(8, 2, 15, heads, kv_heads, 16)
+    check(comm, whole, function=function, **some_options(names, 2, heads, 15, 15))
+    check(comm, whole, context=function is distributed, function=function, **some_options(names, 2, heads, 15, 15))
+
+
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("how_k", SPLITS)
+def test_splits(comm, how, how_k):
+    """Queries and keys travel together only if their splits are the same."""
+    for seq, seq_k, context in ((19, 19, False), (19, 19, True), (13, 22, how == "uneven")):
+        rows, rows_k = split(seq, comm.size, how), split(seq_k, comm.size, how_k)
+        options = some_options(OPTIONS, 2, 6, seq, seq_k) | {"rows": rows, "rows_k": rows_k, "context": context}
+        check(comm, random_qkv(9, 2, seq, 6, 3, 16, seq_k=seq_k), **options)
+
+
+@pytest.mark.parametrize("layout", AXES)
+@pytest.mark.parametrize("strides", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts(comm, function, layout, strides, kind):
+    """dout and out have strides, too."""
+    options = {"layout": layout, "strides": strides, "kind": kind, "function": function}
+    check(comm, random_qkv(10, 2, 15, 4, 2, 16), **options)
+    check(comm, random_qkv(10, 2, 11, 4, 2, 16, seq_k=16), **options, **some_options(OPTIONS, 2, 4, 11, 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_of_lse(comm, kind):
+    rows = split(9, comm.size, "uneven")
+    q, k, v = (as_kind(part(x, rows, comm.rank), kind) for x in random_qkv(11, 2, 9, 4, 2, 16))
+    out, lse = ulysses_attention(q, k, v, comm=comm, return_lse=True)
+    spread = np.full((*lse.shape[:2], 2 * lse.shape[2] + 1), np.nan, np.float32)
+    spread[..., 1::2] = as_numpy(lse)
+    results = [ulysses_attention_backward(q, q, k, v, out, x, comm=comm) for x in (lse, as_kind(spread, kind)[..., 1::2])]
+    assert_equal(*(map(as_numpy, result) for result in results))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", [(), ("causal",), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
+def test_dtypes(comm, function, form, names):
+    dtype = dtype_of_options(form)
+    options = some_options(names, 2, 6, 21, 21, dtype=dtype)
+    whole = random_qkv(12, 2, 21, 6, 2, 16, dtype)
+    for kind in kinds_of(form):
+        check(
+            comm, whole, form=form, kind=kind, context=kind != "numpy" and function is distributed, function=function, **options
+        )
+    check(comm, whole, form=form, layout="sbhd", function=function, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head_dim", [1, 3, 40, 64, 128, 256])
+def test_head_dims(comm, function, form, head_dim):
+    whole = random_qkv(head_dim, 1, 37, 4, 2, head_dim, dtype_of_options(form))
+    check(comm, whole, form=form, causal=True, function=function)
+
+
+@pytest.mark.parametrize("exchange", ["device", "host"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("context", [False, True])
+def test_exchange(comm, exchange, form, context):
+    for kind in kinds_of(form):
+        options = {"form": form, "kind": kind, "exchange": exchange, "context": context}
+        check(comm, random_qkv(13, 2, 12, 6, 3, 16), rows=split(12, comm.size, "uneven"), **options)
+        check(comm, random_qkv(13, 2, 12, 6, 3, 16, seq_k=17), causal=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "seq_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0), (1, 1, 1), (1, 1, 13), (3, 2, 1), (1, 11, 7)]
+)
+@pytest.mark.parametrize("names", [(), OPTIONS], ids=["none", "all"])
+def test_small_sizes(comm, function, batch, seq, seq_k, names):
+    whole = random_qkv(14, batch, seq, 3, 1, 5, seq_k=seq_k)
+    for context in {False, function is distributed}:
+        check(comm, whole, function=function, context=context, **some_options(names, batch, 3, seq, seq_k))
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+def test_packed(comm, function, names, lengths):
+    whole, packing = packed(lengths)
+    names = tuple(name for name in names if name != "alibi of batch")
+    check(comm, whole, function=function, **packing, **some_options(names, 1, 4, *map(sum, lengths)))
+
+
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("how_k", SPLITS)
+def test_splits_of_packed(comm, how, how_k):
+    """Ranks meet inside of sequences."""
+    lengths = PACKED["other keys"]
+    whole, packing = packed(lengths, 6, 3)
+    rows, rows_k = (split(sum(n), comm.size, x) for n, x in zip(lengths, (how, how_k), strict=True))
+    packing |= {"rows": rows, "rows_k": rows_k}
+    check(comm, whole, causal=True, **packing)
+    check(comm, whole, context=True, **packing, **some_options(OPTIONS, 1, 6, *map(sum, lengths)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strides", ["C", "reversed"])
+def test_forms_of_packed(comm, function, form, strides):
+    lengths, dtype = PACKED["equal"], dtype_of_options(form)
+    whole, packing = packed(lengths, dtype=dtype)
+    del packing["cu_seqlens_k"]
+    options = packing | some_options(("causal", "sinks"), 1, 4, 23, 23, dtype=dtype)
+    for kind in kinds_of(form):
+        check(comm, whole, form=form, kind=kind, strides=strides, function=function, **options)
+
+
+@pytest.mark.parametrize("name", ["torch", "array_api_strict"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_other_kinds(comm, function, name, dtype):
+    pytest.importorskip(name)
+    options = some_options(OPTIONS, 2, 4, 13, 13, dtype=dtype)
+    for context in {False, function is distributed}:
+        check(comm, random_qkv(15, 2, 13, 4, 2, 16, dtype), form=dtype, kind=name, function=function, context=context)
+        check(
+            *(comm, random_qkv(15, 2, 13, 4, 2, 16, dtype)),
+            **{"form": dtype, "kind": name, "function": function, "layout": "bhsd", "context": context} | options,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_of_torch(comm, dtype):
+    torch = pytest.importorskip("torch")
+    rows = split(13, comm.size)
+    whole = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in random_qkv(16, 2, 13, 4, 2, 16)]
+    q, k, v = (part(x, rows, comm.rank) for x in whole)
+    out, lse = ulysses_attention(q, k, v, comm=comm, causal=True, return_lse=True)
+    gradients = ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, causal=True)
+    numbers = [x.double().numpy() for x in (whole[0], *whole)]
+    for gradient, x, expected in zip(gradients, (q, k, v), dense_gradient(*numbers, causal=True)[:3], strict=True):
+        assert_like(gradient, x, x.shape)
+        assert_close(gradient, part(expected, rows, comm.rank), dtype)
+
+
+def test_rows_that_see_nothing_and_keys_that_nobody_sees(comm, function):
+    """Their gradients are zeros, exactly, and nan in them reaches nothing."""
+    q, k, v = random_qkv(17, 3, 40, 4, 2, 16)
+    dout = random_dout(q).astype(np.float32)
+    rows = split(40, comm.size)
+    mask = np.arange(40) < np.array([[40], [30], [0]])
+    bias = np.zeros((1, 1, 40, 40), np.float32)
+    bias[..., 7], bias[..., 3:21, :] = -np.inf, -np.inf
+    blind, unseen = np.isneginf(bias).all(-1)[0] | ~mask.any(1)[:, None], np.isneginf(bias).all(-2)[0] | ~mask
+    for names in ((), ("sinks",), ("softcap", "dropout", "causal")):
+        options = some_options(names, 3, 4, 40, 40) | {"key_padding_mask": mask, "bias": bias}
+        clean = check(comm, (q, k, v), dout=dout, function=function, **options)
+        for gradient, hidden in zip(clean[:3], (blind, unseen, unseen), strict=True):
+            assert (gradient[part(hidden, rows, comm.rank)] == 0).all()
+        for special in (np.nan, np.inf):
+            dirty = [x.copy() for x in (q, k, v, dout)]
+            for x, hidden in zip(dirty, (blind, unseen, unseen, blind), strict=True):
+                x[hidden] = special
+            assert_same(check(comm, dirty[:3], dout=dirty[3], function=function, **options), clean)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+@pytest.mark.parametrize("into", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_special_values_stay_in_their_sequence(comm, function, special, into, causal):
+    whole, packing = packed(([14, 20, 9], [14, 20, 9]))
+    dout = random_dout(whole[0]).astype(np.float32)
+    clean = check(comm, whole, dout=dout, causal=causal, function=function, **packing)
+    arrays = [x.copy() for x in (*whole, dout)]
+    arrays[into][22, 1, 3] = special
+    mine = [part(x, split(43, comm.size), comm.rank, axis=0) for x in arrays]
+    dirty = function(*mine, comm, causal=causal, **packing)
+    others = part(np.abs(np.arange(43) - 23.5) > 10, split(43, comm.size), comm.rank, axis=0)
+    assert_same([x[others] for x in dirty], [x[others] for x in clean])
+
+
+@pytest.mark.parametrize("into", [1, 2], ids=["k", "v"])
+def test_special_values_of_keys_do_not_reach_earlier_queries(comm, function, into):
+    whole = random_qkv(18, 2, 40, 4, 2, 16)
+    clean = check(comm, whole, causal=True, function=function)[0]
+    whole[into][0, 25, 1, 3] = np.nan
+    mine = [part(x, split(40, comm.size), comm.rank) for x in (*whole, random_dout(whole[0]).astype(np.float32))]
+    dirty = as_numpy(function(*mine, comm, causal=True)[0])
+    reached = np.zeros(whole[0].shape, bool)
+    reached[0, 25:, 2:] = True  # the query heads of the kv head
+    reached = part(reached, split(40, comm.size), comm.rank)
+    assert_same([dirty[~reached]], [clean[~reached]])
+
+
+@pytest.mark.parametrize("names", [(), OPTIONS], ids=["none", "all"])
+@pytest.mark.parametrize("form", ["float32", "float64"])
+def test_linear_in_dout(comm, function, names, form):
+    whole = random_qkv(19, 2, 29, 4, 2, 16, form)
+    one, other = (random_dout(whole[0], seed) for seed in (1, 2))
+    options = some_options(names, 2, 4, 29, 29, dtype=form) | {"form": form, "function": function}
+    of_one, of_other, of_both, of_twice, of_zeros = (
+        check(comm, whole, dout=dout, **options) for dout in (one, other, 3 * one + other, 2 * one, 0 * one)
+    )
+    for a, b, both, twice, zeros in zip(of_one, of_other, of_both, of_twice, of_zeros, strict=True):
+        assert_close(both, 3 * a.astype(float) + b, form)
+        np.testing.assert_array_equal(twice, 2 * a)
+        assert (zeros == 0).all()
+
+
+@pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
+def test_repetition_is_bit_identical(comm, function, names):
+    """Also where several ranks, and several heads of a group, add up the gradient of a kv head."""
+    whole, options = random_qkv(20, 2, 70, 6, 1, 32), some_options(names, 2, 6, 70, 70)
+    first = check(comm, whole, function=function, **options)
+    for _ in range(3):
+        assert_equal(check(comm, whole, function=function, **options), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
+@pytest.mark.parametrize("how", ["even", "uneven"])
+def test_context_changes_nothing(comm, names, kind, how):
+    options = some_options(names, 2, 6, 24, 29) | {"kind": kind}
+    options |= {"rows": split(24, comm.size, how), "rows_k": split(29, comm.size, how)}
+    whole = random_qkv(21, 2, 24, 6, 3, 16, seq_k=29)
+    assert_equal(check(comm, whole, context=True, **options), check(comm, whole, context=False, **options))
+
+
+def test_what_comes_with_a_context(comm):
+    """It is the last of the results, and the others are as without it."""
+    q, k, v = (part(x, split(9, comm.size), comm.rank) for x in random_qkv(22, 2, 9, 4, 2, 16))
+    out, lse, _ = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=True)
+    alone, ctx = ulysses_attention(q, k, v, comm=comm, return_ctx=True)
+    assert_equal((out, lse), ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=False))
+    assert_equal([alone], [out])
+    with_context = ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, ctx=ctx)
+    assert_equal(with_context, ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, ctx=None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts_outlive_later_calls(comm, kind):
+    """As the layers of a model are called: forward one after the other, backward in reverse, some of it twice."""
+    rows = split(19, comm.size, "uneven")
+    layers = []
+    for seed in range(3):
+        q, k, v = (as_kind(part(x, rows, comm.rank), kind) for x in random_qkv(seed, 2, 19, 4, 2, 16))
+        options = {"comm": comm, "causal": True}
+        out, lse, ctx = ulysses_attention(q, k, v, return_lse=True, return_ctx=True, **options)
+        expected = ulysses_attention_backward(q, q, k, v, out, lse, **options)
+        layers.append(((q, q, k, v, out, lse), ctx, list(map(np.array, map(as_numpy, expected)))))
+    free_workspace()
+    for arrays, ctx, expected in layers[::-1] + layers[:1]:
+        gradients = ulysses_attention_backward(*arrays, ctx=ctx, comm=comm, causal=True)
+        assert_equal(map(as_numpy, gradients), expected)
+
+
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (5, 5), (3, 1)])
+def test_context_saves_sending_q_k_and_v(comm, how, heads, kv_heads):
+    rows = split(24, comm.size, how)
+    q, k, v = (part(x, rows, comm.rank) for x in random_qkv(23, 2, 24, heads, kv_heads, 16))
+    with trace() as forward:
+        out, lse, ctx = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=True)
+    with trace() as with_context:
+        ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, ctx=ctx)
+    with trace() as without:
+        ulysses_attention_backward(q, q, k, v, out, lse, comm=comm)
+    there = sum(stage.bytes_sent for stage in forward.stages if stage.name == "scatter")
+    assert with_context.bytes_sent() <= without.bytes_sent() - there
+    assert (comm.allreduce(there) > 0) == (comm.allreduce(with_context.bytes_sent()) > 0) == (comm.size > 1)
+
+
+@pytest.mark.single
+def test_attention_backward_sends_nothing():
+    q, k, v = random_qkv(24, 1, 20, 2, 2, 16)
+    out, lse = attention(q, k, v, return_lse=True)
+    with trace() as record:
+        attention_backward(q, q, k, v, out, lse)
+    assert record.bytes_sent() == 0
+
+
+@pytest.mark.parametrize("names", [(), *((name,) for name in OPTIONS), OPTIONS], ids=lambda names: " ".join(names) or "none")
+def test_differences_of_the_distributed_forward(comm, names):
+    """Against the same package's forward pass alone: a few elements, each moved on the rank that has it."""
+    seq, seq_k, step = 5, 6, 1e-5
+    rows, rows_k = split(seq, comm.size, "uneven"), split(seq_k, comm.size)
+    whole = random_qkv(25, 1, seq, 2, 1, 3, "float64", seq_k)
+    options = some_options(names, 1, 2, seq, seq_k, dtype="float64")
+    dout = random_dout(whole[0])
+    weights = part(dout, rows, comm.rank)
+    counts = rows, rows_k, rows_k
+
+    def loss(arrays, sinks):
+        given = options if sinks is None else options | {"sinks": sinks}
+        mine = (part(x, n, comm.rank) for x, n in zip(arrays, counts, strict=True))
+        return comm.allreduce(float(np.vdot(weights, ulysses_attention(*mine, comm=comm, **given))))
+
+    mine = [part(x, n, comm.rank) for x, n in zip(whole, counts, strict=True)]
+    gradients = distributed(*mine, weights, comm, **options)
+    rng, sinks = np.random.default_rng(26), options.get("sinks")
+    for number, gradient in enumerate(gradients):
+        joined = np.concatenate(comm.allgather(gradient), axis=1) if number < 3 else gradient
+        for _ in range(3 if number < 3 else 2):
+            index = tuple(int(rng.integers(n)) for n in joined.shape)
+            values = []
+            for change in (step, -step):
+                arrays = [x.copy() for x in (*whole, *([] if sinks is None else [sinks]))]
+                arrays[number][index] += change
+                values.append(loss(arrays[:3], None if sinks is None else arrays[3]))
+            assert abs(joined[index] - (values[0] - values[1]) / (2 * step)) < 1e-8
+
+
+@pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (3, 1)])
+def test_result_does_not_depend_on_the_number_of_ranks(comm, names, heads, kv_heads):
+    whole, options = random_qkv(27, 2, 64, heads, kv_heads, 64), some_options(names, 2, heads, 64, 64)
+    rows = split(64, comm.size, "uneven")
+    arrays = *whole, random_dout(whole[0]).astype(np.float32)
+    results = distributed(*(part(x, rows, comm.rank) for x in arrays), comm, context=True, **options)
+    for number, (result, expected) in enumerate(zip(results, local(*arrays, None, **options), strict=True)):
+        expected = part(expected, rows, comm.rank) if number < 3 else expected
+        np.testing.assert_allclose(result, expected, rtol=0, atol=5e-6 * np.abs(expected).max(initial=1))
+
+
+@st.composite
+def configurations(draw):
+    """Whole arrays and all options, any that are allowed together."""
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (1, 5), (2, 1), (2, 3), (3, 1), (5, 1)]))
+    heads, head_dim = kv_heads * group, draw(st.sampled_from([1, 3, 16, 40]))
+    form, is_packed = draw(st.sampled_from(FORMS)), draw(st.booleans())
+    dtype, seed = dtype_of_options(form), draw(st.integers(0, 9))
+    names = draw(st.sets(st.sampled_from([name for name in OPTIONS if name != "window"])))
+    if is_packed:
+        both = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4))
+        lengths = [n for n, _ in both], [n for _, n in both]
+        batch, (seq, seq_k) = 1, map(sum, lengths)
+        whole, options = packed(lengths, heads, kv_heads, head_dim, dtype, seed)
+    else:
+        sizes = st.sampled_from([1, 2, 7, 13, 16, 23])
+        batch, seq = draw(st.integers(1, 2)), draw(sizes)
+        seq_k = draw(st.one_of(st.just(seq), sizes))
+        whole = random_qkv(seed, batch, seq, heads, kv_heads, head_dim, dtype, seq_k)
+        options = {"layout": draw(st.sampled_from(list(AXES)))}
+        if draw(st.booleans()):
+            names.discard("alibi")
+            options |= some_options(["alibi of batch"], batch, heads, seq, seq_k, dtype=dtype)
+    options |= some_options(sorted(names), batch, heads, seq, seq_k, seed, dtype)
+    if "dropout" in names:
+        options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": draw(st.integers(0, 2**64 - 1))}
+    if "bias" in names:
+        options["bias"] = options["bias"][tuple(slice(draw(st.sampled_from([1, None]))) for _ in range(4))]
+    edges, hows = st.sampled_from([-1, 0, 1, 5, 100]), st.sampled_from(SPLITS)
+    return whole, options | {
+        "rows": split(seq, WORLD.size, draw(hows)),
+        "rows_k": split(seq_k, WORLD.size, draw(hows)),
+        "window_size": (draw(edges), draw(edges)),
+        "softmax_scale": draw(st.sampled_from([None, 0.2])),
+        "context": draw(st.booleans()),
+        "form": form,
+        "kind": draw(st.sampled_from(kinds_of(form))),
+        # the gaps of other strides are filled with nan, which bit patterns have no room for
+        "strides": draw(st.sampled_from(("C", "swapped", "reversed") if form == "bits" else LAYOUTS)),
+        "exchange": draw(st.sampled_from(["auto", "device", "host"])),
+        "attn_type": draw(st.sampled_from(AttnType)),
+    }
+
+
+@settings(max_examples=40)
+@given(configuration=configurations())
+def test_any_configuration(comm, configuration):
+    whole, options = configuration
+    check(comm, whole, **options)
+
+
+def regression(comm, steps=8):
+    """Fit the projections and the sinks of attention to what other ones give; the loss before every step.
+
+    Every rank of `comm` has its rows of the data; without one, this rank has all of them.
+    """
+    rng = np.random.default_rng(28)
+    batch, seq, features, heads, kv_heads, head_dim = 2, 24, 6, 4, 2, 5
+    shapes = [(features, heads, head_dim), (features, kv_heads, head_dim), (features, kv_heads, head_dim)]
+    data = rng.standard_normal((batch, seq, features))
+    wanted, weights = ([rng.standard_normal(shape) / features**0.5 for shape in shapes] for _ in range(2))
+    sinks = np.zeros(heads)
+    options = {"causal": True, "dropout_p": 0.1, "softcap": 8.0}
+
+    def project(x, matrices):
+        return [np.tensordot(x, w, axes=1) for w in matrices]
+
+    target = attention(*project(data, wanted), causal=True, sinks=np.linspace(-1, 1, heads))
+    total = (lambda x: x) if comm is None else comm.allreduce
+    if comm is not None:
+        rows = split(seq, comm.size, "uneven")
+        data, target = part(data, rows, comm.rank), part(target, rows, comm.rank)
+    losses = []
+    for step in range(steps):
+        q, k, v = project(data, weights)
+        options |= {"seed": step, "sinks": sinks}
+        if comm is None:
+            out, lse = attention(q, k, v, return_lse=True, **options)
+            *gradients, dsinks = attention_backward(out - target, q, k, v, out, lse, **options)
+        else:
+            out, lse, ctx = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=True, **options)
+            arrays = out - target, q, k, v, out, lse
+            *gradients, dsinks = ulysses_attention_backward(*arrays, comm=comm, ctx=ctx, **options)
+        losses.append(total(0.5 * float(((out - target) ** 2).sum())))
+        weights = [
+            w - 0.02 * total(np.tensordot(data, dx, axes=([0, 1], [0, 1]))) for w, dx in zip(weights, gradients, strict=True)
+        ]
+        sinks = sinks - 0.02 * dsinks
+    return np.array(losses)
+
+
+def test_training(comm):
+    """Gradient descent on rows split over ranks goes where it goes on one rank, and that is downwards."""
+    losses, alone = regression(comm), regression(None)
+    np.testing.assert_allclose(losses, alone, rtol=1e-10)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+def arguments(options):
+    """Arrays of this rank, with 3 rows, and the options; these may replace the arrays."""
+    q, k = ones(2, 3, 4, 8), ones(2, 3, 2, 8)
+    arrays = {"dout": q, "q": q, "k": k, "v": k, "out": q, "lse": 5 * ones(2, 4, 3)}
+    values = arrays | options
+    return [values.pop(name) for name in arrays], values
+
+
+def call_on(comm):
+    """`ulysses_attention_backward` of options."""
+
+    def call(options):
+        arrays, options = arguments(options)
+        return ulysses_attention_backward(*arrays, comm=comm, **options)
+
+    return call
+
+
+def like_q(name):
+    """What is wrong with an array that has to be like q."""
+    shapes = [(2, 2, 4, 8), (2, 3, 2, 8), (2, 3, 4, 7), (1, 3, 4, 8), (3, 4, 8), (2, 3, 32), (), (2, 4, 3, 8)]
+    dtypes = ["float64", "float16", "int32", "complex64", "uint16", object]
+    bad = [ones(*shape) for shape in shapes] + [ones(2, 3, 4, 8, dtype=dtype) for dtype in dtypes]
+    return [(name, {}, {name: x}) for x in (*bad, None, "big", 1.0, [[[[1.0]]]])]
+
+
+def of_lse():
+    """What is wrong with lse: its shape, its dtype, or that it is no array."""
+    bad = [ones(*shape) for shape in [(2, 3, 4), (2, 4, 2), (1, 4, 3), (2, 2, 3), (4, 3), (2, 4, 3, 1), ()]]
+    bad += [ones(2, 4, 3, dtype=dtype) for dtype in ("float64", "float16", "int32", "complex64")]
+    return [("lse", {}, {"lse": x}) for x in (*bad, None, "big", 1.0, [[[1.0]]])]
+
+
+DROPOUT = {"dropout_p": 0.1, "seed": 1}
+DOUBLE = {
+    name: ones(2, 3, heads, 8, dtype=np.float64) for name, heads in (("dout", 4), ("q", 4), ("k", 2), ("v", 2), ("out", 4))
+}
+THD = {name: ones(3, heads, 8) for name, heads in (("dout", 4), ("q", 4), ("k", 2), ("v", 2), ("out", 4))}
+THD |= {"lse": 5 * ones(4, 3), "layout": "thd", "cu_seqlens_q": lambda n: np.array([0, 2, n])}
+# the name that the message must have, good options, and what is bad about others, for a number of rows of all ranks
+BAD = [
+    *like_q("dout"),
+    *like_q("out"),
+    *of_lse(),
+    ("lse", DOUBLE | {"lse": ones(2, 4, 3, dtype=np.float64)}, DOUBLE | {"lse": ones(2, 4, 3)}),
+    ("q", {}, {"q": ones(2, 3, 4)}),
+    ("k", {}, {"k": ones(2, 3, 3, 8), "v": ones(2, 3, 3, 8)}),
+    ("v", {}, {"v": ones(2, 3, 2, 7)}),
+    *[("softmax_scale", {}, {"softmax_scale": bad}) for bad in ("1", np.nan, np.inf, True)],
+    ("causal", {}, {"causal": 1}),
+    *[("window_size", {}, {"window_size": bad}) for bad in (3, (1, 2, 3), (-2, 0), (1.0, 2))],
+    *[("softcap", {}, {"softcap": bad}) for bad in (-1, np.nan, "30")],
+    *[("alibi_slopes", {}, {"alibi_slopes": bad}) for bad in (ones(3), ones(4, 2), "steep")],
+    *[("bias", {}, {"bias": bad}) for bad in (ones(4), ones(3, 1, 1, 1), ones(1, 1, 1, 2), "strong")],
+    ("key_padding_mask", {}, {"key_padding_mask": lambda n: ones(2, n)}),
+    ("key_padding_mask", {}, {"key_padding_mask": lambda n: ones(2, n + 1, dtype=bool)}),
+    *[("sinks", {}, {"sinks": bad}) for bad in (ones(3), ones(2, 4), "deep")],
+    *[("layout", {}, {"layout": bad}) for bad in ("dhsb", None, 4)],
+    *[("dropout_p", DROPOUT, DROPOUT | {"dropout_p": bad}) for bad in (-0.1, 1.0, "0.1")],
+    *[("seed", DROPOUT, DROPOUT | {"seed": bad}) for bad in (None, -1, 1.5)],
+    *[("dtype", {}, {"dtype": bad}) for bad in ("int8", 3)],
+    ("attn_type", {}, {"attn_type": "numpy"}),
+    ("cu_seqlens_q", {}, {"cu_seqlens_q": lambda n: np.array([0, n])}),
+    ("cu_seqlens_q", THD, THD | {"cu_seqlens_q": lambda n: np.array([0, n + 1])}),
+    ("cu_seqlens_q", THD, THD | {"cu_seqlens_q": None}),
+    ("lse", THD, THD | {"lse": ones(1, 4, 3)}),
+    ("lse", THD, THD | {"lse": ones(3, 4)}),
+    ("dout", THD, THD | {"dout": ones(1, 3, 4, 8)}),
+    ("out", THD, THD | {"out": ones(2, 4, 8)}),
+]
+BAD_IDS = [f"{number} {name} {described(bad)}" for number, (name, _, bad) in enumerate(BAD)]
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(("name", "good", "bad"), BAD, ids=BAD_IDS)
+def test_attention_backward_refuses(name, good, bad):
+    arrays, options = arguments(made(bad, 3))
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=rf"\b{name}"):
+        attention_backward(*arrays, **options)
+    arrays, options = arguments(made(good, 3))
+    attention_backward(*arrays, **options)
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), [*BAD, ("exchange", {}, {"exchange": "fast"})], ids=[*BAD_IDS, "exchange"])
+def test_ulysses_attention_backward_refuses(comm, name, good, bad):
+    n = 3 * comm.size
+    assert_refused(comm, name, made(bad, n), made(good, n), call_on(comm))
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+@pytest.mark.parametrize(("kind", "other"), [("numpy", "dpnp"), ("dpnp", "numpy"), ("usm", "dpnp")])
+def test_mixed_kinds(comm, name, kind, other):
+    names = "dout", "q", "k", "v", "out", "lse"
+    good = {of: as_kind(x, kind) for of, x in zip(names, arguments({})[0], strict=True)}
+    bad = good | {name: as_kind(as_numpy(good[name]), other)}
+    assert_refused(comm, name, bad, good, call_on(comm))
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse"])
+@pytest.mark.parametrize("kind", ["dpnp", "usm"])
+def test_another_queue(comm, name, kind):
+    names = "dout", "q", "k", "v", "out", "lse"
+    good = {of: as_kind(x, kind) for of, x in zip(names, arguments({})[0], strict=True)}
+    bad = good | {name: as_kind(as_numpy(good[name]), kind, new_queue())}
+    assert_refused(comm, name, bad, good, call_on(comm))
+
+
+@pytest.mark.parametrize("name", ["dout", "q", "out", "lse"])
+def test_tensors_with_a_gradient(comm, name):
+    """In grad mode PyTorch would expect to go on through the result."""
+    torch = pytest.importorskip("torch")
+    names = "dout", "q", "k", "v", "out", "lse"
+    good = {of: torch.from_numpy(x.copy()) for of, x in zip(names, arguments({})[0], strict=True)}
+    assert_refused(comm, name, good | {name: good[name].clone().requires_grad_()}, good, call_on(comm))
+
+
+def forward_context(comm, q, k, **options):
+    return ulysses_attention(q, k, k, comm=comm, return_ctx=True, **options)[-1]
+
+
+@pytest.mark.parametrize("bad", [(), 1, "ctx", {}, True, ones(2, 3, 4, 8), object()], ids=lambda x: type(x).__name__)
+def test_no_context(comm, bad):
+    good = {"ctx": forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8))}
+    assert_refused(comm, "ctx", {"ctx": bad}, good, call_on(comm))
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [
+        (ones(2, 4, 4, 8), ones(2, 4, 2, 8)),
+        (ones(2, 3, 4, 8), ones(2, 4, 2, 8)),
+        (ones(1, 3, 4, 8), ones(1, 3, 2, 8)),
+        (ones(2, 3, 4, 8), ones(2, 3, 4, 8)),
+        (ones(2, 3, 4, 4), ones(2, 3, 2, 4)),
+        (ones(2, 3, 4, 8, dtype=np.float64), ones(2, 3, 2, 8, dtype=np.float64)),
+    ],
+    ids=["rows", "keys", "batch", "kv heads", "head_dim", "dtype"],
+)
+def test_context_of_another_call(comm, q, k):
+    good = {"ctx": forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8))}
+    assert_refused(comm, "ctx", {"ctx": forward_context(comm, q, k)}, good, call_on(comm))
+
+
+@needs_ranks
+def test_context_on_one_rank_alone(comm):
+    """The others would wait for q, k and v."""
+    ctx = {"ctx": forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8))}
+    assert_disagree(comm, "ctx", ctx, {}, call_on(comm))
+    assert_disagree(comm, "ctx", {}, ctx, call_on(comm))
+
+
+@pytest.mark.parametrize("bad", [1, "yes", None])
+def test_wish_for_a_context(comm, bad):
+    def call(options):
+        return ulysses_attention(ones(2, 3, 4, 8), ones(2, 3, 2, 8), ones(2, 3, 2, 8), comm=comm, **options)
+
+    assert_refused(comm, "return_ctx", {"return_ctx": bad}, {"return_ctx": True}, call)
+
+
+@needs_ranks
+def test_wish_for_a_context_on_one_rank_alone(comm):
+    def call(options):
+        return ulysses_attention(ones(2, 3, 4, 8), ones(2, 3, 2, 8), ones(2, 3, 2, 8), comm=comm, **options)
+
+    assert_disagree(comm, "return_ctx", {"return_ctx": True}, {}, call)
+
+
+@needs_ranks
+@pytest.mark.parametrize(
+    ("name", "this", "others"),
+    [
+        ("causal", {"causal": True}, {}),
+        ("window_size", {"window_size": (3, 1)}, {"window_size": (3, 2)}),
+        ("softcap", {"softcap": 2.0}, {}),
+        ("sinks", {"sinks": ones(4)}, {}),
+        ("sinks", {"sinks": 2 * ones(4)}, {"sinks": ones(4)}),
+        ("seed", DROPOUT | {"seed": 2}, DROPOUT),
+        ("key_padding_mask", {"key_padding_mask": lambda n: np.arange(2 * n).reshape(2, n) > 0}, {}),
+    ],
+    ids=described,
+)
+def test_ranks_disagree(comm, name, this, others):
+    n = 3 * comm.size
+    assert_disagree(comm, name, made(this, n), made(others, n), call_on(comm))
+
+
+@needs_ranks
+def test_forward_and_backward_at_once(comm):
+    """One rank in the forward pass and the others in the backward pass: an error, and no deadlock."""
+
+    def call(forward):
+        (_, q, k, v, *_), _ = arguments({})
+        return ulysses_attention(q, k, v, comm=comm) if forward else call_on(comm)({})
+
+    results = outcomes(comm, lambda: call(comm.rank == comm.size - 1))
+    assert all(result is not None and result[0] is ValueError and "function" in result[1] for result in results), results
+    assert outcomes(comm, lambda: call(False)) == [None] * comm.size
+
+
+@pytest.mark.parametrize("attn_type", AttnType)
+def test_ranks_without_heads(comm, attn_type):
+    """Found by test_any_configuration: the reference failed on them alone, and the other ranks waited."""
+    check(comm, random_qkv(3, 1, 16, 1, 1, 3, seq_k=1), rows=split(16, comm.size, "last"), attn_type=attn_type)

@@ -15,6 +15,7 @@ test: .venv/installed
 	$(call MPIEXEC,900,2) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"
+	$(call MPIEXEC,900,5) $(BIN)/python -m pytest -m "not single" tests/test_options.py tests/test_varlen.py
 
 lint: .venv/installed
 	$(BIN)/pip install --quiet ruff mypy

@@ -137,7 +137,8 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
         row_lse = PrivateArray(rows, real)
         row_delta = PrivateArray(rows, real)
 
-        # `zero` is an argument: a constant would become a memset, which forces the arrays out of vector layout
+        # `zero` is an argument: a constant would become a memset, and a copy without it a memcpy, which force the arrays out
+        # of vector layout
         for r in range(rows):
             row = min(first + r * lanes + lane, row_count - 1)
             if options:
@@ -154,7 +155,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
             source_b = rows_b_offset + b * rows_b_batch + row_head * rows_b_head + row * rows_b_seq
             for d in range(size):
                 vector_a[r * width + d] = rows_a[source_a + d] * dot_scale
-                vector_b[r * width + d] = rows_b[source_b + d]
+                vector_b[r * width + d] = rows_b[source_b + d] + zero
                 total_a[r * width + d] = zero
                 if into_keys:
                     total_b[r * width + d] = zero
@@ -202,7 +203,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
                                 dot[r * keys + t] = mad(vector_b[r * width + d], value, dot[r * keys + t])
                     for r in range(rows):
                         for t in range(keys):
-                            slope_of_score[r * block + j + t] = dot[r * keys + t]
+                            slope_of_score[r * block + j + t] = dot[r * keys + t] + zero
                 if options:
                     for t in range(scores_size):
                         steepness[t] = one

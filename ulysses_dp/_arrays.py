@@ -239,8 +239,8 @@ def free_workspace() -> None:
     """Give back the device memory that this thread keeps for later calls.
 
     Not collective. `ulysses_attention` keeps its communication buffers from call to call, as large as the largest call so
-    far needed, and the memory of up to eight small results (16 MiB) to use it again after they are gone. The next call
-    allocates anew.
+    far needed, the memory of up to eight small results (16 MiB) to use it again after they are gone, and small tables on the
+    device. The next call allocates anew.
 
     Examples
     --------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ._trace import stage
 from ._validate import Geometry, agree, check_exchange, check_kind, check_places
 from .attention import Context, as_columns
 from .backend import AttnType
-from .local import HEAD_MAJOR_FROM, copy_arrays, dense_last_axis, empty_out, head_major
+from .local import by_reference, copy_arrays, empty_out, kernel_arguments, readable, walks_far
 from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
 from .schedule import fastest
 
@@ -257,19 +256,18 @@ def _check(
 ) -> tuple[tuple[Any, ...], Geometry, Options]:
     """Check all arguments; returns dout, q, k, v, out as views (batch, seq, heads, head_dim), and lse (batch, heads, seq)."""
     views, geometry, settings = check_attention(q, k, v, layout=layout, dtype=dtype, return_lse=True, **options)
-    kind = kind_of(q)
-    for name, x, like in (("dout", dout, q), ("out", out, q), ("lse", lse, None)):
-        if check_kind(name, x) is not kind:
+    of_q = dtype_of(q), tuple(q.shape)
+    rows = (geometry.heads, views[0].shape[1])
+    of_lse = geometry.compute_dtype, rows if layout == PACKED else (geometry.batch, *rows)
+    for name, x, (expected_dtype, expected) in (("dout", dout, of_q), ("out", out, of_q), ("lse", lse, of_lse)):
+        kind = check_kind(name, x)
+        if kind is not kind_of(q):
             raise TypeError(f"{name} must be of the kind of q, {type(q).__qualname__}, not {type(x).__qualname__}")
-        expected_dtype = dtype_of(q) if like is not None else geometry.compute_dtype
         if dtype_of(x) != expected_dtype:
             raise TypeError(f"{name} must have dtype {expected_dtype}, not {dtype_of(x)}")
-        seq = views[0].shape[1]
-        of_lse = (geometry.heads, seq) if layout == PACKED else (geometry.batch, geometry.heads, seq)
-        expected = tuple(q.shape) if like is not None else of_lse
         if tuple(x.shape) != expected:
             raise ValueError(f"{name} must have shape {expected}, not {tuple(x.shape)}")
-        check_places(("q", name), (q, x), check_kind(name, x))
+        check_places(("q", name), (q, x), kind)
     lse_view = lse[None, ...] if layout == PACKED else lse
     return (to_bshd(dout, layout), *views, to_bshd(out, layout), lse_view), geometry, settings
 
@@ -293,21 +291,18 @@ def _to_user(grads: Sequence[Any], dsinks: Any, options: Options, like: Any) -> 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:
     """The gradients of USM arrays (dout, q, k, v, out, lse) with all rows and all heads, in new ones; and that of the sinks."""
     dout, q, k, v, out, lse = arrays
-    delta = _delta(dout, out, options)
+    delta = _delta(dout, out, lse.dtype, options)
     grads = [empty_out(x, options.layout) for x in (q, k, v)]
     _differentiate(dout, q, k, v, lse, delta, grads, options, group=geometry.group)
     return grads, _of_sinks(lse, delta, options.sinks)
 
 
-def _delta(dout: Any, out: Any, options: Options) -> Any:
-    """Sum of dout * out of every query row, (batch, heads, seq), in scratch memory."""
+def _delta(dout: Any, out: Any, compute: Any, options: Options) -> Any:
+    """Sum of dout * out of every query row, (batch, heads, seq), in scratch memory and the dtype of the computation."""
     batch, seq, heads, _ = out.shape
     with stage("delta"):
-        if out.dtype.itemsize == 2:
-            dout, out = head_major((dout, out), "dout, out", np.dtype("float32"))
-        else:
-            dout, out = (dense_last_axis(x) for x in (dout, out))
-        delta = scratch(out.sycl_queue, "delta", (batch, heads, seq), out.dtype)
+        dout, out = readable((dout, out), "dout, out", compute, by_head=False)
+        delta = scratch(out.sycl_queue, "delta", (batch, heads, seq), compute)
         if options.attn_type is AttnType.NUMPY:
             dense = row_dot_reference(tensor.asnumpy(dout), tensor.asnumpy(out))
             delta[...] = tensor.asarray(dense, dtype=delta.dtype, sycl_queue=delta.sycl_queue)
@@ -343,27 +338,16 @@ def _differentiate(
     with stage("attention backward"):
         queue, compute = q.sycl_queue, lse.dtype
         results = list(grads)
-        if q.dtype != compute or q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM:
-            dout, q = head_major((dout, q), "dout, q", compute)
-            k, v = head_major((k, v), "k, v", compute)
-        else:
-            dout, q, k, v = (dense_last_axis(x) for x in (dout, q, k, v))
+        by_head = walks_far(q)
+        dout, q = readable((dout, q), "dout, q", compute, by_head=by_head)
+        k, v = readable((k, v), "k, v", compute, by_head=by_head)
         for n, grad in enumerate(grads):
             if grad.dtype != compute:
                 results[n] = scratch(queue, f"gradient {n}", grad.shape, compute)
         extras = options.extras(q, k.shape[1], first_head)
-        arguments = {
-            "scale": options.softmax_scale,
-            "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
-            "group": group,
-            "head_shift": head_shift,
-        }
+        arguments = kernel_arguments(q, k, options, group, head_shift)
         if options.attn_type is AttnType.NUMPY:
-            if extras is not None and extras.bias is not None:
-                extras = replace(extras, bias=tensor.asnumpy(extras.bias))
-            dense = reference(*(tensor.asnumpy(x) for x in (dout, q, k, v, lse, delta)), extras=extras, **arguments)
-            for target, x in zip(results, dense, strict=True):
-                target[...] = tensor.asarray(x, dtype=target.dtype, sycl_queue=queue)
+            by_reference(reference, (dout, q, k, v, lse, delta), results, extras, arguments)
         else:
             tile = fastest(queue.sycl_device, q.shape[3], TILES_OF[str(compute)])
             flash_backward(dout, q, k, v, lse, delta, *results, extras=extras, tile=tile, **arguments)
@@ -389,22 +373,22 @@ def _differentiate_split(
     q_heads, kv_heads = query_shares(heads), kv_shares(heads)
 
     # Every rank: from its rows of all heads to all rows of its heads.
-    queries = [dout, as_columns(_delta(dout, out, options), q.dtype)]
+    queries = [dout, as_columns(_delta(dout, out, lse.dtype, options), q.dtype)]
     if ctx is None:
         queries += [q, as_columns(tensor.asarray(lse, order="C"), q.dtype)]
     if ctx is None and q_rows == k_rows:
         shares = [q_heads] * 4 + [kv_heads] * 2
         gathered = to_gathered(comm, route, (*queries, k, v), shares, q_rows, slot="gathered")
         dout_all, delta_all, q_all, lse_all, k_all, v_all = gathered
-        lse_all = _from_columns(lse_all, lse.dtype, "lse")
     elif ctx is None:
         dout_all, delta_all, q_all, lse_all = to_gathered(comm, route, queries, [q_heads] * 4, q_rows, slot="gathered")
         k_all, v_all = to_gathered(comm, route, (k, v), [kv_heads] * 2, k_rows, slot="gathered k, v")
-        lse_all = _from_columns(lse_all, lse.dtype, "lse")
     else:
         dout_all, delta_all = to_gathered(comm, route, queries, [q_heads] * 2, q_rows, slot="gathered")
         q_all, k_all, v_all, lse_all = ctx.gathered
     delta_all = _from_columns(delta_all, lse.dtype, "delta")
+    if ctx is None:
+        lse_all = _from_columns(lse_all, lse.dtype, "lse")
 
     # Local gradients. A kv head that several ranks read is summed over them in the dtype of the computation.
     shared = sum(count for _, count in kv_heads) > geometry.kv_heads

@@ -20,7 +20,9 @@ from .backend import AttnType
 from .schedule import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from ulysses_dp.kernels.flash_forward import Extras
 
     from ._validate import Geometry
 
@@ -204,46 +206,68 @@ def attend(
     with stage("attention"):
         if out.size == 0:
             return
-        halves = q.dtype.itemsize == 2
-        result = out
-        if halves:
-            (q,) = head_major((q,), "q float32", lse.dtype)
-            k, v = head_major((k, v), "k, v", lse.dtype)
-            result = view(scratch(q.sycl_queue, "out float32", (q.size,), q.dtype), 0, q.shape, q.strides)
-        else:
-            q, k, v = (dense_last_axis(x) for x in (q, k, v))
+        queue, compute = q.sycl_queue, lse.dtype
+        schedule = choose(queue.sycl_device, compute, q.shape[3], q.shape[1])
+        on_gpu = schedule == "gpu" and options.plain
+        by_kernel = options.attn_type is not AttnType.NUMPY
+        (q,) = readable((q,), "q", compute, by_head=False)
+        k, v = readable((k, v), "k, v", compute, by_head=by_kernel and not on_gpu and walks_far(q))
+        result = out if out.dtype == compute else scratch(queue, "result before rounding", out.shape, compute)
         extras = options.extras(q, k.shape[1], first_head)
-        arguments = {
-            "scale": options.softmax_scale,
-            "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
-            "group": group,
-            "head_shift": head_shift,
-        }
-        queue = q.sycl_queue
-        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1])
-        if options.attn_type is AttnType.NUMPY:
-            if extras is not None and extras.bias is not None:
-                extras = replace(extras, bias=tensor.asnumpy(extras.bias))
-            results = reference(*(tensor.asnumpy(x) for x in (q, k, v)), extras=extras, **arguments)
-            for target, dense in zip((result, lse), results, strict=True):
-                target[...] = tensor.asarray(dense, dtype=target.dtype, sycl_queue=queue)
-        elif schedule == "gpu" and extras is None:
-            flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=q.dtype), **arguments)
+        arguments = kernel_arguments(q, k, options, group, head_shift)
+        if not by_kernel:
+            by_reference(reference, (q, k, v), (result, lse), extras, arguments)
+        elif on_gpu:
+            flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=compute), **arguments)
         else:
-            if q.shape[1] * q.shape[3] >= HEAD_MAJOR_FROM and not _is_head_major(k, v):
-                k, v = head_major((k, v), "k, v", k.dtype)
             tile = schedule if schedule != "gpu" else None
             flash_forward(q, k, v, result, lse, tile=tile, extras=extras, **arguments)
-        if halves:
+        if result is not out:
             copy_arrays((result,), (out,))
 
 
-def _is_head_major(*arrays: Any) -> bool:
-    """Whether the rows of a head follow each other."""
-    return all(x.strides[1] == x.shape[3] or x.size == 0 for x in arrays)
+def kernel_arguments(q: Any, k: Any, options: Options, group: int, head_shift: int) -> dict[str, Any]:
+    """What the kernels and their references take besides arrays and extras."""
+    return {
+        "scale": options.softmax_scale,
+        "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
+        "group": group,
+        "head_shift": head_shift,
+    }
 
 
-def head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
+def by_reference(
+    function: Callable[..., Any],
+    arrays: Sequence[Any],
+    targets: Sequence[Any],
+    extras: Extras | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Compute on the host with the NumPy reference beside a kernel, into the USM arrays that the kernel would write."""
+    if extras is not None and extras.bias is not None:
+        extras = replace(extras, bias=tensor.asnumpy(extras.bias))
+    results = function(*(tensor.asnumpy(x) for x in arrays), extras=extras, **arguments)
+    for target, dense in zip(targets, results, strict=True):
+        target[...] = tensor.asarray(dense, dtype=target.dtype, sycl_queue=target.sycl_queue)
+
+
+def walks_far(rows: Any) -> bool:
+    """Whether arrays that are walked over for every tile of these rows are better copied; see `HEAD_MAJOR_FROM`."""
+    return rows.shape[1] * rows.shape[3] >= HEAD_MAJOR_FROM
+
+
+def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:
+    """Arrays of one shape as the kernels read them: the arrays themselves, or copies in the scratch memory of this name.
+
+    They have this dtype and are dense in the last axis; `by_head`, the rows of a head follow each other.
+    """
+    apart = by_head and any(x.strides[1] != x.shape[3] and x.size for x in arrays)
+    if arrays[0].dtype != dtype or apart:
+        return _head_major(arrays, slot, dtype)
+    return [_dense_last_axis(x) for x in arrays]
+
+
+def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
     """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
     shape, size = arrays[0].shape, arrays[0].size
     _, seq, heads, width = shape
@@ -254,7 +278,7 @@ def head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
     return copies
 
 
-def dense_last_axis(x: Any) -> Any:
+def _dense_last_axis(x: Any) -> Any:
     """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
     if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
         return x

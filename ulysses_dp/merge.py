@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from ._arrays import dtype_of, from_usm, tensor, to_usm
-from ._validate import check_aspects, check_kind, check_places
+from ._validate import COMPUTE_DTYPES, check_aspects, check_kind, check_places
 
 NAMES = ("out_a", "lse_a", "out_b", "lse_b")
-LSE_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}  # by that of out
 
 
 def merge_attention(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, /, *, dtype: str | None = None) -> tuple[Any, Any]:
@@ -99,14 +98,14 @@ def _check(arrays: tuple[Any, Any, Any, Any], dtype: Any) -> str:
         )
     given = dtype_of(out_a)
     out_dtype = "bfloat16" if dtype and given == "uint16" else given
-    if out_dtype not in LSE_DTYPES:
+    if out_dtype not in COMPUTE_DTYPES:
         hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
-        raise TypeError(f"out_a has dtype {given}; supported are {', '.join(LSE_DTYPES)} in native byte order{hint}")
+        raise TypeError(f"out_a has dtype {given}; supported are {', '.join(COMPUTE_DTYPES)} in native byte order{hint}")
     if dtype and out_dtype != dtype:
         raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {given}; expected uint16 or bfloat16")
     *_, rows, heads, _ = out_a.shape
     shapes = tuple(out_a.shape), (*out_a.shape[:-3], heads, rows)
-    dtypes = given, LSE_DTYPES[out_dtype]
+    dtypes = given, COMPUTE_DTYPES[out_dtype]
     for number, (name, x) in enumerate(zip(NAMES, arrays, strict=True)):
         if tuple(x.shape) != shapes[number % 2]:
             raise ValueError(f"{name} must have the shape {shapes[number % 2]} that fits out_a, not {tuple(x.shape)}")

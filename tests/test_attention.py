@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from oracle import TOLERANCE
 
-import ulysses_dp.local
+import ulysses_dp.backends.intel_sycl
 from ulysses_dp import AttnType, attention, free_workspace, ulysses_attention
 
 DTYPES = ("float32", "float64")
@@ -359,7 +359,7 @@ def test_special_values_reach_the_rows_that_see_them(comm, function, special, in
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_copies_of_keys_and_values(comm, monkeypatch, dtype, kv_heads):
     """From some number of rows on the CPU kernel reads copies of k and v with the rows of a head next to each other."""
-    monkeypatch.setattr(ulysses_dp.local, "HEAD_MAJOR_FROM", 30 * 16)
+    monkeypatch.setattr(ulysses_dp.backends.intel_sycl, "HEAD_MAJOR_FROM", 30 * 16)
     for layout in LAYOUTS:
         whole = random_qkv(13, 2, 30, 4, kv_heads, 16, dtype, 35)
         check(comm, whole, kind="dpnp", layout=layout, causal=True, function=local)

@@ -10,7 +10,7 @@ import numbers
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from ._arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
 from ._layout import PACKED, Layout
 from ._mask import spans, trim
 from ._validate import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
-from .backend import AttnType
-from .schedule import choose
+from .backends import backend_for
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 BIAS_DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -35,7 +37,7 @@ class Options:
     softmax_scale: float
     causal: bool
     return_lse: bool
-    attn_type: AttnType
+    backend: Backend
     layout: Layout
     window_size: tuple[int, int]
     softcap: float
@@ -57,13 +59,18 @@ class Options:
             and all(x is None for x in (self.alibi_slopes, self.sinks, self.key_padding_mask, self.bias, self.cu_seqlens_q))
         )
 
+    def diagonal(self, seq_q: int, seq_k: int) -> int:
+        """Query i of the plain kernel sees the keys up to i + this."""
+        return seq_k - seq_q if self.causal else seq_k
+
     def common(self) -> dict[str, str]:
         """What must be the same on all ranks, as text by name. Of the bias, which may be large, its shape and dtype."""
         texts = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            # `UlyssesAttention` has its axes from scatter_idx and gather_idx
-            name = "axes" if field.name == "layout" and not isinstance(value, str) else field.name
+            name = {"backend": "attn_type"}.get(field.name, field.name)
+            if name == "layout" and not isinstance(value, str):
+                name = "axes"  # `UlyssesAttention` has them from scatter_idx and gather_idx
             if name == "bias" and value is not None:
                 texts[name] = f"{tuple(value.shape)} {dtype_of(value)}"
             elif isinstance(value, np.ndarray):
@@ -120,13 +127,13 @@ class Options:
 
 
 def check_attention(
-    q: Any, k: Any, v: Any, names: Names = NAMES, *, layout: Any, dtype: Any = None, **options: Any
+    q: Any, k: Any, v: Any, names: Names = NAMES, *, layout: Any, dtype: Any = None, backward: bool = False, **options: Any
 ) -> tuple[tuple[Any, Any, Any], Geometry, Options]:
     """Check all arguments of a call of attention; returns q, k and v as views (batch, seq, heads, head_dim)."""
     views, geometry = check_inputs(q, k, v, names, layout, dtype)
-    # a bad environment variable of this rank
-    choose(device_of(q), geometry.compute_dtype, geometry.head_dim, views[0].shape[1])
-    return views, geometry, check_options(geometry, views, names, layout=layout, **options)
+    settings = check_options(geometry, views, names, layout=layout, **options)
+    settings.backend.check(device_of(q), geometry, settings, backward=backward)
+    return views, geometry, settings
 
 
 def check_options(
@@ -153,8 +160,7 @@ def check_options(
     """Check the options, as far as that goes without the rows of the other ranks; the default of the scale is filled in."""
     for name, flag in (("causal", causal), (names.return_lse, return_lse)):
         check_flag(name, flag)
-    if not isinstance(attn_type, AttnType):
-        raise TypeError(f"attn_type must be a member of AttnType, not {attn_type!r}")
+    backend = backend_for(attn_type, views[0], geometry)
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
     if layout == PACKED:
@@ -176,7 +182,7 @@ def check_options(
         softmax_scale=_check_scale(softmax_scale, geometry.head_dim),
         causal=bool(causal),
         return_lse=bool(return_lse),
-        attn_type=attn_type,
+        backend=backend,
         layout=layout,
         window_size=window,
         softcap=_check_softcap(softcap),

@@ -33,6 +33,14 @@ class Heads(NamedTuple):
     shift: int  # local query head h reads local kv head (h + shift) // group
 
 
+class HeadMap(NamedTuple):
+    """What the heads of some arrays are: query head h reads kv head ``(h + shift) // group``, and is ``h + first`` of all."""
+
+    group: int
+    shift: int = 0
+    first: int = 0
+
+
 @lru_cache(maxsize=256)
 def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
     """The heads of every rank. A kv head goes to every rank that has one of its query heads, and to no other."""

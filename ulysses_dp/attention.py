@@ -9,10 +9,11 @@ import numpy as np
 
 from . import _exchange, local
 from ._arrays import empty_like, scratch, tensor, to_usm
+from ._copies import copy_arrays
 from ._options import Options, check_attention
-from ._partition import kv_shares, query_shares, share_heads
+from ._partition import HeadMap, kv_shares, query_shares, share_heads
 from ._validate import NAMES, Geometry, Names, agree, check_exchange, check_flag
-from .backend import AttnType
+from .backends import AttnType
 from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
 
 
@@ -232,14 +233,9 @@ def _attend_split(
         lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
     else:
         lse = scratch(q.sycl_queue, "lse", lse_shape, lse_dtype)
-    local.attend(
-        *(*gathered, out, lse, options),
-        group=geometry.group,
-        head_shift=mine.shift,
-        first_head=mine.q_start,
-    )
+    local.attend(*(*gathered, out, lse, options, HeadMap(geometry.group, mine.shift, mine.q_start)))
     if options.return_lse and (keep or lse_columns > 1):
-        local.copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
+        copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
 
     # Every rank: from all rows of its heads back to its rows of all heads.
     out_local = local.empty_out(q, options.layout)

@@ -6,22 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_backward import TILES_OF, flash_backward, reference
-from ulysses_dp.kernels.row_dot import reference as row_dot_reference
-from ulysses_dp.kernels.row_dot import row_dot
-
 from . import _exchange
 from ._arrays import dtype_of, empty_like, from_usm, kind_of, scratch, tensor, to_usm
+from ._copies import copy_arrays
 from ._layout import PACKED, from_bshd, to_bshd
 from ._options import Options, check_attention
-from ._partition import Heads, kv_shares, query_shares, share_heads
+from ._partition import HeadMap, Heads, kv_shares, query_shares, share_heads
 from ._trace import stage
 from ._validate import Geometry, agree, check_exchange, check_kind, check_places
 from .attention import Context, as_columns
-from .backend import AttnType
-from .local import by_reference, copy_arrays, empty_out, kernel_arguments, readable, walks_far
+from .backends import AttnType
+from .local import empty_out
 from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
-from .schedule import fastest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -255,7 +251,7 @@ def _check(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Any, dtype: Any, **options: Any
 ) -> tuple[tuple[Any, ...], Geometry, Options]:
     """Check all arguments; returns dout, q, k, v, out as views (batch, seq, heads, head_dim), and lse (batch, heads, seq)."""
-    views, geometry, settings = check_attention(q, k, v, layout=layout, dtype=dtype, return_lse=True, **options)
+    views, geometry, settings = check_attention(q, k, v, layout=layout, dtype=dtype, return_lse=True, backward=True, **options)
     of_q = dtype_of(q), tuple(q.shape)
     rows = (geometry.heads, views[0].shape[1])
     of_lse = geometry.compute_dtype, rows if layout == PACKED else (geometry.batch, *rows)
@@ -293,7 +289,7 @@ def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Opt
     dout, q, k, v, out, lse = arrays
     delta = _delta(dout, out, lse.dtype, options)
     grads = [empty_out(x, options.layout) for x in (q, k, v)]
-    _differentiate(dout, q, k, v, lse, delta, grads, options, group=geometry.group)
+    _differentiate((dout, q, k, v, lse, delta), grads, options, HeadMap(geometry.group))
     return grads, _of_sinks(lse, delta, options.sinks)
 
 
@@ -301,13 +297,8 @@ def _delta(dout: Any, out: Any, compute: Any, options: Options) -> Any:
     """Sum of dout * out of every query row, (batch, heads, seq), in scratch memory and the dtype of the computation."""
     batch, seq, heads, _ = out.shape
     with stage("delta"):
-        dout, out = readable((dout, out), "dout, out", compute, by_head=False)
         delta = scratch(out.sycl_queue, "delta", (batch, heads, seq), compute)
-        if options.attn_type is AttnType.NUMPY:
-            dense = row_dot_reference(tensor.asnumpy(dout), tensor.asnumpy(out))
-            delta[...] = tensor.asarray(dense, dtype=delta.dtype, sycl_queue=delta.sycl_queue)
-        else:
-            row_dot(dout, out, delta)
+        options.backend.delta(dout, out, delta)
     return delta
 
 
@@ -320,40 +311,10 @@ def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> Any:
     return -tensor.sum(weight * delta, axis=(0, 2), dtype=lse.dtype)
 
 
-def _differentiate(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    lse: Any,
-    delta: Any,
-    grads: Sequence[Any],
-    options: Options,
-    *,
-    group: int,
-    head_shift: int = 0,
-    first_head: int = 0,
-) -> None:
-    """Compute gradients of USM arrays into `grads`: dq, dk, dv, dense in the last axis; heads are numbered as in `attend`."""
+def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+    """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
     with stage("attention backward"):
-        queue, compute = q.sycl_queue, lse.dtype
-        results = list(grads)
-        by_head = walks_far(q)
-        dout, q = readable((dout, q), "dout, q", compute, by_head=by_head)
-        k, v = readable((k, v), "k, v", compute, by_head=by_head)
-        for n, grad in enumerate(grads):
-            if grad.dtype != compute:
-                results[n] = scratch(queue, f"gradient {n}", grad.shape, compute)
-        extras = options.extras(q, k.shape[1], first_head)
-        arguments = kernel_arguments(q, k, options, group, head_shift)
-        if options.attn_type is AttnType.NUMPY:
-            by_reference(reference, (dout, q, k, v, lse, delta), results, extras, arguments)
-        else:
-            tile = fastest(queue.sycl_device, q.shape[3], TILES_OF[str(compute)])
-            flash_backward(dout, q, k, v, lse, delta, *results, extras=extras, tile=tile, **arguments)
-        for result, grad in zip(results, grads, strict=True):
-            if result is not grad:
-                copy_arrays((result,), (grad,))
+        options.backend.backward(arrays, grads, options, heads)
 
 
 def _differentiate_split(
@@ -401,12 +362,8 @@ def _differentiate_split(
         trades.append(trade_of(comm.rank, rows, shares[part], widths, geometry.batch))
         buffers.append(scratch(q.sycl_queue, f"gradients {part.start}", (sum(trades[-1].gathered_counts),), wire))
         grads_all += gathered_views(trades[-1], shares[part], widths, buffers[-1])
-    _differentiate(
-        *(dout_all, q_all, k_all, v_all, lse_all, delta_all, grads_all, options),
-        group=geometry.group,
-        head_shift=mine.shift,
-        first_head=mine.q_start,
-    )
+    arrays_all = dout_all, q_all, k_all, v_all, lse_all, delta_all
+    _differentiate(arrays_all, grads_all, options, HeadMap(geometry.group, mine.shift, mine.q_start))
     dsinks = _all_sinks(comm, lse_all, delta_all, options.sinks, mine)
 
     # Every rank: from all rows of its heads back to its rows of all heads.

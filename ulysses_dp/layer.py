@@ -7,7 +7,7 @@ from typing import Any
 from ._layout import axes_to_bshd
 from ._validate import Names, check_axes
 from .attention import distributed
-from .backend import AttnType
+from .backends import AttnType
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")

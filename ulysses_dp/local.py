@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward import flash_forward, reference
-from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
-
-from ._arrays import empty_like, from_usm, scratch, tensor, to_usm, view
+from ._arrays import empty_like, from_usm, scratch, tensor, to_usm
 from ._layout import Layout, axes_of, from_bshd, inverse, lse_to_user
 from ._options import Options, check_attention
+from ._partition import HeadMap
 from ._trace import stage
-from .backend import AttnType
-from .schedule import choose
+from .backends import AttnType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from ulysses_dp.kernels.flash_forward import Extras
-
     from ._validate import Geometry
-
-# Query rows times head_dim from which the CPU kernel gets copies of k and v with the rows of a head next to each other. With
-# the heads in between, the rows of one head fall into an eighth of the cache sets. Measured for 8 heads of 64 and 128: 1.15 to
-# 1.35 times as fast with the copies for 2048 and 4096 rows, 1.0 and 1.06 times for 1024, slower below.
-HEAD_MAJOR_FROM = 1024 * 64
 
 
 def attention(
@@ -173,7 +158,7 @@ def attend_whole(q: Any, k: Any, v: Any, geometry: Geometry, options: Options) -
         lse = empty_like(q, lse_shape, geometry.compute_dtype)
     else:
         lse = scratch(q.sycl_queue, "lse", lse_shape, np.dtype(geometry.compute_dtype))
-    attend(q, k, v, out, lse, options, group=geometry.group)
+    attend(q, k, v, out, lse, options, HeadMap(geometry.group))
     return out, lse
 
 
@@ -195,101 +180,8 @@ def results_to_user(out: Any, lse: Any, options: Options, like: Any) -> Any:
     return (out, from_usm(lse_to_user(lse, options.layout), like)) if options.return_lse else out
 
 
-def attend(
-    q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, *, group: int, head_shift: int = 0, first_head: int = 0
-) -> None:
-    """Compute attention of USM arrays into `out` and `lse`.
-
-    Query head h reads kv head ``(h + head_shift) // group``, and is number ``h + first_head`` of all heads. `out` is dense in
-    the last axis.
-    """
+def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+    """Compute attention of USM arrays into `out`, which is dense in the last axis, and `lse`."""
     with stage("attention"):
-        if out.size == 0:
-            return
-        queue, compute = q.sycl_queue, lse.dtype
-        schedule = choose(queue.sycl_device, compute, q.shape[3], q.shape[1])
-        on_gpu = schedule == "gpu" and options.plain
-        by_kernel = options.attn_type is not AttnType.NUMPY
-        (q,) = readable((q,), "q", compute, by_head=False)
-        k, v = readable((k, v), "k, v", compute, by_head=by_kernel and not on_gpu and walks_far(q))
-        result = out if out.dtype == compute else scratch(queue, "result before rounding", out.shape, compute)
-        extras = options.extras(q, k.shape[1], first_head)
-        arguments = kernel_arguments(q, k, options, group, head_shift)
-        if not by_kernel:
-            by_reference(reference, (q, k, v), (result, lse), extras, arguments)
-        elif on_gpu:
-            flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=compute), **arguments)
-        else:
-            tile = schedule if schedule != "gpu" else None
-            flash_forward(q, k, v, result, lse, tile=tile, extras=extras, **arguments)
-        if result is not out:
-            copy_arrays((result,), (out,))
-
-
-def kernel_arguments(q: Any, k: Any, options: Options, group: int, head_shift: int) -> dict[str, Any]:
-    """What the kernels and their references take besides arrays and extras."""
-    return {
-        "scale": options.softmax_scale,
-        "diagonal": k.shape[1] - q.shape[1] if options.causal else k.shape[1],
-        "group": group,
-        "head_shift": head_shift,
-    }
-
-
-def by_reference(
-    function: Callable[..., Any],
-    arrays: Sequence[Any],
-    targets: Sequence[Any],
-    extras: Extras | None,
-    arguments: dict[str, Any],
-) -> None:
-    """Compute on the host with the NumPy reference beside a kernel, into the USM arrays that the kernel would write."""
-    if extras is not None and extras.bias is not None:
-        extras = replace(extras, bias=tensor.asnumpy(extras.bias))
-    results = function(*(tensor.asnumpy(x) for x in arrays), extras=extras, **arguments)
-    for target, dense in zip(targets, results, strict=True):
-        target[...] = tensor.asarray(dense, dtype=target.dtype, sycl_queue=target.sycl_queue)
-
-
-def walks_far(rows: Any) -> bool:
-    """Whether arrays that are walked over for every tile of these rows are better copied; see `HEAD_MAJOR_FROM`."""
-    return rows.shape[1] * rows.shape[3] >= HEAD_MAJOR_FROM
-
-
-def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:
-    """Arrays of one shape as the kernels read them: the arrays themselves, or copies in the scratch memory of this name.
-
-    They have this dtype and are dense in the last axis; `by_head`, the rows of a head follow each other.
-    """
-    apart = by_head and any(x.strides[1] != x.shape[3] and x.size for x in arrays)
-    if arrays[0].dtype != dtype or apart:
-        return _head_major(arrays, slot, dtype)
-    return [_dense_last_axis(x) for x in arrays]
-
-
-def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
-    """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
-    shape, size = arrays[0].shape, arrays[0].size
-    _, seq, heads, width = shape
-    memory = scratch(arrays[0].sycl_queue, slot, (len(arrays) * size,), dtype)
-    strides = (heads * seq * width, width, seq * width, 1)
-    copies = [view(memory, number * size, shape, strides) for number in range(len(arrays))]
-    copy_arrays(arrays, copies)
-    return copies
-
-
-def _dense_last_axis(x: Any) -> Any:
-    """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
-    if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
-        return x
-    copy = empty_like(x, x.shape)
-    copy_arrays((x,), (copy,))
-    return copy
-
-
-def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
-    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis."""
-    batch, seq, heads, width = sources[0].shape
-    pairs = enumerate(zip(sources, targets, strict=True))
-    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]
-    relayout(sources, targets, panels, rows=seq, batch=batch)
+        if out.size:
+            options.backend.forward(q, k, v, out, lse, options, heads)

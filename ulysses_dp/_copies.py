@@ -1,0 +1,51 @@
+"""Copies of whole USM arrays on their device: other layouts and dtypes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
+
+from ._arrays import empty_like, scratch, view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis."""
+    batch, seq, heads, width = sources[0].shape
+    pairs = enumerate(zip(sources, targets, strict=True))
+    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]
+    relayout(sources, targets, panels, rows=seq, batch=batch)
+
+
+def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:
+    """Arrays of one shape as the kernels read them: the arrays themselves, or copies in the scratch memory of this name.
+
+    They have this dtype and are dense in the last axis; `by_head`, the rows of a head follow each other.
+    """
+    apart = by_head and any(x.strides[1] != x.shape[3] and x.size for x in arrays)
+    if arrays[0].dtype != dtype or apart:
+        return _head_major(arrays, slot, dtype)
+    return [_dense_last_axis(x) for x in arrays]
+
+
+def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
+    """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
+    shape, size = arrays[0].shape, arrays[0].size
+    _, seq, heads, width = shape
+    memory = scratch(arrays[0].sycl_queue, slot, (len(arrays) * size,), dtype)
+    strides = (heads * seq * width, width, seq * width, 1)
+    copies = [view(memory, number * size, shape, strides) for number in range(len(arrays))]
+    copy_arrays(arrays, copies)
+    return copies
+
+
+def _dense_last_axis(x: Any) -> Any:
+    """The array itself, or a copy if its last axis is strided, which the kernels do not read."""
+    if x.strides[3] == 1 or x.shape[3] == 1 or x.size == 0:
+        return x
+    copy = empty_like(x, x.shape)
+    copy_arrays((x,), (copy,))
+    return copy

@@ -1,0 +1,51 @@
+"""What every local attention backend can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ulysses_dp.kernels.row_dot import row_dot
+
+from .._copies import readable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from .._options import Options
+    from .._partition import HeadMap
+    from .._validate import Geometry
+
+
+class Backend:
+    """Attention of one rank on USM arrays, (batch, seq, heads, head_dim) with any strides.
+
+    bfloat16 numbers come in uint16 arrays, as the dtype of the `Geometry` tells. lse and delta are (batch, heads, seq_q) in the
+    dtype of the computation. The options hold numbers for all heads, of which these are the ones that a `HeadMap` tells. There
+    is at least one query row; there may be no key.
+    """
+
+    name: str  #: of the member of AttnType, or of the user's function
+
+    def __str__(self) -> str:
+        return self.name
+
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+        """Raise NotImplementedError for what this backend does not do, before anything is sent. Not collective."""
+
+    def refuse(self, what: str, alternative: str = "INTEL_SYCL") -> NoReturn:
+        """Say that there is no such thing here, and where there is."""
+        raise NotImplementedError(f"attn_type {self.name} does not support {what}; {alternative} does")
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        """Write `out`, which is dense in the last axis, and `lse`."""
+        raise NotImplementedError
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        """Write `grads`, (dq, dk, dv), dense in the last axis; `arrays` are (dout, q, k, v, lse, delta)."""
+        raise NotImplementedError
+
+    def delta(self, dout: Any, out: Any, delta: Any) -> None:
+        """Write the sum of dout * out of every query row."""
+        dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
+        row_dot(dout, out, delta)

@@ -1,0 +1,74 @@
+"""AttnType.NUMPY: the dense float64 references beside the kernels, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ulysses_dp.kernels import flash_backward, flash_forward, row_dot
+
+from .._arrays import scratch, tensor
+from .._copies import copy_arrays, readable
+from ._base import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .._options import Options
+    from .._partition import HeadMap
+
+
+class NumpyDense(Backend):
+    """Slow, and its memory grows with seq_q x seq_k; all options."""
+
+    name = "NUMPY"
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        (q,) = readable((q,), "q", lse.dtype, by_head=False)
+        k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
+        _compute(flash_forward.reference, (q, k, v), (out, lse), options, q, k, heads)
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        dout, q, k, v, lse, delta = arrays
+        dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
+        k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
+        arrays = dout, q, k, v, lse, delta
+        _compute(flash_backward.reference, arrays, grads, options, q, k, heads)
+
+    def delta(self, dout: Any, out: Any, delta: Any) -> None:
+        dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
+        _write(delta, row_dot.reference(tensor.asnumpy(dout), tensor.asnumpy(out)))
+
+
+def _compute(
+    reference: Callable[..., Any],
+    arrays: Sequence[Any],
+    targets: Sequence[Any],
+    options: Options,
+    q: Any,
+    k: Any,
+    heads: HeadMap,
+) -> None:
+    extras = options.extras(q, k.shape[1], heads.first)
+    if extras is not None and extras.bias is not None:
+        extras = replace(extras, bias=tensor.asnumpy(extras.bias))
+    results = reference(
+        *(tensor.asnumpy(x) for x in arrays),
+        scale=options.softmax_scale,
+        diagonal=options.diagonal(q.shape[1], k.shape[1]),
+        group=heads.group,
+        head_shift=heads.shift,
+        extras=extras,
+    )
+    for target, dense in zip(targets, results, strict=True):
+        _write(target, dense)
+
+
+def _write(target: Any, dense: Any) -> None:
+    """Round dense results to the dtype of a USM array."""
+    if target.dtype.kind == "u":  # bfloat16
+        exact = scratch(target.sycl_queue, "dense result", target.shape, tensor.float32)
+        exact[...] = tensor.asarray(dense, dtype=exact.dtype, sycl_queue=exact.sycl_queue)
+        copy_arrays((exact,), (target,))
+    else:
+        target[...] = tensor.asarray(dense, dtype=target.dtype, sycl_queue=target.sycl_queue)

@@ -9,13 +9,15 @@ from mpi4py import MPI
 from ulysses_dp.kernels import flash_forward, relayout
 from ulysses_dp.kernels.launch import launch
 
-from ulysses_dp import all_to_all_4d, attention, gather_heads, scatter_heads, trace, ulysses_attention
+from ulysses_dp import all_to_all_4d, attention, free_workspace, gather_heads, scatter_heads, trace, ulysses_attention
 
 FORWARD = ["pack", "scatter", "attention", "gather", "unpack"]
+AROUND = ("agree", "prepare", "confirm")  # the agreement of the ranks
 
 
 def names(record):
-    return [stage.name for stage in record.stages]
+    """The stages of the work, without those of the agreement."""
+    return [stage.name for stage in record.stages if stage.name not in AROUND]
 
 
 class CountingComm(MPI.Intracomm):
@@ -36,7 +38,7 @@ def _counted(name):
     return call
 
 
-for _name in ("Allgather", "Alltoall", "Alltoallv", "allgather", "Barrier"):
+for _name in ("Allgather", "Allreduce", "Alltoall", "Alltoallv", "Ialltoallv", "allgather", "Barrier"):
     setattr(CountingComm, _name, _counted(_name))
 
 
@@ -65,23 +67,35 @@ def test_attention_is_one_stage():
 
 @pytest.mark.parametrize("how", ["even", "uneven"])
 def test_forward(comm, launches, how):
-    """One agreement, two all-to-alls, one relayout pass before and one after; alone, the attention kernel and nothing else."""
+    """One agreement before and one after, two all-to-alls, one relayout pass before and one after; no memory but the first time.
+
+    Alone, the attention kernel and nothing else.
+    """
+    free_workspace()
     counting = CountingComm(comm.Dup())
     mine = [part(x, split(24, comm.size, how), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
-    with trace() as record:
-        ulysses_attention(*mine, comm=counting, return_lse=True)
-    same_blocks = how == "even" and 24 % comm.size == 12 % comm.size == 0
-    all_to_all = "Alltoall" if same_blocks else "Alltoallv"
-    if comm.size == 1:
-        assert names(record) == ["attention"]
-        assert counting.calls == []
-        assert launches == ["flash_forward_float32"]
-    else:
-        assert names(record) == FORWARD
-        assert counting.calls == ["Allgather", all_to_all, all_to_all]
-        assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
-    assert all(stage.seconds > 0 for stage in record.stages)
+    for time in range(3):
+        launches.clear()
+        counting.calls.clear()
+        with trace() as record:
+            ulysses_attention(*mine, comm=counting, return_lse=True)
+        (call,) = record.calls
+        assert call.function == "ulysses_attention"
+        if comm.size == 1:
+            assert names(record) == ["attention"]
+            assert counting.calls == []
+            assert launches == ["flash_forward_float32"]
+        else:
+            assert names(record) == FORWARD
+            first_time = ["Allreduce"] * (time == 0)  # whether all ranks got their memory
+            assert counting.calls == ["Allgather", *first_time, "Alltoallv", "Alltoallv", "Allreduce"]
+            assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
+        assert call.passes == sum(stage.passes for stage in call.stages) == len(launches) - 1
+        assert (call.allocations > 0) == (time == 0)
+        assert all(stage.seconds > 0 and stage.start >= call.start for stage in record.stages)
+        assert sum(stage.seconds for stage in record.stages) <= call.seconds
     assert record.seconds("attention") == sum(stage.seconds for stage in record.stages if stage.name == "attention")
+    counting.Free()
 
 
 @needs_ranks

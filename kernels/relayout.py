@@ -41,13 +41,23 @@ class Panel(NamedTuple):
 
 def source_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
     """The source fields of a panel that is read from array `number`, (batch, row, slot, width), from slot `first` on."""
-    offset, batch, row, slot, width = place(x)
+    return source_at(number, place(x), first)
+
+
+def source_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
+    """The same for the place of an array."""
+    offset, batch, row, slot, width = where
     return number, offset + first * slot, row, batch, slot, width
 
 
 def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
     """The target fields of a panel that goes to array `number`, (batch, row, slot, width), from slot `first` on."""
-    offset, batch, row, slot, _ = place(x)
+    return target_at(number, place(x), first)
+
+
+def target_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
+    """The same for the place of an array."""
+    offset, batch, row, slot, _ = where
     return number, offset + first * slot, row, batch, slot
 
 
@@ -175,7 +185,7 @@ def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
 
 def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
     """Copy `panels` from `sources` (up to six USM arrays of one dtype) to `targets` (up to three), all on one queue."""
-    panels = tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
+    panels = _merged(tuple(panels))
     if not panels or rows * batch == 0:
         return
     queue = targets[0].sycl_queue
@@ -191,6 +201,12 @@ def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Pa
         groups=rows * batch,
         lanes=LANES,
     )
+
+
+@lru_cache(maxsize=1024)
+def _merged(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
+    """The panels that are not empty, as few slots as they can be."""
+    return tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
 
 
 def _merge(panel: Panel) -> Panel:

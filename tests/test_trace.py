@@ -67,7 +67,7 @@ def test_attention_is_one_stage():
 
 @pytest.mark.parametrize("how", ["even", "uneven"])
 def test_forward(comm, launches, how):
-    """One agreement before and one after, two all-to-alls, one relayout pass before and one after; no memory but the first time.
+    """One agreement and one relayout pass before and one each after, two all-to-alls; memory is allocated the first time only.
 
     Alone, the attention kernel and nothing else.
     """

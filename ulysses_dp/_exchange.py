@@ -13,6 +13,7 @@ from ._trace import stage
 from ._workspace import release
 
 
+@cache
 def _mpi() -> Any:
     """`mpi4py.MPI`, imported late: it starts MPI, which `attention` on one rank does not need."""
     from mpi4py import MPI

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,17 +76,17 @@ def _part(heads: Heads, group: int, number: int, parts: int) -> Heads:
     return Heads(q_start, q_count, kv_start, kv_count, q_start - kv_start * group)
 
 
-Share = list[tuple[int, int]]  # of every rank: its first head and the number of its heads
+Share = tuple[tuple[int, int], ...]  # of every rank: its first head and the number of its heads
 
 
 def query_shares(heads: tuple[Heads, ...]) -> Share:
     """The query heads of every rank."""
-    return [(h.q_start, h.q_count) for h in heads]
+    return tuple((h.q_start, h.q_count) for h in heads)
 
 
 def kv_shares(heads: tuple[Heads, ...]) -> Share:
     """The kv heads that every rank reads; they may overlap."""
-    return [(h.kv_start, h.kv_count) for h in heads]
+    return tuple((h.kv_start, h.kv_count) for h in heads)
 
 
 @dataclass(frozen=True)
@@ -104,25 +104,26 @@ class Trade:
     sizes: tuple[int, ...]  # numbers of every rank in a row
     batch: int
 
-    @property
+    @cached_property
     def local_counts(self) -> tuple[int, ...]:
         """Elements of the block for or from every peer on the local side; none for this rank, whose block does not travel."""
         rows = self.rows[self.rank] * self.batch
         return tuple(rows * size * (peer != self.rank) for peer, size in enumerate(self.sizes))
 
-    @property
+    @cached_property
     def gathered_counts(self) -> tuple[int, ...]:
         """Elements of the block for or from every peer on the gathered side, where this rank has one, too."""
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
-    @property
+    @cached_property
     def own(self) -> slice:
         """Where the block of this rank is on the gathered side."""
         start = sum(self.gathered_counts[: self.rank])
         return slice(start, start + self.gathered_counts[self.rank])
 
 
-def trade_of(rank: int, rows: tuple[int, ...], shares: Sequence[Share], widths: Sequence[int], batch: int) -> Trade:
+@lru_cache(maxsize=256)
+def trade_of(rank: int, rows: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...], batch: int) -> Trade:
     """The exchange of arrays of which every rank gets these heads, of these widths."""
     pairs = list(zip(shares, widths, strict=True))
     sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
@@ -136,4 +137,4 @@ def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
 
 def blocks_of(counts: tuple[int, ...]) -> Share:
     """The heads of every rank if the ranks have consecutive blocks of them."""
-    return list(zip(starts(counts), counts, strict=True))
+    return tuple(zip(starts(counts), counts, strict=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
+from ulysses_dp.kernels.launch import place
+from ulysses_dp.kernels.relayout import Panel, relayout, source_at, target_at
 
 from . import _exchange
 from ._arrays import view
@@ -19,7 +20,7 @@ from ._workspace import empty_like, scratch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ._partition import Share
+    from ._partition import Share, Trade
 
 
 class Redistribution:
@@ -70,6 +71,7 @@ class Redistribution:
         keep: bool = False,
         blocking: bool = True,
     ) -> None:
+        shares, widths = tuple(shares), tuple(widths)
         self._comm, self._shares, self._widths, self._blocking = comm, shares, widths, blocking
         self._trade = trade = trade_of(comm.rank, rows, shares, widths, batch)
         dtype, queue = np.dtype(dtype or like.dtype), like.sycl_queue
@@ -110,10 +112,7 @@ class Redistribution:
     def pack(self, arrays: Sequence[Any]) -> None:
         """Copy arrays of the local side, (batch, rows of this rank, heads, width), to where they travel from."""
         with stage("pack"):
-            panels = [
-                Panel(*source_of(block.array, arrays[block.array], block.first), *block.place, block.heads, block.width)
-                for block in self._blocks()
-            ]
+            panels = _pack_panels(self._trade, self._shares, self._widths, tuple(map(place, arrays)))
             self._relayout(arrays, [self._local, self.gathered], panels)
 
     def unpack(self, targets: Sequence[Any]) -> None:
@@ -121,16 +120,7 @@ class Redistribution:
 
         What several ranks have of one head is added up in rank order.
         """
-        panels, covered = [], [0] * len(targets)  # heads of each array that the ranks so far have brought
-        for block in self._blocks():
-            number, first = block.array, block.first
-            buffer, place, row, batch, head = block.place
-            again = min(max(covered[number] - first, 0), block.heads)
-            covered[number] = max(covered[number], first + block.heads)
-            for skip, heads in ((0, again), (again, block.heads - again)):
-                source = (buffer, place + skip * head, row, batch, head, 1)
-                target = target_of(number, targets[number], first + skip)
-                panels.append(Panel(*source, *target, heads, block.width, add=int(skip < again)))
+        panels = _unpack_panels(self._trade, self._shares, self._widths, tuple(map(place, targets)))
         with stage("unpack"):
             self._relayout([self._local, self.gathered], targets, panels)
 
@@ -154,17 +144,6 @@ class Redistribution:
         if self._pending is not None:
             self._pending.wait()
 
-    def _blocks(self) -> Iterator[_Block]:
-        """What there is of every array for or from every rank, in rank order."""
-        trade = self._trade
-        for peer, base in enumerate(starts(trade.local_counts)):
-            own = peer == trade.rank
-            size, place = trade.sizes[peer], trade.own.start if own else base
-            for number, (share, width) in enumerate(zip(self._shares, self._widths, strict=True)):
-                first, heads = share[peer]
-                yield _Block(number, first, heads, width, (int(own), place, trade.batch * size, size, width))
-                place += heads * width
-
 
 class _Block(NamedTuple):
     """The heads of one array that one rank has on the gathered side, and the rows that this rank has on the local side."""
@@ -174,6 +153,46 @@ class _Block(NamedTuple):
     heads: int
     width: int
     place: tuple[int, int, int, int, int]  # buffer, local or gathered; offset, strides of rows, batch and heads
+
+
+def _blocks(trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...]) -> Iterator[_Block]:
+    """What there is of every array for or from every rank, in rank order."""
+    for peer, base in enumerate(starts(trade.local_counts)):
+        own = peer == trade.rank
+        size, start = trade.sizes[peer], trade.own.start if own else base
+        for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
+            first, heads = share[peer]
+            yield _Block(number, first, heads, width, (int(own), start, trade.batch * size, size, width))
+            start += heads * width
+
+
+@lru_cache(maxsize=256)
+def _pack_panels(
+    trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...], places: tuple[tuple[int, ...], ...]
+) -> tuple[Panel, ...]:
+    """From arrays at these places to the two buffers."""
+    return tuple(
+        Panel(*source_at(block.array, places[block.array], block.first), *block.place, block.heads, block.width)
+        for block in _blocks(trade, shares, widths)
+    )
+
+
+@lru_cache(maxsize=256)
+def _unpack_panels(
+    trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...], places: tuple[tuple[int, ...], ...]
+) -> tuple[Panel, ...]:
+    """From the two buffers to arrays at these places."""
+    panels, covered = [], [0] * len(places)  # heads of each array that the ranks so far have brought
+    for block in _blocks(trade, shares, widths):
+        number, first = block.array, block.first
+        buffer, start, row, batch, head = block.place
+        again = min(max(covered[number] - first, 0), block.heads)
+        covered[number] = max(covered[number], first + block.heads)
+        for skip, heads in ((0, again), (again, block.heads - again)):
+            source = (buffer, start + skip * head, row, batch, head, 1)
+            target = target_at(number, places[number], first + skip)
+            panels.append(Panel(*source, *target, heads, block.width, add=int(skip < again)))
+    return tuple(panels)
 
 
 class Part(Protocol):

@@ -1,5 +1,9 @@
 """What a call does, counted: stages, collectives, kernel launches, messages and bytes."""
 
+import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -173,3 +177,45 @@ def test_blocks_in_blocks_and_after_errors():
         attention(q, k, v)
     attention(q, k, v)
     assert [len(record.stages) for record in (outer, inner)] == [2, 1]
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_file_for_perfetto(comm, overlap):
+    """Valid JSON with one process per rank; every beginning has its end, and stages lie within their calls."""
+    folder = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)  # pytest's would be cleared by every rank
+    path = Path(folder) / "trace.json"
+    mine = [part(x, split(24, comm.size), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
+    with trace() as record:
+        for _ in range(2):
+            ulysses_attention(*mine, comm=comm, overlap=overlap)
+    record.save(path, comm)
+    comm.Barrier()
+    events = json.loads(path.read_text())["traceEvents"]
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(folder)
+    assert {event["pid"] for event in events} == set(range(comm.size))
+    for rank in range(comm.size):
+        mine = [event for event in events if event["pid"] == rank]
+        assert [event["args"]["name"] for event in mine if event["ph"] == "M"] == [f"rank {rank}"]
+        timed = [event for event in mine if event["ph"] != "M"]
+        assert all(event["ts"] >= 0 for event in timed)
+        calls = [event for event in timed if event["name"] == "ulysses_attention"]
+        assert len(calls) == 2
+        begun = {event["id"]: event for event in timed if event["ph"] == "b"}
+        ended = {event["id"]: event for event in timed if event["ph"] == "e"}
+        assert begun.keys() == ended.keys()
+        assert len(begun) == (4 * overlap if comm.size > 1 else 0)
+        assert all(begun[number]["ts"] <= ended[number]["ts"] for number in begun)
+        for event in timed:
+            assert any(c["ts"] - 1 <= event["ts"] <= c["ts"] + c["dur"] + 1 for c in calls)
+        assert ("bytes_sent" in next(iter(begun.values()))["args"]) if begun else True
+
+
+@pytest.mark.single
+def test_file_of_one_rank(tmp_path):
+    with trace() as record:
+        attention(*random_qkv(0, 1, 20, 2, 2, 16))
+    record.save(tmp_path / "one.json")
+    names_in_file = [event["name"] for event in json.loads((tmp_path / "one.json").read_text())["traceEvents"]]
+    assert names_in_file == ["process_name", "attention", "attention"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ulysses_dp import (
     all_to_all_4d,
     gather_heads,
+    order_ranks,
     scatter_heads,
     trace,
     ulysses_attention,
@@ -216,3 +217,27 @@ def test_a_failure_between_two_steps(comm, monkeypatch):
         results = outcomes(comm, lambda: scatter_heads(x, node_size=2))
     assert results == [(RuntimeError, "scatter_heads: rank 1: broken")] * comm.size
     np.testing.assert_array_equal(scatter_heads(x, node_size=2), np.ones((1, 4 * comm.size, 1, 8)))
+
+
+def test_order_of_ranks(comm):
+    """A communicator in another order gets the order of the machine, in which neighbours on a node are neighbours."""
+    mixed = comm.Split(0, -comm.rank)
+    ordered = order_ranks(mixed)
+    assert (ordered.rank, ordered.size) == (comm.rank, comm.size)  # one node, whose launcher numbers its ranks in order
+    x = part(numbered((1, 9, 4, 2)), split(9, comm.size), comm.rank)
+    np.testing.assert_array_equal(scatter_heads(x, comm=ordered), scatter_heads(x, comm=comm))
+    ordered.Free()
+    mixed.Free()
+
+
+def test_cartesian_communicators(comm):
+    """Every row of a grid of ranks has a sequence of its own."""
+    rows = 2 if comm.size % 2 == 0 else 1
+    grid = comm.Create_cart([rows, comm.size // rows])
+    line = grid.Sub([False, True])
+    whole = numbered((1, 9, 4, 2)) + grid.coords[0]
+    mine = part(whole, split(9, line.size), line.rank)
+    expected = part(whole, split(4, line.size), line.rank, axis=2)
+    np.testing.assert_array_equal(scatter_heads(mine, comm=line), expected)
+    line.Free()
+    grid.Free()

@@ -12,7 +12,7 @@ from .backward import attention_backward, ulysses_attention_backward  # noqa: E4
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
 from .merge import merge_attention  # noqa: E402
-from .redistribute import all_to_all_4d, gather_heads, scatter_heads  # noqa: E402
+from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
 
 __all__ = [
     "AttnType",
@@ -23,6 +23,7 @@ __all__ = [
     "free_workspace",
     "gather_heads",
     "merge_attention",
+    "order_ranks",
     "scatter_heads",
     "trace",
     "ulysses_attention",

@@ -11,6 +11,7 @@ import numpy as np
 
 from ._trace import stage
 from ._workspace import release
+from .device import local_rank
 
 
 @cache
@@ -145,6 +146,16 @@ def _ranks_per_node(comm: Any) -> int:
     regular = all(n == size and start == rank // size * size for rank, (n, start) in enumerate(everywhere))
     _node_sizes[comm.handle] = size if regular else 1
     return _node_sizes[comm.handle]
+
+
+def ordered(comm: Any) -> Any:
+    """A new communicator with the ranks of each node, and of each device of it, one after the other."""
+    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
+    on_node = local_rank()
+    first = node.allreduce(comm.rank, _mpi().MIN)  # the number of the node, by its lowest rank
+    places = comm.allgather((first, on_node, comm.rank))
+    node.Free()
+    return comm.Split(0, sorted(places).index(places[comm.rank]))
 
 
 def share_record(comm: Any, record: tuple[int, ...]) -> np.ndarray:

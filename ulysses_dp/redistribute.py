@@ -249,3 +249,42 @@ def _as_sent(x: Any) -> Any:
 def _copy_as_sent(x: Any, target: Any) -> None:
     with stage("pack"):
         copy_arrays([x], [target])
+
+
+def order_ranks(comm: Any = None) -> Any:
+    """The same ranks, those of one node one after the other, and on a node those with neighbouring numbers.
+
+    Collective over `comm`. For communicators whose order is not that of the machine, like the dimensions of a Cartesian one,
+    and before a communicator is split into groups that each hold a sequence: consecutive ranks then share a GPU and a node,
+    where messages are fastest. Needed for `node_size` of more than 1, which takes consecutive ranks for a node.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+
+    Returns
+    -------
+    mpi4py.MPI.Intracomm
+        A new communicator, which the caller frees. Rows travel in its order: rank r of it holds the r-th part of the sequence.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On this rank, if `comm` is no communicator.
+
+    Notes
+    -----
+    Launchers give neighbouring ranks of a node to neighbouring tiles, if each rank takes the GPU of its number on the node, as
+    `ulysses_dp` does. All pairs of ranks exchange as much, so within a node no order is better for one sequence alone.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import order_ranks
+    >>> ordered = order_ranks(MPI.COMM_WORLD)
+    >>> ordered.size == MPI.COMM_WORLD.size
+    True
+    >>> ordered.Free()
+    """
+    return _exchange.ordered(_exchange.resolve_comm("order_ranks", comm))

@@ -178,30 +178,33 @@ def flash_backward_gpu(
     head_shift: int = 0,
 ) -> None:
     """`flash_backward` by this schedule; `scratch(name, shape)` gives USM memory for the panels of the rows."""
-    seq_q, seq_k, head_dim = q.shape[1], k.shape[1], q.shape[3]
-    for gradients in kernels_of(head_dim):
-        if gradients == "dq":
-            rows, cols, grads, numbers, row_diagonal = (q, dout), (k, v), (dq, dq), (lse, delta), diagonal
-        else:
-            rows, cols, grads = (tuple(x[:, ::-1] for x in pair) for pair in ((k, v), (q, dout), (dk, dv)))
-            numbers, row_diagonal = tuple(x[:, :, ::-1] for x in (lse, delta)), diagonal + seq_q - seq_k
+    head_dim = q.shape[3]
+    reversed_arrays = [tuple(x[:, ::-1] for x in pair) for pair in ((k, v), (q, dout), (dk, dv))]
+    reversed_numbers = tuple(x[:, :, ::-1] for x in (lse, delta))
+    of_queries, *of_keys = kernels_of(head_dim)
+    for kernels, rows, cols, grads, numbers, row_diagonal in (
+        ([of_queries], (q, dout), (k, v), (dq, dq), (lse, delta), diagonal),
+        (of_keys, *reversed_arrays, reversed_numbers, diagonal + q.shape[1] - k.shape[1]),
+    ):
         batch, row_count, row_heads, _ = rows[0].shape
         if grads[0].size == 0:
             continue
         row_blocks = -(-row_count // SUB_GROUP)
         panels = scratch("panels of rows", (batch * row_heads * row_blocks * 2 * SUB_GROUP * head_dim,))
         pack_rows(rows, panels)
-        launch(
-            q.sycl_queue,
-            name(gradients, head_dim),
-            [x.usm_data for x in (panels, *cols, *grads, *numbers)],
-            (
-                *(number for x in (*cols, *grads) for number in place(x)[:4]),
-                *(number for x in numbers for number in place_of_rows(x)),
-                *(place(panels)[0], row_heads, q.shape[2], group, head_shift),
-                *(row_count, cols[0].shape[1], row_diagonal, row_blocks, 0),
-                *(scale * math.log2(math.e), scale, 0.0),
-            ),
-            groups=batch * row_heads * row_blocks,
-            lanes=SUB_GROUP,
+        scalars = (
+            *(number for x in (*cols, *grads) for number in place(x)[:4]),
+            *(number for x in numbers for number in place_of_rows(x)),
+            *(place(panels)[0], row_heads, q.shape[2], group, head_shift),
+            *(row_count, cols[0].shape[1], row_diagonal, row_blocks, 0),
+            *(scale * math.log2(math.e), scale, 0.0),
         )
+        for gradients in kernels:
+            launch(
+                q.sycl_queue,
+                name(gradients, head_dim),
+                [x.usm_data for x in (panels, *cols, *grads, *numbers)],
+                scalars,
+                groups=batch * row_heads * row_blocks,
+                lanes=SUB_GROUP,
+            )

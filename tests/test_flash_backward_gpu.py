@@ -15,7 +15,8 @@ from ulysses_dp.kernels.flash_backward import reference
 from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP, flash_backward_gpu
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
-from ulysses_dp._arrays import scratch, tensor
+from ulysses_dp._arrays import tensor
+from ulysses_dp._workspace import scratch
 from ulysses_dp.backends import intel_sycl
 from ulysses_dp.device import default_queue
 

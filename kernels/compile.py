@@ -22,11 +22,19 @@ from numba_dpex.core.descriptor import dpex_kernel_target  # noqa: E402
 from numba_dpex.core.types import USMNdArray  # noqa: E402
 from numba_dpex.core.types.kernel_api.index_space_ids import NdItemType  # noqa: E402
 
-from . import flash_backward, flash_forward, flash_forward_gpu, manifest, relayout, row_dot  # noqa: E402
+from . import (  # noqa: E402
+    flash_backward,
+    flash_backward_gpu,
+    flash_forward,
+    flash_forward_gpu,
+    manifest,
+    relayout,
+    row_dot,
+)
 
 logging.disable(logging.NOTSET)
 
-KERNELS = (flash_forward, flash_forward_gpu, flash_backward, relayout, row_dot)
+KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, relayout, row_dot)
 PARTS = 8
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 

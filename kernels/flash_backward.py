@@ -411,7 +411,7 @@ def flash_backward(
             [*(x.usm_data for x in (*arrays, lse, delta)), tables[into_keys], tables[0], *memories],
             (
                 *(number for x in arrays for number in place(x)[:4]),
-                *(number for x in (lse, delta) for number in _place_of_rows(x)),
+                *(number for x in (lse, delta) for number in place_of_rows(x)),
                 *(row_heads, heads, group, head_shift, row_count, col_count, diagonal, row_blocks, head_dim),
                 *(dot_scale, scale, 0.0),
                 *option_numbers,
@@ -421,7 +421,8 @@ def flash_backward(
         )
 
 
-def _place_of_rows(x: Any) -> tuple[int, ...]:
+def place_of_rows(x: Any) -> tuple[int, ...]:
+    """Where an array (batch, heads, seq) lies: offset, and the strides in the order of `PLACES`."""
     offset, batch, head, seq = place(x)
     return offset, batch, seq, head
 

@@ -21,7 +21,7 @@ from .launch import launch, place
 from .relayout import Panel, relayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 ARGUMENTS = flash_forward.POINTERS + flash_forward.SCALARS
@@ -142,7 +142,7 @@ def flash_forward_gpu(
         q_place = place(q)[:4]
     else:
         panels = scratch("panels of q", (batch * heads * row_blocks * SUB_GROUP * head_dim,))
-        pack_query(q, panels)
+        pack_rows([q], panels)
         q, q_place = panels, (place(panels)[0], 0, 0, 0)
     launch(
         out.sycl_queue,
@@ -157,24 +157,26 @@ def flash_forward_gpu(
     )
 
 
-def pack_query(q: Any, panels: Any) -> None:
-    """Copy q into panels (batch, heads, row blocks, head_dim, 16 rows)."""
-    batch, seq_q, heads, head_dim = q.shape
-    offset, batch_stride, seq_stride, head_stride, dim_stride = place(q)
-    full, rest = divmod(seq_q, SUB_GROUP)
+def pack_rows(arrays: Sequence[Any], panels: Any) -> None:
+    """Copy arrays of one shape into panels (batch, heads, row blocks, arrays, head_dim, 16 rows)."""
+    batch, seq, heads, head_dim = arrays[0].shape
+    full, rest = divmod(seq, SUB_GROUP)
     size = SUB_GROUP * head_dim
-    blocks = full + (rest > 0)
+    block_size = len(arrays) * size
+    head_size = (full + (rest > 0)) * block_size
     entries = []
-    for h in range(heads):
-        source, target = offset + h * head_stride, h * blocks * size
-        # relayout's rows are the elements of head_dim here, its slots are row blocks, and its width are their rows
-        for first, slots, width in ((0, full, SUB_GROUP), (full, 1, rest)):
-            start = source + first * SUB_GROUP * seq_stride
-            entries.append(
-                Panel(
-                    *(0, start, dim_stride, batch_stride, SUB_GROUP * seq_stride, seq_stride),
-                    *(0, target + first * size, SUB_GROUP, heads * blocks * size, size),
-                    *(slots, width),
+    for number, x in enumerate(arrays):
+        offset, batch_stride, seq_stride, head_stride, dim_stride = place(x)
+        for h in range(heads):
+            source, target = offset + h * head_stride, h * head_size + number * size
+            # relayout's rows are the elements of head_dim here, its slots are row blocks, and its width are their rows
+            for first, slots, width in ((0, full, SUB_GROUP), (full, 1, rest)):
+                start = source + first * SUB_GROUP * seq_stride
+                entries.append(
+                    Panel(
+                        *(number, start, dim_stride, batch_stride, SUB_GROUP * seq_stride, seq_stride),
+                        *(0, target + first * block_size, SUB_GROUP, heads * head_size, block_size),
+                        *(slots, width),
+                    )
                 )
-            )
-    relayout([q], [panels], entries, rows=head_dim, batch=batch)
+    relayout(arrays, [panels], entries, rows=head_dim, batch=batch)

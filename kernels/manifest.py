@@ -17,6 +17,7 @@ _FILE = "manifest.json"
 _SOURCES = (
     "compile.py",
     "flash_backward.py",
+    "flash_backward_gpu.py",
     "flash_forward.py",
     "flash_forward_gpu.py",
     "intrinsics.py",

@@ -259,3 +259,76 @@ def tile_operations(head_dim, keys, q_in_registers, key_registers):
         return types.void(out, types.int64, vector, _FLOAT), generate
 
     return fill, load_query, dot, softmax, accumulate, store
+
+
+def gradient_operations(head_dim, columns, by_column):
+    """The operations of the gradient kernels on tiles of one head_dim, a multiple of 16, and up to 16 columns of a step.
+
+    A lane sees the first `visible` columns of a step: the others add nothing, whatever they hold. lse and delta come in one
+    register each: the numbers of the lanes' own rows or, `by_column`, those of the columns, one in each lane.
+
+    Returns
+    -------
+    weigh, differentiate, accumulate : numba intrinsics
+    """
+    vector = UniTuple(_FLOAT, head_dim)
+    scores = UniTuple(_FLOAT, columns)
+    zero = ir.Constant(_F32, 0.0)
+
+    def of_column(emitter, register, t):
+        return emitter.broadcast(register, t) if by_column else register
+
+    def where_seen(emitter, t, visible, value, otherwise):
+        sees = emitter.builder.icmp_signed("<", ir.Constant(_I64, t), visible)
+        return emitter.builder.select(sees, value, otherwise)
+
+    @intrinsic
+    def weigh(typing_context, dots, scale, lse, visible):
+        """Weights of the columns: exp2(scale * dot - lse)."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder)
+            dots, scale, lse, visible = arguments
+            negative = builder.fneg(lse)
+            weights = []
+            for t, dot in enumerate(emitter.unpack(dots, columns)):
+                weight = emitter.exp2(emitter.mad(dot, scale, of_column(emitter, negative, t)))
+                weights.append(where_seen(emitter, t, visible, weight, zero))
+            return emitter.pack(scores, weights)
+
+        return scores(scores, _FLOAT, _FLOAT, types.int64), generate
+
+    @intrinsic
+    def differentiate(typing_context, weights, dots, delta, visible):
+        """Slopes of the scores: weight * (dot - delta)."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder)
+            weights, dots = (emitter.unpack(x, columns) for x in arguments[:2])
+            delta, visible = arguments[2:]
+            slopes = []
+            for t, (weight, dot) in enumerate(zip(weights, dots, strict=True)):
+                slope = builder.fmul(weight, builder.fsub(dot, of_column(emitter, delta, t)))
+                slopes.append(where_seen(emitter, t, visible, slope, zero))
+            return emitter.pack(scores, slopes)
+
+        return scores(scores, scores, _FLOAT, types.int64), generate
+
+    @intrinsic
+    def accumulate(typing_context, total, factors, x, offset, stride, available, visible):
+        """Add the columns times their factors."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder)
+            total, factors = emitter.unpack(arguments[0], head_dim), emitter.unpack(arguments[1], columns)
+            x, offset, stride, available, visible = arguments[2:]
+            for t, (factor, place) in enumerate(zip(factors, emitter.rows(offset, stride, columns, available), strict=True)):
+                numbers = emitter.row(x, place, head_dim)
+                for d, number in enumerate(numbers):
+                    # 0 times nan is nan, so it is the sum that is chosen, and at once: what waits for it would spill
+                    total[d] = where_seen(emitter, t, visible, emitter.mad(factor, number, total[d]), total[d])
+            return emitter.pack(vector, total)
+
+        return vector(vector, scores, x, types.int64, types.int64, types.int64, types.int64), generate
+
+    return weigh, differentiate, accumulate

@@ -28,7 +28,15 @@ from ulysses_dp.kernels import manifest
 DEVICES = ("pvc", "dg2")
 NEWER_DEVICES = ("mtl", "lnl", "bmg", "ptl")  # taken if ocloc knows them
 # What a kernel must reach on a device: share of mad in the hot loop. No spills and no private memory go without saying.
-BARS = {("flash_forward_gpu_float32_d64", "pvc"): 0.75, ("flash_forward_gpu_float32_d128", "pvc"): 0.70}
+BARS = {
+    ("flash_forward_gpu_float32_d64", "pvc"): 0.75,
+    ("flash_forward_gpu_float32_d128", "pvc"): 0.70,
+    ("flash_backward_gpu_dq_float32_d64", "pvc"): 0.80,
+    ("flash_backward_gpu_dk_dv_float32_d64", "pvc"): 0.80,
+    ("flash_backward_gpu_dq_float32_d128", "pvc"): 0.77,
+    ("flash_backward_gpu_dk_float32_d128", "pvc"): 0.70,
+    ("flash_backward_gpu_dv_float32_d128", "pvc"): 0.75,
+}
 TIME_LIMIT = 300  # seconds for one compilation
 
 

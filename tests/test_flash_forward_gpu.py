@@ -14,7 +14,7 @@ from ulysses_dp.kernels.flash_forward import reference
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
 
 from ulysses_dp import attention, trace
-from ulysses_dp._arrays import scratch
+from ulysses_dp._workspace import scratch
 from ulysses_dp.device import default_queue
 
 pytestmark = [

@@ -5,7 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ulysses_dp.kernels import flash_backward, flash_forward, flash_forward_gpu, manifest, relayout, row_dot
+from ulysses_dp.kernels import (
+    flash_backward,
+    flash_backward_gpu,
+    flash_forward,
+    flash_forward_gpu,
+    manifest,
+    relayout,
+    row_dot,
+)
 from ulysses_dp.kernels.launch import _kernel, launch
 
 from ulysses_dp.device import default_queue
@@ -28,7 +36,7 @@ def copied(tmp_path):
 def test_manifest_lists_every_variant():
     expected = {
         name
-        for kernel in (flash_forward, flash_forward_gpu, flash_backward, relayout, row_dot)
+        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, relayout, row_dot)
         for name, *_ in kernel.variants()
     }
     assert set(manifest.read()) == expected

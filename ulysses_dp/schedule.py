@@ -37,7 +37,7 @@ def candidates(device: Any, dtype: Any, head_dim: int) -> list[str]:
 
 
 def choose(device: Any, dtype: Any, head_dim: int, seq_q: int) -> str:
-    """The schedule for this many query rows: the name of a tile of `flash_forward`, or "gpu" for `flash_forward_gpu`.
+    """The schedule for this many query rows: the name of a tile of `flash_forward`, or "gpu" for the kernels for GPUs.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels.flash_backward import TILES_OF, flash_backward
+from ulysses_dp.kernels.flash_backward_gpu import flash_backward_gpu
 from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 
@@ -55,14 +56,19 @@ class IntelSycl(Backend):
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
         queue, compute = q.sycl_queue, lse.dtype
-        by_head = _walks_far(q)
+        on_gpu = options.plain and choose(queue.sycl_device, compute, q.shape[3], q.shape[1]) == "gpu"
+        by_head = not on_gpu and _walks_far(q)
         dout, q = readable((dout, q), "dout, q", compute, by_head=by_head)
         k, v = readable((k, v), "k, v", compute, by_head=by_head)
         results = [x if x.dtype == compute else scratch(queue, f"gradient {n}", x.shape, compute) for n, x in enumerate(grads)]
-        tile = fastest(queue.sycl_device, q.shape[3], TILES_OF[str(compute)])
-        extras = options.extras(q, k.shape[1], heads.first)
         arguments = _arguments(q, k, options, heads)
-        flash_backward(dout, q, k, v, lse, delta, *results, extras=extras, tile=tile, **arguments)
+        if on_gpu:
+            memory = partial(scratch, queue, dtype=compute)
+            flash_backward_gpu(dout, q, k, v, lse, delta, *results, memory, **arguments)
+        else:
+            tile = fastest(queue.sycl_device, q.shape[3], TILES_OF[str(compute)])
+            extras = options.extras(q, k.shape[1], heads.first)
+            flash_backward(dout, q, k, v, lse, delta, *results, extras=extras, tile=tile, **arguments)
         for result, grad in zip(results, grads, strict=True):
             if result is not grad:
                 copy_arrays((result,), (grad,))

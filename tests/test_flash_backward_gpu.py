@@ -1,0 +1,175 @@
+"""The GPU schedule of the gradient: right on the CPU, which runs the same SPIR-V, and free of spills in the code for a GPU."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import as_view, random_qkv
+from test_backward import check, local
+from test_flash_forward import GUARD, guarded
+from ulysses_dp.kernels import flash_forward
+from ulysses_dp.kernels.flash_backward import reference
+from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP, flash_backward_gpu
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
+
+from ulysses_dp._arrays import tensor
+from ulysses_dp._workspace import scratch
+from ulysses_dp.backends import intel_sycl
+from ulysses_dp.device import default_queue
+
+pytestmark = [
+    pytest.mark.single,
+    pytest.mark.skipif(SUB_GROUP not in default_queue().sycl_device.sub_group_sizes, reason="no sub-groups of 16"),
+]
+SIZES = [
+    *((1, 1, 1), (16, 16, 16), (15, 33, 33), (17, 16, -1)),
+    *((61, 61, 0), (37, 97, 60), (97, 37, -60), (5, 3, -5), (130, 131, 131)),
+]
+TOLERANCE = 1e-5  # relative to the largest number of a gradient, or to 1 where that is larger
+
+
+def inputs(seed, batch, seq_q, heads, kv_heads, head_dim, seq_k=None, **options):
+    """Random dout, q, k and v, with the lse and delta that belong to them; float32."""
+    q, k, v = random_qkv(seed, batch, seq_q, heads, kv_heads, head_dim, seq_k=seq_k)
+    dout = np.random.default_rng(seed + 1).standard_normal(q.shape).astype(np.float32)
+    out, lse = flash_forward.reference(q, k, v, **options)
+    delta = np.einsum("bihd,bihd->bhi", dout, out)
+    return dout, q, k, v, lse.astype(np.float32), delta.astype(np.float32)
+
+
+def run(dout, q, k, v, lse, delta, *, layout="padded", **options):
+    """What the kernels write; the inputs lie between nan, the outputs between numbers that must stay."""
+    queue = default_queue()
+    arrays = [as_view(x, "usm", layout, queue) for x in (dout, q, k, v)]
+    # (batch, heads, seq) as a view of numbers that are stored (seq, batch, heads)
+    numbers = [tensor.asarray(np.ascontiguousarray(x.transpose(2, 0, 1)), sycl_queue=queue) for x in (lse, delta)]
+    arrays += [tensor.permute_dims(x, (1, 2, 0)) for x in numbers]
+    grads, around = zip(*(guarded(x.shape, (1, 0, 2, 3), x.dtype) for x in (q, k, v)), strict=True)
+    flash_backward_gpu(*arrays, *grads, partial(scratch, queue, dtype=np.dtype("float32")), **options)
+    for whole in map(tensor.asnumpy, around):
+        whole[(slice(1, -1),) * whole.ndim] = GUARD
+        assert (whole == GUARD).all()
+    return [tensor.asnumpy(x) for x in grads]
+
+
+def compare(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(initial=1))
+
+
+def test_every_head_dim_of_the_forward():
+    """One choice serves both directions."""
+    assert set(COLUMNS) == set(GPU_TILES)
+
+
+@pytest.mark.parametrize("head_dim", COLUMNS)
+@pytest.mark.parametrize("layout", ["C", "swapped", "padded", "reversed"])
+@pytest.mark.parametrize(("seq_q", "seq_k", "diagonal"), SIZES)
+def test_against_the_reference(head_dim, layout, seq_q, seq_k, diagonal):
+    options = {"scale": head_dim**-0.5, "diagonal": diagonal, "group": 3}
+    arrays = inputs(head_dim, 2, seq_q, 6, 2, head_dim, seq_k, **options)
+    compare(run(*arrays, layout=layout, **options), reference(*arrays, **options))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_length(causal):
+    for seq in range(1, 50):
+        seq_k = 50 - seq
+        options = {"scale": 0.2, "diagonal": seq_k - seq if causal else seq_k, "group": 1}
+        arrays = inputs(seq, 1, seq, 1, 1, 64, seq_k, **options)
+        compare(run(*arrays, **options), reference(*arrays, **options))
+
+
+def test_every_diagonal():
+    """The mask starts at every place of a step and of the rows of a sub-group."""
+    for diagonal in range(-42, 56):
+        options = {"scale": 0.2, "diagonal": diagonal, "group": 1}
+        arrays = inputs(0, 1, 40, 1, 1, 64, 55, **options)
+        compare(run(*arrays, **options), reference(*arrays, **options))
+
+
+@pytest.mark.parametrize("head_shift", [0, 1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_groups_of_heads(head_dim, head_shift):
+    """Groups that are cut at both ends, and a kv head that no query head reads."""
+    options = {"scale": 0.125, "diagonal": 0, "group": 3, "head_shift": head_shift}
+    arrays = inputs(0, 2, 29, 5, (4 + head_shift) // 3 + 2, head_dim, **options)
+    grads = run(*arrays, **options)
+    compare(grads, reference(*arrays, **options))
+    for grad in grads[1:]:
+        assert (grad[:, :, -1] == 0).all()
+
+
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(20, 0), (0, 20)])
+def test_nothing_to_see(seq_q, seq_k):
+    options = {"scale": 1.0, "diagonal": seq_k, "group": 1}
+    for grad in run(*inputs(0, 2, seq_q, 2, 2, 64, seq_k, **options), **options):
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("diagonal", [-20, 40])
+def test_queries_with_lse_of_minus_infinity(diagonal):
+    """They see nothing, whether a mask says so or lse alone."""
+    options = {"scale": 0.125, "diagonal": diagonal, "group": 1}
+    arrays = inputs(3, 1, 40, 2, 2, 64, **options)
+    arrays[4][:, :, :20] = -np.inf
+    grads = run(*arrays, **options)
+    assert (grads[0][:, :20] == 0).all()
+    of_others = [x[:, 20:] if n in (0, 1) else x[..., 20:] if n > 3 else x for n, x in enumerate(arrays)]
+    options["diagonal"] += 20
+    dq, dk, dv = reference(*of_others, **options)
+    compare([grads[0][:, 20:], *grads[1:]], [dq, dk, dv])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_special_values_stay_with_those_who_see_them(head_dim, special):
+    """Under a causal mask a key reaches no earlier query, and a query no later key, in the same sub-group either."""
+    options = {"scale": 0.125, "diagonal": 0, "group": 1}
+    arrays = inputs(4, 1, 40, 2, 2, head_dim, **options)
+    clean = run(*arrays, **options)
+    dout, q, k, v, lse, delta = (x.copy() for x in arrays)
+    k[:, 25], v[:, 25] = special, special
+    np.testing.assert_array_equal(run(dout, q, k, v, lse, delta, **options)[0][:, :25], clean[0][:, :25])
+    dout, q, k, v, lse, delta = (x.copy() for x in arrays)
+    dout[:, 21], q[:, 21], lse[..., 21], delta[..., 21] = special, special, special, special
+    for grad, expected in zip(run(dout, q, k, v, lse, delta, **options)[1:], clean[1:], strict=True):
+        np.testing.assert_array_equal(grad[:, 22:], expected[:, 22:])
+        assert not np.isfinite(grad[:, :21]).any()
+
+
+def test_repetition_is_bit_identical():
+    options = {"scale": 0.125, "diagonal": 0, "group": 2}
+    arrays = inputs(5, 2, 100, 4, 2, 64, **options)
+    first = run(*arrays, **options)
+    for _ in range(5):
+        for grad, expected in zip(run(*arrays, **options), first, strict=True):
+            np.testing.assert_array_equal(grad, expected)
+
+
+@pytest.mark.parametrize(("head_dim", "form"), [(64, "float32"), (128, "float32"), (64, "float16")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_through_the_public_function(monkeypatch, comm, head_dim, form, causal):
+    monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
+    monkeypatch.setattr(intel_sycl, "flash_backward", None)  # the other schedule
+    whole = random_qkv(2, 2, 50, 4, 2, head_dim, seq_k=57)
+    check(comm, whole, function=local, form=form, causal=causal)
+
+
+def test_options_go_to_the_other_schedule(monkeypatch, comm):
+    monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
+    check(comm, random_qkv(2, 1, 50, 4, 2, 64), function=local, window_size=(9, 3))
+
+
+def test_machine_code():
+    """No spills, no private memory, and the share of multiply-adds that scripts/gpu_report.py demands."""
+    script = Path(__file__).parents[1] / "scripts/gpu_report.py"
+    command = [sys.executable, script, "--device", "pvc", "--kernel", "flash_backward_gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "ocloc is not installed" in done.stderr:
+        pytest.skip("no ocloc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("met") == 5

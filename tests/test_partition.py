@@ -51,8 +51,8 @@ def test_trade(rows, row_sizes, batch):
     rows, row_sizes = rows[:ranks], row_sizes[:ranks]
     trades = [Trade(rank, rows, row_sizes, batch) for rank in range(ranks)]
     for rank, trade in enumerate(trades):
-        assert sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
-        assert sum(trade.local_counts) == rows[rank] * batch * sum(row_sizes)
+        assert trade.gathered_size == sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
+        assert trade.local_size == sum(trade.local_counts) == rows[rank] * batch * sum(row_sizes)
         for peer, other in enumerate(trades):
             assert trade.local_counts[peer] == other.gathered_counts[rank]
     blocks = {count for trade in trades for count in trade.local_counts}

@@ -92,6 +92,16 @@ class Trade:
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
     @property
+    def local_size(self) -> int:
+        """Elements of all blocks on the local side."""
+        return self.rows[self.rank] * self.batch * sum(self.sizes)
+
+    @property
+    def gathered_size(self) -> int:
+        """Elements of all blocks on the gathered side."""
+        return sum(self.rows) * self.batch * self.sizes[self.rank]
+
+    @property
     def even(self) -> bool:
         """Whether every block on every rank has the same size; all ranks agree on the answer."""
         return len(set(self.rows)) == 1 and len(set(self.sizes)) == 1

@@ -224,7 +224,7 @@ def _attend_split(
     if options.return_lse:
         widths, shares = [geometry.head_dim, lse_columns], [q_heads, q_heads]
     back = trade_of(comm.rank, q_rows, shares, widths, geometry.batch)
-    result = scratch(q.sycl_queue, "result", (sum(back.gathered_counts),), q.dtype)
+    result = scratch(q.sycl_queue, "result", (back.gathered_size,), q.dtype)
     out, *lse_as_columns = gathered_views(back, shares, widths, result)
     lse_shape = (geometry.batch, mine.q_count, sum(q_rows))
     if keep:

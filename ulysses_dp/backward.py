@@ -360,7 +360,7 @@ def _differentiate_split(
     for rows, part in trips:
         widths = [geometry.head_dim] * len(shares[part])
         trades.append(trade_of(comm.rank, rows, shares[part], widths, geometry.batch))
-        buffers.append(scratch(q.sycl_queue, f"gradients {part.start}", (sum(trades[-1].gathered_counts),), wire))
+        buffers.append(scratch(q.sycl_queue, f"gradients {part.start}", (trades[-1].gathered_size,), wire))
         grads_all += gathered_views(trades[-1], shares[part], widths, buffers[-1])
     arrays_all = dout_all, q_all, k_all, v_all, lse_all, delta_all
     _differentiate(arrays_all, grads_all, options, HeadMap(geometry.group, mine.shift, mine.q_start))

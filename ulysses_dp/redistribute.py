@@ -232,13 +232,13 @@ def to_gathered(
     trade = trade_of(comm.rank, rows, shares, widths, arrays[0].shape[0])
     queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
     with stage("pack"):
-        sent = scratch(queue, "local", (sum(trade.local_counts),), dtype)
+        sent = scratch(queue, "local", (trade.local_size,), dtype)
         panels = [
             Panel(*source_of(number, arrays[number], first), *(0, place, *strides), *(count, widths[number]))
             for number, first, count, place, strides in _blocks(trade, shares, widths)
         ]
         relayout(arrays, [sent], panels, rows=rows[comm.rank], batch=trade.batch)
-    size = (sum(trade.gathered_counts),)
+    size = (trade.gathered_size,)
     received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], size)
     _exchange.to_gathered(comm, route, trade, sent, received)
     return gathered_views(trade, shares, widths, received)
@@ -296,7 +296,7 @@ def to_local(
     shares : sequence of Share
         Per array, the heads that come from each rank. What several ranks have of one head is added up in rank order.
     """
-    received = scratch(gathered.sycl_queue, "local", (sum(trade.local_counts),), gathered.dtype)
+    received = scratch(gathered.sycl_queue, "local", (trade.local_size,), gathered.dtype)
     _exchange.to_local(comm, route, trade, gathered, received)
     widths = [x.shape[3] for x in targets]
     panels, covered = [], [0] * len(targets)  # heads of each array that the ranks so far have brought

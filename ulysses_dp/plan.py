@@ -292,9 +292,7 @@ def _seconds(machine: Machine, *calls: Trace) -> float:
 def _notes(call: _Call, machine: Machine, memory: int, largest_seq: int) -> list[str]:
     notes = []
     if call.ranks > call.heads:
-        notes.append(
-            f"{call.ranks - call.heads} of {call.ranks} ranks have no head: attention gets no faster beyond {call.heads}"
-        )
+        notes.append(f"more ranks than heads: those beyond {call.heads} have none, and attention gets no faster")
     elif call.heads % call.ranks:
         most = call.shares[0].q_count
         notes.append(f"uneven: the busiest ranks have {most} heads, the average is {call.heads / call.ranks:.3g}")

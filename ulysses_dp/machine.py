@@ -47,7 +47,7 @@ class Machine:
         What any stage of a call costs, however small.
     call_seconds : float
         What a call costs outside its stages: checks, and the agreement of the ranks.
-    levels : tuple of Level
+    levels : tuple of ulysses_dp.machine.Level
         The links from near to far; none if the machine has one rank only. The last one holds all ranks of the machine.
     sources : dict of str to str
         Where the figures are from, by the name of the field.
@@ -184,13 +184,14 @@ MACHINES = {
             device="cpu",
             shared=True,
             measured=True,
-            memory=25e9,
-            flops={"float32": 2e11, "float64": 1e11, "float16": 2e11, "bfloat16": 2e11},
-            backward_flops={"float32": 1.8e11, "float64": 0.9e11, "float16": 1.8e11, "bfloat16": 1.8e11},
-            copy_bandwidth=1e10,
-            stage_seconds=2e-4,
-            call_seconds=1e-3,
-            levels=(Level(ranks=None, latency=1e-4, bandwidth=6e9),),
+            memory=25276502016,
+            flops={"float32": 1.71e11, "float64": 8.05e10, "float16": 1.19e11, "bfloat16": 1.76e11},
+            backward_flops={"float32": 1.28e11, "float64": 4e10, "float16": 1.08e11, "bfloat16": 1.28e11},
+            copy_bandwidth=1.11e10,
+            stage_seconds=5.65e-05,
+            call_seconds=0.000208,
+            levels=(Level(ranks=None, latency=1e-06, bandwidth=5.85e9),),
+            sources={"all": "best of five runs of scripts/plan.py --measure, 2 ranks, AMD EPYC, beside other work: too slow"},
         ),
         Machine(name="aurora-node", levels=(_GPU_LEVEL, _NODE_LEVEL), **_AURORA),
         Machine(name="aurora", levels=(_GPU_LEVEL, _NODE_LEVEL, _GROUP_LEVEL, _SYSTEM_LEVEL), **_AURORA),

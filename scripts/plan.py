@@ -37,7 +37,7 @@ RANKS = [2**n for n in range(15)]
 SMALL, LARGE = 32, 4096  # rows of the two sizes that --measure calls
 HEADS, HEAD_DIM = 8, 64  # at least this many heads
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-OUTSIDE = "outside"  # the time of a call in no stage
+OUTSIDE = "outside"  # the time of a call in none of these stages
 
 
 def problem(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def run(comm: Any, call: dict[str, Any], repeats: int) -> list[tuple[dict[str, f
             with ulysses_dp.trace() as record:
                 function()
             whole = time.perf_counter() - start
-            times = {stage.name: stage.seconds for stage in record.stages}
+            times = {stage.name: stage.seconds for stage in record.stages if stage.name in STAGES}
             times[OUTSIDE] = whole - sum(times.values())
             times = {name: comm.allreduce(value) / comm.size for name, value in times.items()}
             if turn:  # the first one compiles the kernels and gets the memory
@@ -220,8 +220,8 @@ def check(comm: Any, arguments: argparse.Namespace) -> None:
     print(f"{machine.name}, {comm.size} ranks: {call}")
     print(f"{'stage':20} {'predicted':>10} {'measured':>10}   error")
     totals = [0.0, 0.0]
-    for trace, (times, _) in zip((plan.forward, plan.backward), measured, strict=False):
-        predicted = {stage.name: stage.seconds for stage in trace.stages} | {OUTSIDE: machine.call_seconds}
+    for planned, (times, _) in zip((plan.forward, plan.backward), measured, strict=False):
+        predicted = {stage.name: stage.seconds for stage in planned.stages} | {OUTSIDE: machine.call_seconds}
         for name, seconds in predicted.items():
             print_error(name, seconds, times[name])
         totals = [totals[0] + sum(predicted.values()), totals[1] + sum(times.values())]

@@ -10,14 +10,16 @@ from helpers import part, random_qkv, split
 from mpi4py import MPI
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
-from ulysses_dp import Machine, _arrays, free_workspace, plan, trace, ulysses_attention, ulysses_attention_backward
+from ulysses_dp import Machine, _workspace, free_workspace, plan, trace, ulysses_attention, ulysses_attention_backward
 from ulysses_dp.device import default_queue
 from ulysses_dp.machine import MACHINES, Level
-from ulysses_dp.plan import _Call, _memory
+from ulysses_dp.plan import _memory, _Problem
 
 # (batch, seq, heads, kv_heads, head_dim): even, uneven, shared kv heads, ranks without heads, without rows; copies by head
 SIZES = [(1, 48, 12, 12, 16), (2, 13, 12, 2, 16), (1, 24, 6, 2, 8), (2, 7, 5, 5, 16), (1, 3, 2, 1, 8), (1, 1100, 4, 2, 64)]
 FORMS = ["float32", "float64", "float16", "bits"]
+
+AROUND = ("agree", "prepare", "confirm")  # the agreement of the ranks, which a plan has among the constants of a call
 
 # Figures that make times easy to reckon: 1 s a stage, 10 s a call, 1 s for a flop or a byte.
 UNIT = Machine(
@@ -59,7 +61,7 @@ def run(comm, sizes, form, backward):
             out, lse = results
             ulysses_attention_backward(out, q, k, v, out, lse, comm=comm, **dtype_option(form))
     # what goes through the host is not on the device
-    slots = {slot: x.nbytes for (_, slot), x in _arrays._workspace.memories.items() if not slot.startswith("host")}
+    slots = {slot: x.nbytes for (_, _, slot), x in _workspace._store().memories.items() if not slot.startswith("host")}
     free_workspace()
     return forward, gradient, slots
 
@@ -75,27 +77,30 @@ def test_stages_and_memory_are_those_of_a_call(comm, sizes, form, backward):
     expected = plan(seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, machine=machine, **options)
     forward, gradient, slots = run(comm, sizes, form, backward)
     for planned, recorded in ((expected.forward, forward), (expected.backward, gradient)):
-        assert [stage.name for stage in planned.stages] == [stage.name for stage in recorded.stages]
-        for of_plan, stage in zip(planned.stages, recorded.stages, strict=True):
+        stages = [stage for stage in recorded.stages if stage.name not in AROUND]
+        assert [stage.name for stage in planned.stages] == [stage.name for stage in stages]
+        for of_plan, stage in zip(planned.stages, stages, strict=True):
             assert of_plan.bytes_sent == comm.allreduce(stage.bytes_sent, MPI.MAX)
             assert of_plan.messages == comm.allreduce(stage.messages, MPI.MAX)
     mine = split(seq, comm.size)[comm.rank]
     itemsize = np.dtype("uint16" if form == "bits" else form).itemsize
     row = batch * head_dim * itemsize
     inputs = mine * row * (heads * (1 + backward) + 2 * kv_heads)
-    in_all = inputs + expected_results(comm, mine, row, sizes, itemsize, backward) + sum(slots.values())
-    call = _Call(seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, False, backward, machine.device == "gpu")
-    memory = _memory(call, comm.rank)
+    in_all = inputs + expected_results(mine, row, sizes, itemsize, backward) + sum(slots.values())
+    problem = _Problem(
+        seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, False, backward, machine.device == "gpu"
+    )
+    memory = _memory(problem, comm.rank)
     others = ("inputs", "results", "gradients before rounding")
     assert {slot: n for slot, n in memory.items() if slot not in others} == slots
     assert sum(memory.values()) - memory.get(others[2], 0) == in_all
     assert sum(expected.memory.values()) == comm.allreduce(sum(memory.values()), MPI.MAX)
 
 
-def expected_results(comm, rows, row, sizes, itemsize, backward):
-    """Bytes of out, of lse where it is made outside scratch memory, and of the gradients."""
+def expected_results(rows, row, sizes, itemsize, backward):
+    """Bytes of out, and of lse and the gradients."""
     batch, _, heads, kv_heads, _ = sizes
-    lse = batch * heads * rows * max(itemsize, 4) if backward or comm.size > 1 else 0
+    lse = backward * batch * heads * rows * max(itemsize, 4)
     return rows * row * heads + lse + backward * rows * row * (heads + 2 * kv_heads)
 
 

@@ -4,8 +4,8 @@ from .device import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_the_whe
 
 _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
 
-from ._arrays import free_workspace  # noqa: E402
 from ._trace import trace  # noqa: E402
+from ._workspace import free_workspace  # noqa: E402
 from .attention import ulysses_attention  # noqa: E402
 from .backends import AttnType  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402

@@ -5,18 +5,15 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import scratch
-from ._partition import starts
 from ._trace import stage
-
-if TYPE_CHECKING:
-    from ._partition import Trade
+from ._workspace import release
 
 
+@cache
 def _mpi() -> Any:
     """`mpi4py.MPI`, imported late: it starts MPI, which `attention` on one rank does not need."""
     from mpi4py import MPI
@@ -94,8 +91,13 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
 
 @cache
 def _keyval() -> int:
-    """The key under which a communicator keeps its private duplicate, which is freed with it."""
-    return _mpi().Comm.Create_keyval(delete_fn=lambda comm, key, duplicate: duplicate.Free())
+    """The key under which a communicator keeps its private duplicate, which is freed with it, and so is its memory."""
+
+    def free(comm: Any, key: int, duplicate: Any) -> None:
+        release(duplicate.handle)
+        duplicate.Free()
+
+    return _mpi().Comm.Create_keyval(delete_fn=free)
 
 
 def _private(comm: Any) -> Any:
@@ -123,42 +125,81 @@ def share_object(comm: Any, thing: Any) -> list[Any]:
     return comm.allgather(thing)
 
 
-def to_gathered(comm: Any, route: Route, trade: Trade, local: Any, gathered: Any) -> None:
-    """Send the blocks of the flat array `local`, receive those of `gathered`: the rows' split becomes the slots' split."""
-    _all_to_all("scatter", comm, route, trade, (local, trade.local_counts), (gathered, trade.gathered_counts))
+def meet(comm: Any) -> int:
+    """Wait for all ranks; returns the number of this one."""
+    comm.Barrier()
+    return int(comm.rank)
 
 
-def to_local(comm: Any, route: Route, trade: Trade, gathered: Any, local: Any) -> None:
-    """The exact inverse of `to_gathered`."""
-    _all_to_all("gather", comm, route, trade, (gathered, trade.gathered_counts), (local, trade.local_counts))
+def any_rank(comm: Any, here: bool) -> bool:
+    """Whether something is so on any rank."""
+    mine, anywhere = np.array([here], dtype=np.int8), np.empty(1, dtype=np.int8)
+    comm.Allreduce(mine, anywhere, _mpi().MAX)
+    return bool(anywhere[0])
 
 
-def _all_to_all(name: str, comm: Any, route: Route, trade: Trade, send: Any, receive: Any) -> None:
-    (source, send_counts), (target, receive_counts) = send, receive
-    others = [count for peer, count in enumerate(send_counts) if peer != trade.rank and count]
-    itemsize = source.dtype.itemsize
-    with stage(name, bytes_sent=sum(others) * itemsize, messages=len(others), route=route.name):
-        source.sycl_queue.wait()  # MPI knows nothing of queues
-        outgoing, incoming = source, target
-        if route.name == "host":
-            outgoing = scratch(source.sycl_queue, "host outgoing", source.shape, source.dtype, "host")
-            incoming = scratch(target.sycl_queue, "host incoming", target.shape, target.dtype, "host")
-            if source.size:
-                source.sycl_queue.memcpy(outgoing.usm_data, source.usm_data, source.nbytes)
+def join(comm: Any, numbers: Any) -> np.ndarray:
+    """Some numbers of every rank, one after the other."""
+    return np.concatenate(comm.allgather(numbers))
+
+
+class Side(NamedTuple):
+    """What one rank exchanges with every rank, in blocks of one flat USM array."""
+
+    array: Any
+    counts: tuple[int, ...]  # elements of the block for or from every rank; 0 for this one
+    places: tuple[int, ...]  # where the blocks start
+    own: slice  # the block that does not travel
+    host: Any  # a copy of the array in host memory, through which the bytes go; or None
+
+
+class Pending:
+    """An all-to-all that is under way: between the two, both arrays are MPI's."""
+
+    def __init__(self, name: str, comm: Any, source: Side, target: Side, *, blocking: bool) -> None:
+        itemsize = source.array.dtype.itemsize
         # elements, not bytes, are counted: an int holds two to eight times as many
         element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[itemsize]
-        if trade.even:
-            comm.Alltoall([_buffer(outgoing), send_counts[0], element], [_buffer(incoming), receive_counts[0], element])
+        self._stage = stage(
+            name,
+            bytes_sent=sum(source.counts) * itemsize,
+            messages=sum(count > 0 for count in source.counts),
+            route="device" if source.host is None else "host",
+            exchange=True,
+        )
+        self._stage.open()
+        source.array.sycl_queue.wait()  # MPI knows nothing of queues
+        _copy_others(source.array, source.host, source.own)
+        send, receive = ([_buffer(side), (side.counts, side.places), element] for side in (source, target))
+        self._target, self._done, self._request = target, False, None
+        if blocking:
+            comm.Alltoallv(send, receive)
+            self.wait()
         else:
-            comm.Alltoallv(
-                [_buffer(outgoing), (send_counts, starts(send_counts)), element],
-                [_buffer(incoming), (receive_counts, starts(receive_counts)), element],
-            )
-        if route.name == "host" and target.size:
-            target.sycl_queue.memcpy(target.usm_data, incoming.usm_data, target.nbytes)
+            self._request = comm.Ialltoallv(send, receive)
+
+    def wait(self) -> None:
+        """Wait until the blocks of the other ranks are there; once is enough."""
+        if self._done:
+            return
+        self._done = True
+        if self._request is not None:
+            self._request.Wait()
+        _copy_others(self._target.host, self._target.array, self._target.own)
+        self._stage.close()
 
 
-def _buffer(x: Any) -> Any:
+def _copy_others(source: Any, target: Any, own: slice) -> None:
+    """Copy what travels of flat arrays, to or from the host; nothing where MPI reaches the device."""
+    if source is None or target is None:
+        return
+    for part in (slice(0, own.start), slice(own.stop, None)):
+        target[part] = source[part]
+    target.sycl_queue.wait()
+
+
+def _buffer(side: Side) -> Any:
     """The memory of a contiguous USM array as mpi4py takes it. mpi4py cannot ask for it by itself: dpctl refuses the DLPack
     stream that it asks with. The address does not keep the array alive, the caller does."""
+    x = side.array if side.host is None else side.host
     return _mpi().buffer.fromaddress(x._pointer, x.nbytes)

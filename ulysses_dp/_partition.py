@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def split(n: int, parts: int) -> tuple[int, ...]:
@@ -54,26 +57,46 @@ def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
     return tuple(shares)
 
 
-Share = list[tuple[int, int]]  # of every rank: its first head and the number of its heads
+def kv_heads_are_shared(heads: tuple[Heads, ...]) -> bool:
+    """Whether several ranks read one kv head."""
+    return any(h.shift > 0 for h in heads if h.kv_count)
+
+
+def part_heads(heads: tuple[Heads, ...], group: int, parts: int) -> list[tuple[Heads, ...]]:
+    """The heads of every rank in at most so many parts. All query heads of a rank that read one kv head are in one part."""
+    parts = min(parts, max(h.kv_count for h in heads))
+    return [tuple(_part(h, group, number, parts) for h in heads) for number in range(parts)] if parts > 1 else [heads]
+
+
+def _part(heads: Heads, group: int, number: int, parts: int) -> Heads:
+    counts = split(heads.kv_count, parts)
+    kv_start, kv_count = heads.kv_start + starts(counts)[number], counts[number]
+    q_start = max(heads.q_start, kv_start * group)
+    q_count = max(min(heads.q_start + heads.q_count, (kv_start + kv_count) * group) - q_start, 0)
+    return Heads(q_start, q_count, kv_start, kv_count, q_start - kv_start * group)
+
+
+Share = tuple[tuple[int, int], ...]  # of every rank: its first head and the number of its heads
 
 
 def query_shares(heads: tuple[Heads, ...]) -> Share:
     """The query heads of every rank."""
-    return [(h.q_start, h.q_count) for h in heads]
+    return tuple((h.q_start, h.q_count) for h in heads)
 
 
 def kv_shares(heads: tuple[Heads, ...]) -> Share:
     """The kv heads that every rank reads; they may overlap."""
-    return [(h.kv_start, h.kv_count) for h in heads]
+    return tuple((h.kv_start, h.kv_count) for h in heads)
 
 
 @dataclass(frozen=True)
 class Trade:
     """One exchange between the two splits of arrays: by rows (the *local* side) and by heads (the *gathered* side).
 
-    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and all
-    numbers, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all rows and its
-    numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, which is why nothing is unpacked there.
+    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and the
+    numbers of all others, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all
+    rows and its numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, so nothing is unpacked there.
+    What a rank has for itself goes directly from its place on one side to that on the other.
     """
 
     rank: int
@@ -81,27 +104,47 @@ class Trade:
     sizes: tuple[int, ...]  # numbers of every rank in a row
     batch: int
 
-    @property
+    @cached_property
     def local_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the local side."""
-        return tuple(self.rows[self.rank] * self.batch * size for size in self.sizes)
+        """Elements of the block for or from every peer on the local side; none for this rank, whose block does not travel."""
+        rows = self.rows[self.rank] * self.batch
+        return tuple(rows * size * (peer != self.rank) for peer, size in enumerate(self.sizes))
 
-    @property
+    @cached_property
     def gathered_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the gathered side."""
+        """Elements of the block for or from every peer on the gathered side, where this rank has one, too."""
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
     @property
     def local_size(self) -> int:
         """Elements of all blocks on the local side."""
-        return self.rows[self.rank] * self.batch * sum(self.sizes)
+        return self.rows[self.rank] * self.batch * (sum(self.sizes) - self.sizes[self.rank])
 
     @property
     def gathered_size(self) -> int:
         """Elements of all blocks on the gathered side."""
         return sum(self.rows) * self.batch * self.sizes[self.rank]
 
-    @property
-    def even(self) -> bool:
-        """Whether every block on every rank has the same size; all ranks agree on the answer."""
-        return len(set(self.rows)) == 1 and len(set(self.sizes)) == 1
+    @cached_property
+    def own(self) -> slice:
+        """Where the block of this rank is on the gathered side."""
+        start = sum(self.gathered_counts[: self.rank])
+        return slice(start, start + self.gathered_counts[self.rank])
+
+
+@lru_cache(maxsize=256)
+def trade_of(rank: int, rows: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...], batch: int) -> Trade:
+    """The exchange of arrays of which every rank gets these heads, of these widths."""
+    pairs = list(zip(shares, widths, strict=True))
+    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
+    return Trade(rank, rows, sizes, batch)
+
+
+def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
+    """One column of a table of integers."""
+    return tuple(row[index] for row in table)
+
+
+def blocks_of(counts: tuple[int, ...]) -> Share:
+    """The heads of every rank if the ranks have consecutive blocks of them."""
+    return tuple(zip(starts(counts), counts, strict=True))

@@ -15,12 +15,11 @@ import numpy as np
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 
-from ._partition import Heads, Trade, kv_shares, query_shares, share_heads, split
-from ._trace import Stage, Trace
+from ._partition import Heads, Trade, kv_shares, query_shares, share_heads, split, trade_of
+from ._trace import Call, Stage
 from ._validate import COMPUTE_DTYPES, check_flag, check_integer
 from .backends.intel_sycl import HEAD_MAJOR_FROM
 from .machine import Machine, find
-from .redistribute import trade_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,10 +37,10 @@ class Plan:
     rows: int  #: of the sequence
     heads: int  #: query heads
     kv_heads: int
-    forward: Trace  #: the stages of `ulysses_attention`, as `trace` records them
-    backward: Trace  #: the stages of `ulysses_attention_backward`; none unless asked for
+    forward: Call  #: of `ulysses_attention`, with its stages, as `trace` records it
+    backward: Call  #: of `ulysses_attention_backward`; without stages unless asked for
     memory: dict[str, int]  #: bytes on the device by use; scratch memory by the name of its slot
-    seconds: float  #: of all stages, and of what calls cost besides
+    seconds: float  #: of both calls
     efficiency: float  #: speed-up over one rank, divided by the number of devices
     fits: bool  #: into the memory of a rank
     largest_seq: int  #: that fits
@@ -56,7 +55,7 @@ class Plan:
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks, forward and backward."""
-        return self.forward.bytes_sent() + self.backward.bytes_sent()
+        return sum(stage.bytes_sent for stage in (*self.forward.stages, *self.backward.stages))
 
 
 def plan(
@@ -146,12 +145,14 @@ def plan(
         if needed and dtype not in getattr(machine, speeds):
             raise ValueError(f"machine {machine.name} has no {speeds} for the dtype {dtype}")
     # Delegate.
-    call = _Call(**sizes, dtype=dtype, ranks=ranks, batch=batch, causal=causal, backward=backward, gpu=machine.device == "gpu")
-    return _predict(call, machine)
+    problem = _Problem(
+        **sizes, dtype=dtype, ranks=ranks, batch=batch, causal=causal, backward=backward, gpu=machine.device == "gpu"
+    )
+    return _predict(problem, machine)
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Problem:
     """The sizes of a call, and what follows from them alone."""
 
     seq: int
@@ -218,7 +219,7 @@ def _sizes(heads: int, kv_heads: int, ranks: int, arrays: tuple[tuple[str, int],
     """Numbers of every rank in a row of an exchange of arrays of these heads and widths."""
     shares = share_heads(heads, kv_heads, ranks)
     of = {"q": query_shares(shares), "kv": kv_shares(shares)}
-    return trade_of(0, (0,) * ranks, [of[kind] for kind, _ in arrays], [width for _, width in arrays], 1).sizes
+    return trade_of(0, (0,) * ranks, tuple(of[kind] for kind, _ in arrays), tuple(width for _, width in arrays), 1).sizes
 
 
 @lru_cache(maxsize=256)
@@ -227,84 +228,81 @@ def _copies_of_kv(heads: int, kv_heads: int, ranks: int) -> int:
     return sum(share.kv_count for share in share_heads(heads, kv_heads, ranks))
 
 
-def _examples(call: _Call) -> list[int]:
+def _examples(problem: _Problem) -> list[int]:
     """Ranks that stand for all: of those with the same numbers of rows and heads, the first and the last."""
     first: dict[tuple[int, int, int], int] = {}
     last: dict[tuple[int, int, int], int] = {}
-    for rank, (rows, share) in enumerate(zip(call.rows, call.shares, strict=True)):
+    for rank, (rows, share) in enumerate(zip(problem.rows, problem.shares, strict=True)):
         kind = rows, share.q_count, share.kv_count
         first.setdefault(kind, rank)
         last[kind] = rank
     return sorted({*first.values(), *last.values()})
 
 
-def _predict(call: _Call, machine: Machine) -> Plan:
-    examples = _examples(call)
-    forward = _most([_forward(call, machine, rank) for rank in examples])
-    backward = _most([_backward(call, machine, rank) for rank in examples]) if call.backward else Trace()
-    seconds = _seconds(machine, forward, backward)
+def _predict(problem: _Problem, machine: Machine) -> Plan:
+    examples = _examples(problem)
+    forward, backward = _calls(problem, machine, examples)
+    seconds = forward.seconds + backward.seconds
     efficiency = 1.0
-    if call.ranks > 1:
-        alone = replace(call, ranks=1)
-        seconds_alone = _seconds(machine, Trace(_forward(alone, machine, 0)), Trace(_backward(alone, machine, 0)))
-        efficiency = seconds_alone / seconds / (1 if machine.shared else call.ranks)
-    memory = max((_memory(call, rank) for rank in examples), key=lambda uses: sum(uses.values()))
-    largest_seq = _largest_seq(call, machine, examples)
+    if problem.ranks > 1:
+        alone = sum(call.seconds for call in _calls(replace(problem, ranks=1), machine, [0]))
+        efficiency = alone / seconds / (1 if machine.shared else problem.ranks)
+    memory = max((_memory(problem, rank) for rank in examples), key=lambda uses: sum(uses.values()))
+    largest_seq = _largest_seq(problem, machine, examples)
     return Plan(
         machine=machine.name,
-        ranks=call.ranks,
-        seq=call.seq,
-        rows=call.rows[0],
-        heads=max(share.q_count for share in call.shares),
-        kv_heads=max(share.kv_count for share in call.shares),
+        ranks=problem.ranks,
+        seq=problem.seq,
+        rows=problem.rows[0],
+        heads=max(share.q_count for share in problem.shares),
+        kv_heads=max(share.kv_count for share in problem.shares),
         forward=forward,
         backward=backward,
         memory=memory,
         seconds=seconds,
         efficiency=efficiency,
-        fits=call.seq <= largest_seq,
+        fits=problem.seq <= largest_seq,
         largest_seq=largest_seq,
-        useful_ranks=call.heads,
-        notes=tuple(_notes(call, machine, sum(memory.values()), largest_seq)),
+        useful_ranks=problem.heads,
+        notes=tuple(_notes(problem, machine, sum(memory.values()), largest_seq)),
     )
 
 
-def _most(lists: Sequence[list[Stage]]) -> Trace:
+def _calls(problem: _Problem, machine: Machine, ranks: Sequence[int]) -> tuple[Call, Call]:
+    """The calls forward and backward, in which every stage has the largest figures of these ranks."""
+    forward = Call("ulysses_attention", stages=_most([_forward(problem, machine, rank) for rank in ranks]))
+    backward = Call("ulysses_attention_backward", stages=_most([_backward(problem, machine, rank) for rank in ranks]))
+    for call in (forward, backward):
+        if call.stages:
+            call.seconds = machine.call_seconds + sum(stage.seconds for stage in call.stages)
+    return forward, backward
+
+
+def _most(lists: Sequence[list[Stage]]) -> list[Stage]:
     """The same stages of several ranks, as one list with the largest figures."""
-    return Trace(
-        [
-            Stage(
-                stages[0].name,
-                max(stage.bytes_sent for stage in stages),
-                max(stage.messages for stage in stages),
-                stages[0].route,
-                max(stage.seconds for stage in stages),
-            )
-            for stages in zip(*lists, strict=True)
-        ]
-    )
+    figures = "bytes_sent", "messages", "seconds"
+    return [
+        replace(stages[0], **{figure: max(getattr(stage, figure) for stage in stages) for figure in figures})
+        for stages in zip(*lists, strict=True)
+    ]
 
 
-def _seconds(machine: Machine, *calls: Trace) -> float:
-    return sum(machine.call_seconds + sum(stage.seconds for stage in call.stages) for call in calls if call.stages)
-
-
-def _notes(call: _Call, machine: Machine, memory: int, largest_seq: int) -> list[str]:
+def _notes(problem: _Problem, machine: Machine, memory: int, largest_seq: int) -> list[str]:
     notes = []
-    if call.ranks > call.heads:
-        notes.append(f"more ranks than heads: those beyond {call.heads} have none, and attention gets no faster")
-    elif call.heads % call.ranks:
-        most = call.shares[0].q_count
-        notes.append(f"uneven: the busiest ranks have {most} heads, the average is {call.heads / call.ranks:.3g}")
-    if call.copies_of_kv > call.kv_heads:
-        notes.append(f"ranks share kv heads: {call.copies_of_kv} copies of the {call.kv_heads} are sent")
-    if call.seq < call.ranks:
-        notes.append(f"{call.ranks - call.seq} of {call.ranks} ranks have no row")
-    if call.seq > largest_seq:
-        available = machine.memory / _parts(machine, call.ranks)
+    if problem.ranks > problem.heads:
+        notes.append(f"more ranks than heads: those beyond {problem.heads} have none, and attention gets no faster")
+    elif problem.heads % problem.ranks:
+        most = problem.shares[0].q_count
+        notes.append(f"uneven: the busiest ranks have {most} heads, the average is {problem.heads / problem.ranks:.3g}")
+    if problem.copies_of_kv > problem.kv_heads:
+        notes.append(f"ranks share kv heads: {problem.copies_of_kv} copies of the {problem.kv_heads} are sent")
+    if problem.seq < problem.ranks:
+        notes.append(f"{problem.ranks - problem.seq} of {problem.ranks} ranks have no row")
+    if problem.seq > largest_seq:
+        available = machine.memory / _parts(machine, problem.ranks)
         notes.append(f"does not fit: {memory / 1e9:.3g} GB, a rank has {available / 1e9:.3g}; at most {largest_seq} rows do")
-    if call.gpu and call.head_dim not in GPU_TILES:
-        notes.append(f"head_dim {call.head_dim} has no kernel for GPUs: attention takes longer than predicted")
+    if problem.gpu and problem.head_dim not in GPU_TILES:
+        notes.append(f"head_dim {problem.head_dim} has no kernel for GPUs: attention takes longer than predicted")
     if not machine.measured:
         notes.append(f"{machine.name} is a model from published figures, not measured")
     return notes
@@ -318,54 +316,61 @@ def _parts(machine: Machine, ranks: int) -> int:
 # --- stages and their times -------------------------------------------------------------------------------------------------
 
 
-def _forward(call: _Call, machine: Machine, rank: int) -> list[Stage]:
+def _forward(problem: _Problem, machine: Machine, rank: int) -> list[Stage]:
     """The stages of `ulysses_attention` on a rank."""
-    attention = _attention(call, machine, rank, "attention", 4, machine.flops)
-    if call.ranks == 1:
+    attention = _attention(problem, machine, rank, "attention", 4, machine.flops)
+    if problem.ranks == 1:
         return [attention]
-    there, back = call.trades(rank)
+    there, back = problem.trades(rank)
     return [
-        _copy(call, machine, "pack", 2 * there.local_size * call.itemsize),
-        _exchange(call, machine, "scatter", rank, there.local_counts, there.gathered_counts, call.itemsize),
+        _relayout(problem, machine, "pack", there, problem.itemsize),
+        _exchange(problem, machine, "scatter", rank, there.local_counts, there.gathered_counts, problem.itemsize),
         attention,
-        _exchange(call, machine, "gather", rank, back.gathered_counts, back.local_counts, call.itemsize),
-        _copy(call, machine, "unpack", 2 * back.local_size * call.itemsize),
+        _exchange(problem, machine, "gather", rank, back.gathered_counts, back.local_counts, problem.itemsize),
+        _relayout(problem, machine, "unpack", back, problem.itemsize),
     ]
 
 
-def _backward(call: _Call, machine: Machine, rank: int) -> list[Stage]:
+def _backward(problem: _Problem, machine: Machine, rank: int) -> list[Stage]:
     """The stages of `ulysses_attention_backward` on a rank; none if it is not asked for."""
-    if not call.backward:
+    if not problem.backward:
         return []
-    delta = _copy(call, machine, "delta", 2 * call.batch * call.rows[rank] * call.heads * call.head_dim * call.itemsize)
-    attention = _attention(call, machine, rank, "attention backward", 10, machine.backward_flops)
-    if call.ranks == 1:
+    rows = problem.batch * problem.rows[rank] * problem.heads
+    delta = _copy(problem, machine, "delta", 2 * rows * problem.head_dim * problem.itemsize)
+    attention = _attention(problem, machine, rank, "attention backward", 10, machine.backward_flops)
+    if problem.ranks == 1:
         return [delta, attention]
-    there, back = call.trades_of_gradient(rank)
+    there, back = problem.trades_of_gradient(rank)
     return [
         delta,
-        _copy(call, machine, "pack", 2 * there.local_size * call.itemsize),
-        _exchange(call, machine, "scatter", rank, there.local_counts, there.gathered_counts, call.itemsize),
+        _relayout(problem, machine, "pack", there, problem.itemsize),
+        _exchange(problem, machine, "scatter", rank, there.local_counts, there.gathered_counts, problem.itemsize),
         attention,
-        _exchange(call, machine, "gather", rank, back.gathered_counts, back.local_counts, call.wire_itemsize),
-        _copy(call, machine, "unpack", 2 * back.local_size * call.wire_itemsize),
+        _exchange(problem, machine, "gather", rank, back.gathered_counts, back.local_counts, problem.wire_itemsize),
+        _relayout(problem, machine, "unpack", back, problem.wire_itemsize),
     ]
 
 
-def _copy(call: _Call, machine: Machine, name: str, moved: int) -> Stage:
+def _relayout(problem: _Problem, machine: Machine, name: str, trade: Trade, itemsize: int) -> Stage:
+    """A stage that copies what a rank has of an exchange on the local side, including what does not travel."""
+    own = trade.own.stop - trade.own.start
+    return _copy(problem, machine, name, 2 * (trade.local_size + own) * itemsize)
+
+
+def _copy(problem: _Problem, machine: Machine, name: str, moved: int) -> Stage:
     """A stage that reads and writes so many bytes."""
-    return Stage(name, seconds=machine.stage_seconds + moved * _parts(machine, call.ranks) / machine.copy_bandwidth)
+    return Stage(name, seconds=machine.stage_seconds + moved * _parts(machine, problem.ranks) / machine.copy_bandwidth)
 
 
-def _attention(call: _Call, machine: Machine, rank: int, name: str, operations: int, speeds: dict[str, float]) -> Stage:
+def _attention(problem: _Problem, machine: Machine, rank: int, name: str, operations: int, speeds: dict[str, float]) -> Stage:
     """A stage that computes, with so many operations for an element of head_dim and a pair of a query and a key it sees."""
-    pairs = call.seq * (call.seq + 1) // 2 if call.causal else call.seq**2
-    flops = operations * call.batch * call.shares[rank].q_count * call.head_dim * pairs
-    return Stage(name, seconds=machine.stage_seconds + flops * _parts(machine, call.ranks) / speeds[call.dtype])
+    pairs = problem.seq * (problem.seq + 1) // 2 if problem.causal else problem.seq**2
+    flops = operations * problem.batch * problem.shares[rank].q_count * problem.head_dim * pairs
+    return Stage(name, seconds=machine.stage_seconds + flops * _parts(machine, problem.ranks) / speeds[problem.dtype])
 
 
 def _exchange(
-    call: _Call, machine: Machine, name: str, rank: int, send: tuple[int, ...], receive: tuple[int, ...], itemsize: int
+    problem: _Problem, machine: Machine, name: str, rank: int, send: tuple[int, ...], receive: tuple[int, ...], itemsize: int
 ) -> Stage:
     """An all-to-all: a rank deals with its peers one after the other, those of the same level at the level's speed."""
     counts = np.array([send, receive], dtype=np.int64) * itemsize
@@ -373,29 +378,30 @@ def _exchange(
     seconds = machine.stage_seconds
     inner = slice(rank, rank + 1)
     for level in machine.levels:
-        size = level.ranks or call.ranks
-        outer = slice(rank // size * size, min((rank // size + 1) * size, call.ranks))
+        size = level.ranks or problem.ranks
+        outer = slice(rank // size * size, min((rank // size + 1) * size, problem.ranks))
         peers = np.concatenate([counts[:, outer.start : inner.start], counts[:, inner.stop : outer.stop]], axis=1)
         time = np.count_nonzero(peers, axis=1) * level.latency
-        time += peers.sum(axis=1) * _parts(machine, call.ranks) / level.bandwidth
+        time += peers.sum(axis=1) * _parts(machine, problem.ranks) / level.bandwidth
         seconds += time.max()  # links carry both directions at once
         inner = outer
-    return Stage(name, int(counts[0].sum()), int(np.count_nonzero(counts[0])), "device", float(seconds))
+    sent, messages = int(counts[0].sum()), int(np.count_nonzero(counts[0]))
+    return Stage(name, bytes_sent=sent, messages=messages, route="device", seconds=float(seconds), exchange=True)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------
 
 
-def _largest_seq(call: _Call, machine: Machine, examples: Sequence[int]) -> int:
+def _largest_seq(problem: _Problem, machine: Machine, examples: Sequence[int]) -> int:
     """The longest sequence of which everything fits into the memory of every rank; 0 if none does."""
-    available = machine.memory / _parts(machine, call.ranks)
+    available = machine.memory / _parts(machine, problem.ranks)
 
     # with any number of rows, the first rank of each kind has the most of them
     def fits(seq: int) -> bool:
-        shorter = replace(call, seq=seq)
+        shorter = replace(problem, seq=seq)
         return all(sum(_memory(shorter, rank).values()) <= available for rank in examples)
 
-    low, high = 0, call.seq  # what fits, and what does not
+    low, high = 0, problem.seq  # what fits, and what does not
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
@@ -404,30 +410,29 @@ def _largest_seq(call: _Call, machine: Machine, examples: Sequence[int]) -> int:
     return low
 
 
-def _memory(call: _Call, rank: int) -> dict[str, int]:
+def _memory(problem: _Problem, rank: int) -> dict[str, int]:
     """Bytes on the device of a rank after the calls: the user's arrays, the results, and every slot of scratch memory."""
-    rows = call.rows[rank]
-    row_of_q, row_of_kv = (call.batch * n * call.head_dim * call.itemsize for n in (call.heads, call.kv_heads))
-    lse = call.batch * call.heads * rows * call.compute_itemsize
-    returns_lse = call.backward or call.ranks > 1
-    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q + lse * returns_lse}
-    if call.backward:
+    rows = problem.rows[rank]
+    row_of_q, row_of_kv = (problem.batch * n * problem.head_dim * problem.itemsize for n in (problem.heads, problem.kv_heads))
+    lse = problem.batch * problem.heads * rows * problem.compute_itemsize
+    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q + lse * problem.backward}
+    if problem.backward:
         gradients = rows * (row_of_q + 2 * row_of_kv)
         uses["inputs"] += rows * row_of_q
         uses["results"] += gradients
-        if call.ranks > 1 and call.wire_itemsize != call.itemsize:
-            uses["gradients before rounding"] = gradients // call.itemsize * call.wire_itemsize
-    return uses | _scratch(call, rank)
+        if problem.ranks > 1 and problem.wire_itemsize != problem.itemsize:
+            uses["gradients before rounding"] = gradients // problem.itemsize * problem.wire_itemsize
+    return uses | _scratch(problem, rank)
 
 
-def _scratch(call: _Call, rank: int) -> dict[str, int]:
-    """Bytes that each slot of `_arrays.scratch` has after the calls, on a rank."""
-    share, batch, seq, several = call.shares[rank], call.batch, call.seq, call.ranks > 1
-    compute = call.compute_itemsize
-    q_size, kv_size = (batch * seq * n * call.head_dim for n in (share.q_count, share.kv_count))
+def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
+    """Bytes that each slot of `_workspace.scratch` has after the calls, on a rank."""
+    share, batch, seq, several = problem.shares[rank], problem.batch, problem.seq, problem.ranks > 1
+    compute = problem.compute_itemsize
+    q_size, kv_size = (batch * seq * n * problem.head_dim for n in (share.q_count, share.kv_count))
     lse_size = batch * seq * share.q_count
-    on_gpu = call.gpu and COMPUTE_DTYPES[call.dtype] == "float32" and call.head_dim in GPU_TILES
-    walks_far = seq * call.head_dim >= HEAD_MAJOR_FROM
+    on_gpu = problem.gpu and COMPUTE_DTYPES[problem.dtype] == "float32" and problem.head_dim in GPU_TILES
+    walks_far = seq * problem.head_dim >= HEAD_MAJOR_FROM
     slots: dict[str, int] = {}
 
     def need(slot: str, elements: int, itemsize: int) -> None:
@@ -435,41 +440,42 @@ def _scratch(call: _Call, rank: int) -> dict[str, int]:
 
     def copies(slot: str, count: int, size: int, heads: int, by_head: bool) -> None:
         # what an exchange brings lies between other arrays, what the user gives only between other heads
-        if call.converts or (by_head and size and (several or heads > 1)):
+        if problem.converts or (by_head and size and (several or heads > 1)):
             need(slot, count * size, compute)
 
     if several:
-        there, back = call.trades(rank)
-        need("local", max(there.local_size, back.local_size), call.itemsize)
-        need("gathered", there.gathered_size, call.itemsize)
-        need("result", back.gathered_size, call.itemsize)
-    if not call.backward or (several and call.converts):
+        there, back = problem.trades(rank)
+        for way, trade in (("0 0", there), ("0 back", back)):
+            need(f"local {way}", trade.local_size, problem.itemsize)
+            need(f"gathered {way}", trade.gathered_size, problem.itemsize)
+    if not problem.backward or (several and problem.converts):
         need("lse", lse_size, compute)
     if q_size:
         copies("q", 1, q_size, share.q_count, by_head=False)
         copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
-        if call.converts:
+        if problem.converts:
             need("result before rounding", q_size, compute)
-        if on_gpu and not GPU_TILES[call.head_dim].q_in_registers:
+        if on_gpu and not GPU_TILES[problem.head_dim].q_in_registers:
             need("panels of q", q_size // seq * math.ceil(seq / SUB_GROUP) * SUB_GROUP, compute)
-    if not call.backward:
+    if not problem.backward:
         return slots
 
-    rows_size = batch * call.rows[rank] * call.heads
-    if call.converts:
-        need("dout, out", 2 * rows_size * call.head_dim, compute)
+    rows_size = batch * problem.rows[rank] * problem.heads
+    if problem.converts:
+        need("dout, out", 2 * rows_size * problem.head_dim, compute)
     need("delta", rows_size, compute)
-    wire = call.itemsize
+    wire = problem.itemsize
     if several:
-        wire = call.wire_itemsize
-        there, back = call.trades_of_gradient(rank)
-        need("local", there.local_size, call.itemsize)
-        need("local", back.local_size, wire)
-        need("gathered", there.gathered_size, call.itemsize)
-        need("gradients 0", back.gathered_size, wire)
-        if call.converts:
+        wire = problem.wire_itemsize
+        there, back = problem.trades_of_gradient(rank)
+        for way, trade, itemsize in (("0 0", there, problem.itemsize), ("0 back 0", back, wire)):
+            need(f"local {way}", trade.local_size, itemsize)
+            need(f"gathered {way}", trade.gathered_size, itemsize)
+        if problem.converts:
             need("delta of all rows", lse_size, compute)
             need("lse of all rows", lse_size, compute)
+    if not q_size:
+        return slots
     copies("dout, q", 2, q_size, share.q_count, by_head=walks_far)
     copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far)
     if wire != compute:

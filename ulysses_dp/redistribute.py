@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
-
 from . import _exchange
-from ._arrays import dtype_of, empty_like, from_usm, permute, scratch, to_usm, view
+from ._agree import Checked, Course, agree
+from ._arrays import dtype_of, from_usm, permute, to_usm, view
+from ._copies import copy_arrays
 from ._layout import axes_to_bshd, inverse
-from ._partition import Trade, split, starts
-from ._trace import stage
-from ._validate import agree, check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
+from ._partition import blocks_of, column, split
+from ._redistribution import Redistribution
+from ._trace import call, stage
+from ._validate import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
+from ._workspace import empty_like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from ._partition import Share
+    from collections.abc import Callable
 
 
 def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any:
@@ -169,13 +169,13 @@ def _trade(
     comm = _exchange.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
+    def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
         joins_rows, axes = direction()
         check_exchange(exchange)
         check_axis_count("x", x)
         check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
         check_device(x)
-        batch, seq, heads, width = (x.shape[axis] for axis in axes)
+        batch, seq, heads, width = shape = tuple(x.shape[axis] for axis in axes)
         pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
         common = {
             "scatter_idx and gather_idx": pair,
@@ -183,156 +183,58 @@ def _trade(
             f"head_dim (axis {axes[3]})": width,
             "dtype": dtype_of(x),
         }
+        sizes: tuple[int, ...] = (seq,)
         if joins_rows:
-            return (seq,), {**common, "heads": heads}, (joins_rows, axes)
-        wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
-        return (heads, wanted), {**common, "seq": seq}, (joins_rows, axes)
-
-    sizes, (joins_rows, axes) = agree(comm, function, check)
-    if not joins_rows and sum(wanted for _, wanted in sizes) != x.shape[axes[1]]:
-        rows = ", ".join(str(wanted) for _, wanted in sizes)
-        raise ValueError(f"{function}: the seq_local of all ranks ({rows}) must add up to seq, {x.shape[axes[1]]}")
-    # Delegate.
-    like, x = x, to_usm(permute(x, axes))
-    if comm.size > 1:
-        route = _exchange.choose_route(x.sycl_queue, exchange)
-        if joins_rows:
-            (x,) = to_gathered(comm, route, [x], [blocks_of(split(x.shape[2], comm.size))], column(sizes, 0))
+            common["heads"] = heads
         else:
-            shares = [blocks_of(column(sizes, 0))]
-            trade = trade_of(comm.rank, column(sizes, 1), shares, [x.shape[3]], x.shape[0])
-            x = _gather(comm, route, trade, shares, x)
-    return from_usm(permute(x, inverse(axes)), like)
+            wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
+            sizes, common["seq"] = (heads, wanted), seq
+        usm = to_usm(permute(x, axes))
+        return Checked(sizes, common, (usm, shape, joins_rows, axes), (usm.sycl_queue, exchange))
+
+    with call(function):
+        agreement = agree(comm, function, check)
+        sizes, (usm, (batch, seq, heads, width), joins_rows, axes) = agreement.sizes, agreement.result
+        if not joins_rows and sum(wanted for _, wanted in sizes) != seq:
+            given = ", ".join(str(wanted) for _, wanted in sizes)
+            raise ValueError(f"{function}: the seq_local of all ranks ({given}) must add up to seq, {seq}")
+        # Delegate.
+        result = usm
+        if comm.size > 1:
+            course, route = Course(comm, function), _exchange.choose_route(usm.sycl_queue, exchange)
+            shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
+            rows = column(sizes, 0 if joins_rows else 1)
+            # a result that is received in place, or x, which is sent from its place
+            gathered = _as_sent(usm) if not joins_rows else None
+            move = course.prepare(
+                agreement,
+                lambda: Redistribution(comm, route, usm, shares, [width], rows, batch, gathered=gathered, keep=joins_rows),
+                fresh=joins_rows,
+            )
+            if joins_rows:
+                course.run(move.pack, [usm])
+                move.start_to_gathered()
+                move.wait()
+                (result,) = move.views
+            else:
+                if gathered is None:
+                    course.run(_copy_as_sent, usm, move.views[0])
+                move.start_to_local()
+                move.wait()
+                result = course.run(empty_like, usm, (batch, rows[comm.rank], sum(column(sizes, 0)), width))
+                course.run(move.unpack, [result])
+            course.confirm()
+        return from_usm(permute(result, inverse(axes)), x)
 
 
-def to_gathered(
-    comm: Any, route: _exchange.Route, arrays: Sequence[Any], shares: Sequence[Share], rows: tuple[int, ...], *, slot: str = ""
-) -> list[Any]:
-    """Bring arrays with the same rows to the split by heads: one relayout pass, one message to every other rank.
-
-    Parameters
-    ----------
-    comm, route
-        The ranks, and the way to them.
-    arrays : sequence of usm_ndarray
-        Each (batch, rows of this rank, heads, width); the widths may differ.
-    shares : sequence of Share
-        Per array, which of its heads each rank gets; they may overlap.
-    rows : tuple of int
-        Rows of every rank.
-    slot : str
-        Receive into the scratch memory of this name; into new memory by default.
-
-    Returns
-    -------
-    list of usm_ndarray
-        Each (batch, all rows, heads of this rank, width): views of the one received buffer.
-    """
-    widths = [x.shape[3] for x in arrays]
-    trade = trade_of(comm.rank, rows, shares, widths, arrays[0].shape[0])
-    queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
-    with stage("pack"):
-        sent = scratch(queue, "local", (trade.local_size,), dtype)
-        panels = [
-            Panel(*source_of(number, arrays[number], first), *(0, place, *strides), *(count, widths[number]))
-            for number, first, count, place, strides in _blocks(trade, shares, widths)
-        ]
-        relayout(arrays, [sent], panels, rows=rows[comm.rank], batch=trade.batch)
-    size = (trade.gathered_size,)
-    received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], size)
-    _exchange.to_gathered(comm, route, trade, sent, received)
-    return gathered_views(trade, shares, widths, received)
-
-
-def trade_of(rank: int, rows: tuple[int, ...], shares: Sequence[Share], widths: Sequence[int], batch: int) -> Trade:
-    """The exchange of arrays of which every rank gets these heads, of these widths."""
-    pairs = list(zip(shares, widths, strict=True))
-    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
-    return Trade(rank, rows, sizes, batch)
-
-
-def gathered_views(trade: Trade, shares: Sequence[Share], widths: Sequence[int], gathered: Any) -> list[Any]:
-    """The arrays in the flat buffer of the gathered side, each (batch, all rows, heads of this rank, width)."""
-    size = trade.sizes[trade.rank]
-    views, first = [], 0
-    for share, width in zip(shares, widths, strict=True):
-        count = share[trade.rank][1]
-        shape, strides = (trade.batch, sum(trade.rows), count, width), (size, trade.batch * size, width, 1)
-        views.append(view(gathered, first, shape, strides))
-        first += count * width
-    return views
-
-
-def _blocks(
-    trade: Trade, shares: Sequence[Share], widths: Sequence[int]
-) -> Iterator[tuple[int, int, int, int, tuple[int, int, int]]]:
-    """Where arrays lie in the buffer of the local side: the block of every peer is (row, batch, its heads of every array).
-
-    Yields number of the array, first head, heads, place, and the strides of rows, batch and heads.
-    """
-    for peer, base in enumerate(starts(trade.local_counts)):
-        size, place = trade.sizes[peer], base
-        for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
-            first, count = share[peer]
-            yield number, first, count, place, (trade.batch * size, size, width)
-            place += count * width
-
-
-def to_local(
-    comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, targets: Sequence[Any], shares: Sequence[Share]
-) -> None:
-    """Bring the split by heads back to the split by rows: one message to every other rank, one relayout pass.
-
-    Parameters
-    ----------
-    comm, route
-        The ranks, and the way to them.
-    trade : Trade
-        The two splits, as `trade_of` makes them.
-    gathered : usm_ndarray
-        Flat, in the order of `gathered_views`.
-    targets : sequence of usm_ndarray
-        Receive the arrays: (batch, rows of this rank, heads, width), dense in the last axis.
-    shares : sequence of Share
-        Per array, the heads that come from each rank. What several ranks have of one head is added up in rank order.
-    """
-    received = scratch(gathered.sycl_queue, "local", (trade.local_size,), gathered.dtype)
-    _exchange.to_local(comm, route, trade, gathered, received)
-    widths = [x.shape[3] for x in targets]
-    panels, covered = [], [0] * len(targets)  # heads of each array that the ranks so far have brought
-    for number, first, count, place, (row, batch, head) in _blocks(trade, shares, widths):
-        again = min(max(covered[number] - first, 0), count)
-        covered[number] = max(covered[number], first + count)
-        for skip, heads in ((0, again), (again, count - again)):
-            source = (0, place + skip * head, row, batch, head, 1)
-            target = target_of(number, targets[number], first + skip)
-            panels.append(Panel(*source, *target, heads, widths[number], add=int(skip < again)))
-    with stage("unpack"):
-        relayout([received], targets, panels, rows=trade.rows[comm.rank], batch=trade.batch)
-
-
-def _gather(comm: Any, route: _exchange.Route, trade: Trade, shares: Sequence[Share], x: Any) -> Any:
-    """`gather_heads` of a USM array."""
-    batch, rows, heads, width = x.shape
+def _as_sent(x: Any) -> Any:
+    """The flat array of an array (batch, seq, heads, width), if it is stored in the order (seq, batch, heads, width)."""
+    batch, _, heads, width = x.shape
     strides = (heads * width, batch * heads * width, width, 1)
     as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
-    if not as_sent or x._element_offset:
-        with stage("pack"):
-            copy = view(scratch(x.sycl_queue, "gathered", (x.size,), x.dtype), 0, x.shape, strides)
-            panel = Panel(*source_of(0, x), *target_of(0, copy), heads, width)
-            relayout([x], [copy], [panel], rows=rows, batch=batch)
-        x = copy
-    all_heads = sum(count for _, count in shares[0])
-    result = empty_like(x, (batch, trade.rows[comm.rank], all_heads, width))
-    to_local(comm, route, trade, view(x, 0, (x.size,), (1,)), [result], shares)
-    return result
+    return view(x, 0, (x.size,), (1,)) if as_sent and not x._element_offset else None
 
 
-def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
-    """One column of a table of integers."""
-    return tuple(row[index] for row in table)
-
-
-def blocks_of(counts: tuple[int, ...]) -> Share:
-    """The heads of every rank if the ranks have consecutive blocks of them."""
-    return list(zip(starts(counts), counts, strict=True))
+def _copy_as_sent(x: Any, target: Any) -> None:
+    with stage("pack"):
+        copy_arrays([x], [target])

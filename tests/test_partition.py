@@ -53,8 +53,8 @@ def test_trade(rows, row_sizes, batch):
     for rank, trade in enumerate(trades):
         assert trade.gathered_size == sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
         assert trade.local_size == sum(trade.local_counts)
-        own = trade.own.stop - trade.own.start
-        assert (own, trade.own.start) == (trade.gathered_counts[rank], starts(trade.gathered_counts)[rank])
+        start, own = trade.gathered.own.start, trade.gathered.own.stop - trade.gathered.own.start
+        assert (own, start) == (trade.gathered_counts[rank], starts(trade.gathered_counts)[rank])
         assert sum(trade.local_counts) + own == rows[rank] * batch * sum(row_sizes)
         for peer, other in enumerate(trades):
             assert trade.local_counts[peer] == (other.gathered_counts[rank] if peer != rank else 0)

@@ -14,7 +14,7 @@ from .local import attention  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .plan import plan  # noqa: E402
-from .redistribute import all_to_all_4d, gather_heads, scatter_heads  # noqa: E402
+from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
 
 __all__ = [
     "AttnType",
@@ -26,6 +26,7 @@ __all__ = [
     "free_workspace",
     "gather_heads",
     "merge_attention",
+    "order_ranks",
     "plan",
     "scatter_heads",
     "trace",

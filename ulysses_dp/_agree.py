@@ -115,6 +115,13 @@ class Course:
                 self._error = caught
         return None
 
+    def share(self, exchange: Callable[[], object]) -> None:
+        """Take part in an exchange, whatever failed before."""
+        try:
+            exchange()
+        except Exception as caught:
+            self._error = self._error or caught
+
     def confirm(self) -> None:
         """Raise on all ranks what a step raised on the lowest rank where one did. Collective."""
         with stage("confirm"):

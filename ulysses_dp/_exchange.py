@@ -11,6 +11,7 @@ import numpy as np
 
 from ._trace import stage
 from ._workspace import release
+from .device import local_rank
 
 
 @cache
@@ -95,6 +96,10 @@ def _keyval() -> int:
 
     def free(comm: Any, key: int, duplicate: Any) -> None:
         release(duplicate.handle)
+        _node_sizes.pop(duplicate.handle, None)
+        for part in _levels.pop(duplicate.handle, {}).values():
+            for piece in part:
+                piece.Free()
         duplicate.Free()
 
     return _mpi().Comm.Create_keyval(delete_fn=free)
@@ -110,6 +115,47 @@ def _private(comm: Any) -> Any:
         duplicate = comm.Dup()
         comm.Set_attr(_keyval(), duplicate)
     return duplicate
+
+
+# by the handle of a private duplicate, and by the size of the groups
+_levels: dict[int, dict[int, tuple[Any, Any]]] = {}
+_node_sizes: dict[int, int] = {}
+
+
+def levels(comm: Any, group: int) -> tuple[Any, Any]:
+    """The ranks of the group of this rank, and those with its number in all groups; collective for the first time."""
+    known = _levels.setdefault(comm.handle, {})
+    if group not in known:
+        known[group] = comm.Split(comm.rank // group, comm.rank), comm.Split(comm.rank % group, comm.rank)
+    return known[group]
+
+
+def node_size(comm: Any, wish: Any) -> int:
+    """The ranks of a node: the user's wish, or if it is "auto" what MPI says."""
+    return wish if wish != "auto" else _ranks_per_node(comm)
+
+
+def _ranks_per_node(comm: Any) -> int:
+    """How many consecutive ranks share memory, if that is the same for all nodes, or 1; collective for the first time."""
+    if comm.handle in _node_sizes:
+        return _node_sizes[comm.handle]
+    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
+    first, size = node.bcast(comm.rank), node.size
+    node.Free()
+    everywhere = comm.allgather((size, first))
+    regular = all(n == size and start == rank // size * size for rank, (n, start) in enumerate(everywhere))
+    _node_sizes[comm.handle] = size if regular else 1
+    return _node_sizes[comm.handle]
+
+
+def ordered(comm: Any) -> Any:
+    """A new communicator with the ranks of each node, and of each device of it, one after the other."""
+    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
+    on_node = local_rank()
+    first = node.allreduce(comm.rank, _mpi().MIN)  # the number of the node, by its lowest rank
+    places = comm.allgather((first, on_node, comm.rank))
+    node.Free()
+    return comm.Split(0, sorted(places).index(places[comm.rank]))
 
 
 def share_record(comm: Any, record: tuple[int, ...]) -> np.ndarray:
@@ -143,6 +189,15 @@ def join(comm: Any, numbers: Any) -> np.ndarray:
     return np.concatenate(comm.allgather(numbers))
 
 
+class Wire(NamedTuple):
+    """How arrays travel."""
+
+    comm: Any
+    route: Route
+    blocking: bool = True  # whether exchanges are over when they have started
+    node_size: int = 1  # if more than 1, in two steps: within nodes of so many consecutive ranks, then between nodes
+
+
 class Side(NamedTuple):
     """What one rank exchanges with every rank, in blocks of one flat USM array."""
 
@@ -153,13 +208,12 @@ class Side(NamedTuple):
     host: Any  # a copy of the array in host memory, through which the bytes go; or None
 
 
-class Pending:
-    """An all-to-all that is under way: between the two, both arrays are MPI's."""
+class AllToAll:
+    """One all-to-all: between its start and its end, both arrays are MPI's."""
 
-    def __init__(self, name: str, comm: Any, source: Side, target: Side, *, blocking: bool) -> None:
-        itemsize = source.array.dtype.itemsize
-        # elements, not bytes, are counted: an int holds two to eight times as many
-        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[itemsize]
+    def __init__(self, name: str, comm: Any, source: Side, target: Side) -> None:
+        self._comm, self._source, self._target = comm, source, target
+        self._itemsize = itemsize = source.array.dtype.itemsize
         self._stage = stage(
             name,
             bytes_sent=sum(source.counts) * itemsize,
@@ -167,24 +221,37 @@ class Pending:
             route="device" if source.host is None else "host",
             exchange=True,
         )
+        self._request: Any = None
+        self._error: Exception | None = None
+        self._over = False
+
+    def start(self, *, blocking: bool = False) -> None:
+        """Send and receive; `blocking`, until the end."""
+        source, target = self._source, self._target
         self._stage.open()
-        source.array.sycl_queue.wait()  # MPI knows nothing of queues
-        _copy_others(source.array, source.host, source.own)
+        try:
+            source.array.sycl_queue.wait()  # MPI knows nothing of queues
+            _copy_others(source.array, source.host, source.own)
+        except Exception as error:  # the other ranks wait for this one
+            self._error = error
+        # elements, not bytes, are counted: an int holds two to eight times as many
+        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[self._itemsize]
         send, receive = ([_buffer(side), (side.counts, side.places), element] for side in (source, target))
-        self._target, self._done, self._request = target, False, None
         if blocking:
-            comm.Alltoallv(send, receive)
+            self._comm.Alltoallv(send, receive)
             self.wait()
         else:
-            self._request = comm.Ialltoallv(send, receive)
+            self._request = self._comm.Ialltoallv(send, receive)
 
     def wait(self) -> None:
-        """Wait until the blocks of the other ranks are there; once is enough."""
-        if self._done:
+        """Wait for the end; once is enough."""
+        if self._over:
             return
-        self._done = True
+        self._over = True
         if self._request is not None:
             self._request.Wait()
+        if self._error is not None:
+            raise self._error
         _copy_others(self._target.host, self._target.array, self._target.own)
         self._stage.close()
 

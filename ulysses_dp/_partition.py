@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -126,10 +126,95 @@ class Trade:
         return sum(self.rows) * self.batch * self.sizes[self.rank]
 
     @cached_property
-    def own(self) -> slice:
-        """Where the block of this rank is on the gathered side."""
-        start = sum(self.gathered_counts[: self.rank])
-        return slice(start, start + self.gathered_counts[self.rank])
+    def local(self) -> Counts:
+        """What travels of the local side."""
+        return _side([[count] for count in self.local_counts], self.rank)
+
+    @cached_property
+    def gathered(self) -> Counts:
+        """What travels of the gathered side: all but the block of this rank."""
+        return _side([[count] for count in self.gathered_counts], self.rank)
+
+
+class Levels:
+    """A trade in two steps: within groups of consecutive ranks, and between ranks with the same number in their groups.
+
+    Towards the gathered side, this rank, number l of group g, first gets from every member k of its group what k has for number
+    l of any group h: the block (k, h). Then it sends what it got for group h to its member there, in the order of the members,
+    in which the rows arrive. What is for a member of the group itself is already there, and what this rank has itself needs no
+    first step. Towards the local side, everything goes the same way back.
+
+    The buffers, in the order of blocks:
+
+        local     (k, h): what goes to member k of the own group, for it and for those with its number elsewhere
+        members   (k, h) without k = l: what came from them
+        groups    (h, k) without h = g: what goes to them
+        gathered  (h, k)
+    """
+
+    def __init__(self, trade: Trade, group: int) -> None:
+        groups = len(trade.rows) // group
+        g, number = divmod(trade.rank, group)
+        self.group, self._own = g, number
+        local = [[trade.local_counts[h * group + k] for h in range(groups)] for k in range(group)]
+        self.widths = tuple(trade.batch * trade.sizes[h * group + number] for h in range(groups))
+        self.rows = tuple(trade.rows[g * group + k] for k in range(group))
+        block = [[rows * width for width in self.widths] for rows in self.rows]
+        block[number][g] = 0
+        members = [blocks if k != number else [0] * groups for k, blocks in enumerate(block)]
+        between = [[block[k][h] if h != g else 0 for k in range(group)] for h in range(groups)]
+
+        in_local = starts(_flat(local))
+        self.local_places = tuple(in_local[k * groups + h] for h in range(groups) for k in range(group))
+        self.local = _side(local, number)
+        self.members = _side(members, number)
+        self.groups = _side(between, g)
+        gathered = [[trade.gathered_counts[h * group + k] for k in range(group)] for h in range(groups)]
+        self.gathered = _side(gathered, g)
+
+        in_members, in_groups = starts(_flat(members)), starts(_flat(between))
+        in_gathered = starts(trade.gathered_counts)
+        # where block (k, h) is in local or members, and where it is in groups or gathered
+        self.blocks = tuple(
+            (
+                (k, h),
+                self.local_places[h * group + k] if k == number else in_members[k * groups + h],
+                in_gathered[h * group + k] if h == g else in_groups[h * group + k],
+            )
+            for k in range(group)
+            for h in range(groups)
+            if (k, h) != (number, g)
+        )
+
+    def is_own(self, member: int, group: int) -> tuple[bool, bool]:
+        """Whether a block is in local, not in members; and whether it is in gathered, not in groups."""
+        return member == self._own, group == self.group
+
+
+class Counts(NamedTuple):
+    """The blocks of a buffer, as they travel."""
+
+    counts: tuple[int, ...]  # for every rank of the step; 0 for this one
+    places: tuple[int, ...]
+    own: slice  # what does not travel
+    size: int  # of the buffer
+
+
+def _flat(blocks: list[list[int]]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(blocks))
+
+
+def _side(blocks: list[list[int]], own: int) -> Counts:
+    sums = tuple(map(sum, blocks))
+    places = starts(sums)
+    counts = tuple(count * (n != own) for n, count in enumerate(sums))
+    return Counts(counts, places, slice(places[own], places[own] + sums[own]), sum(sums))
+
+
+@lru_cache(maxsize=256)
+def levels_of(trade: Trade, group: int) -> Levels:
+    """The two steps of a trade."""
+    return Levels(trade, group)
 
 
 @lru_cache(maxsize=256)

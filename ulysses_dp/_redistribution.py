@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -13,12 +14,12 @@ from ulysses_dp.kernels.relayout import Panel, relayout, source_at, target_at
 
 from . import _exchange
 from ._arrays import view
-from ._partition import starts, trade_of
+from ._partition import Counts, levels_of, trade_of
 from ._trace import note, stage
 from ._workspace import empty_like, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ._partition import Share, Trade
 
@@ -31,8 +32,9 @@ class Redistribution:
 
     Parameters
     ----------
-    comm, route
-        The ranks, and the way to them.
+    wire : Wire
+        The ranks, and the way to them. In two steps, every number travels twice and is copied once more, but a rank sends
+        ``node_size + P / node_size - 2`` messages instead of ``P - 1``.
     like : usm_ndarray
         Has the queue, and the dtype if none is given.
     shares : sequence of Share
@@ -51,14 +53,11 @@ class Redistribution:
         Flat memory of the gathered side that there is already.
     keep : bool
         Receive into new memory, not into scratch memory.
-    blocking : bool
-        Whether exchanges are over when they have started.
     """
 
     def __init__(
         self,
-        comm: Any,
-        route: _exchange.Route,
+        wire: _exchange.Wire,
         like: Any,
         shares: Sequence[Share],
         widths: Sequence[int],
@@ -69,27 +68,36 @@ class Redistribution:
         slot: str = "",
         gathered: Any = None,
         keep: bool = False,
-        blocking: bool = True,
     ) -> None:
         shares, widths = tuple(shares), tuple(widths)
-        self._comm, self._shares, self._widths, self._blocking = comm, shares, widths, blocking
+        comm = wire.comm
+        self._shares, self._widths, self._blocking = shares, widths, wire.blocking
         self._trade = trade = trade_of(comm.rank, rows, shares, widths, batch)
         dtype, queue = np.dtype(dtype or like.dtype), like.sycl_queue
-        local_size, gathered_size = (trade.local_size,), (trade.gathered_size,)
-        memory = partial(scratch, queue, dtype=dtype, owner=comm.handle)
+
+        def memory(name: str, size: int, usm_type: str = "device") -> Any:
+            return scratch(queue, f"{name} {slot}", (size,), dtype, usm_type, owner=comm.handle)
+
+        def side(name: str, array: Any, counts: Counts) -> _exchange.Side:
+            return _exchange.Side(array, *counts[:3], memory(f"host {name}", counts.size, "host") if by_host else None)
+
+        by_host, size = wire.route.name == "host", trade.gathered_size
         if gathered is None:
-            new = empty_like(like, gathered_size, dtype) if keep else memory(f"gathered {slot}", gathered_size)
-            gathered = new
-        self.gathered, self._local = gathered, memory(f"local {slot}", local_size)
-        host_local = host_gathered = None
-        if route.name == "host":
-            host_local = memory(f"host local {slot}", local_size, usm_type="host")
-            host_gathered = memory(f"host gathered {slot}", gathered_size, usm_type="host")
-        counts = tuple(count * (peer != comm.rank) for peer, count in enumerate(trade.gathered_counts))
-        local = _exchange.Side(self._local, trade.local_counts, starts(trade.local_counts), slice(0, 0), host_local)
-        everyone = _exchange.Side(gathered, counts, starts(trade.gathered_counts), trade.own, host_gathered)
-        self._sides = local, everyone
-        self._pending: _exchange.Pending | None = None
+            gathered = empty_like(like, (size,), dtype) if keep else memory("gathered", size)
+        self.gathered, self._local = gathered, memory("local", trade.local_size)
+        # the steps towards the gathered side
+        self._levels = levels_of(trade, wire.node_size) if 1 < wire.node_size < comm.size else None
+        if self._levels is None:
+            local, everyone = side("local", self._local, trade.local), side("gathered", gathered, trade.gathered)
+            self._steps, self._places = [(comm, local, everyone)], trade.local.places
+        else:
+            there = self._levels
+            within, between = _exchange.levels(comm, wire.node_size)
+            self._members, self._groups = memory("members", there.members.size), memory("groups", there.groups.size)
+            local, members = side("local", self._local, there.local), side("members", self._members, there.members)
+            groups, everyone = side("groups", self._groups, there.groups), side("gathered", gathered, there.gathered)
+            self._steps, self._places = [(within, local, members), (between, groups, everyone)], there.local_places
+        self._rest: list[Callable[[], None]] = []
 
     @property
     def count(self) -> int:
@@ -112,7 +120,7 @@ class Redistribution:
     def pack(self, arrays: Sequence[Any]) -> None:
         """Copy arrays of the local side, (batch, rows of this rank, heads, width), to where they travel from."""
         with stage("pack"):
-            panels = _pack_panels(self._trade, self._shares, self._widths, tuple(map(place, arrays)))
+            panels = _pack_panels(self._trade, self._places, self._shares, self._widths, tuple(map(place, arrays)))
             self._relayout(arrays, [self._local, self.gathered], panels)
 
     def unpack(self, targets: Sequence[Any]) -> None:
@@ -120,7 +128,7 @@ class Redistribution:
 
         What several ranks have of one head is added up in rank order.
         """
-        panels = _unpack_panels(self._trade, self._shares, self._widths, tuple(map(place, targets)))
+        panels = _unpack_panels(self._trade, self._places, self._shares, self._widths, tuple(map(place, targets)))
         with stage("unpack"):
             self._relayout([self._local, self.gathered], targets, panels)
 
@@ -130,19 +138,44 @@ class Redistribution:
 
     def start_to_gathered(self) -> None:
         """Send what was packed, receive all rows of the heads of this rank."""
-        self._start("scatter", *self._sides)
+        self._start("scatter", self._steps, forth=True)
 
     def start_to_local(self) -> None:
         """Send the gathered side, receive what `unpack` needs."""
-        self._start("gather", *reversed(self._sides))
+        self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], forth=False)
 
-    def _start(self, name: str, source: _exchange.Side, target: _exchange.Side) -> None:
-        self._pending = _exchange.Pending(name, self._comm, source, target, blocking=self._blocking)
+    def _start(self, name: str, steps: list[tuple[Any, _exchange.Side, _exchange.Side]], *, forth: bool) -> None:
+        first, *others = (_exchange.AllToAll(name, *step) for step in steps)
+        self._rest = [first.wait]
+        for other in others:
+            self._rest += [partial(self._turn, forth=forth), partial(other.start, blocking=True)]
+        first.start(blocking=self._blocking)
 
     def wait(self) -> None:
         """Wait until what was started is over, if something was."""
-        if self._pending is not None:
-            self._pending.wait()
+        failed = None
+        while self._rest:
+            try:
+                self._rest.pop(0)()
+            except Exception as error:  # the other ranks wait for this one in the next step
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _turn(self, *, forth: bool) -> None:
+        """Between two steps: from the order of the members of this group to that of the groups, or back."""
+        levels, panels = self._levels, defaultdict(list)
+        assert levels is not None
+        for (member, group), *starts in levels.blocks:
+            width = levels.widths[group]
+            ends = [(int(end), start, width, 0, 0) for end, start in zip(levels.is_own(member, group), starts, strict=True)]
+            source, target = ends if forth else ends[::-1]
+            panels[levels.rows[member]].append(Panel(*source, 1, *target, 1, width))
+        sides = [self._members, self._local], [self._groups, self.gathered]
+        with stage("turn"):
+            for rows, of_these in panels.items():
+                relayout(*(sides if forth else sides[::-1]), of_these, rows=rows, batch=1)
+            note(passes=1)
 
 
 class _Block(NamedTuple):
@@ -155,11 +188,11 @@ class _Block(NamedTuple):
     place: tuple[int, int, int, int, int]  # buffer, local or gathered; offset, strides of rows, batch and heads
 
 
-def _blocks(trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...]) -> Iterator[_Block]:
-    """What there is of every array for or from every rank, in rank order."""
-    for peer, base in enumerate(starts(trade.local_counts)):
+def _blocks(trade: Trade, bases: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...]) -> Iterator[_Block]:
+    """What there is of every array for or from every rank, in rank order; on the local side, the ranks have these bases."""
+    for peer, base in enumerate(bases):
         own = peer == trade.rank
-        size, start = trade.sizes[peer], trade.own.start if own else base
+        size, start = trade.sizes[peer], trade.gathered.own.start if own else base
         for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
             first, heads = share[peer]
             yield _Block(number, first, heads, width, (int(own), start, trade.batch * size, size, width))
@@ -168,22 +201,30 @@ def _blocks(trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...]) ->
 
 @lru_cache(maxsize=256)
 def _pack_panels(
-    trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...], places: tuple[tuple[int, ...], ...]
+    trade: Trade,
+    bases: tuple[int, ...],
+    shares: tuple[Share, ...],
+    widths: tuple[int, ...],
+    places: tuple[tuple[int, ...], ...],
 ) -> tuple[Panel, ...]:
     """From arrays at these places to the two buffers."""
     return tuple(
         Panel(*source_at(block.array, places[block.array], block.first), *block.place, block.heads, block.width)
-        for block in _blocks(trade, shares, widths)
+        for block in _blocks(trade, bases, shares, widths)
     )
 
 
 @lru_cache(maxsize=256)
 def _unpack_panels(
-    trade: Trade, shares: tuple[Share, ...], widths: tuple[int, ...], places: tuple[tuple[int, ...], ...]
+    trade: Trade,
+    bases: tuple[int, ...],
+    shares: tuple[Share, ...],
+    widths: tuple[int, ...],
+    places: tuple[tuple[int, ...], ...],
 ) -> tuple[Panel, ...]:
     """From the two buffers to arrays at these places."""
     panels, covered = [], [0] * len(places)  # heads of each array that the ranks so far have brought
-    for block in _blocks(trade, shares, widths):
+    for block in _blocks(trade, bases, shares, widths):
         number, first = block.array, block.first
         buffer, start, row, batch, head = block.place
         again = min(max(covered[number] - first, 0), block.heads)

@@ -202,6 +202,18 @@ def check_overlap(overlap: Any) -> int:
     return int(overlap)
 
 
+def check_node_size(node_size: Any, ranks: int) -> Any:
+    """Check the wish for an exchange in two steps; returns it."""
+    if isinstance(node_size, str) and node_size == "auto":
+        return node_size
+    if isinstance(node_size, str):
+        raise ValueError(f"node_size must be an integer or 'auto', not {node_size!r}")
+    check_integer("node_size", node_size)
+    if node_size < 1 or ranks % node_size:
+        raise ValueError(f"node_size must divide the {ranks} ranks, which {node_size} does not")
+    return int(node_size)
+
+
 def check_axes(**axes: Any) -> list[int]:
     """Check axis numbers of a 4-D array, which must differ; negative ones count from the end."""
     for name, axis in axes.items():

@@ -16,7 +16,7 @@ from ._options import Options, check_attention
 from ._partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
 from ._redistribution import Redistribution, pipeline
 from ._trace import call
-from ._validate import NAMES, Geometry, Names, check_exchange, check_flag, check_overlap
+from ._validate import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
 from ._workspace import empty_like, scratch
 from .backends import AttnType
 
@@ -60,6 +60,7 @@ def ulysses_attention(
     attn_type: AttnType = AttnType.INTEL_SYCL,
     exchange: str = "auto",
     overlap: int | str = "auto",
+    node_size: int | str = 1,
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
 
@@ -99,6 +100,11 @@ def ulysses_attention(
         Into how many parts the kv heads of every rank, with their query heads, are divided: while one part is computed, others
         travel. The result is the same, the messages are more and smaller. It helps only where the MPI library moves data
         without being called. "auto" does not divide: nothing has been measured yet that would be faster for it.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps: within nodes of so many consecutive ranks, then between nodes. Every number
+        travels twice, but a rank sends ``node_size + P / node_size - 2`` messages instead of ``P - 1``: for many ranks and
+        short sequences (`plan` tells). "auto": the ranks that share memory, or 1 if these are not consecutive and as many on
+        every node.
 
     Returns
     -------
@@ -143,6 +149,7 @@ def ulysses_attention(
         comm=comm,
         exchange=exchange,
         overlap=overlap,
+        node_size=node_size,
         return_ctx=return_ctx,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -172,6 +179,7 @@ def distributed(
     comm: Any,
     exchange: str = "auto",
     overlap: int | str = "auto",
+    node_size: int | str = 1,
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -184,7 +192,8 @@ def distributed(
         views, geometry, settings = check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
-        common = vars(geometry) | settings.common() | {"return_ctx": return_ctx, "overlap": check_overlap(overlap)}
+        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, comm.size)}
+        common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
         arrays = tuple(to_usm(x) for x in views)
         rows = arrays[0].shape[1], arrays[1].shape[1]
         return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
@@ -204,7 +213,8 @@ def distributed(
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
-            path = _Path(comm, course, route, arrays, q_rows, k_rows, geometry, settings, return_ctx, len(shares) == 1)
+            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, settings, return_ctx)
             parts = course.prepare(agreement, lambda: [_Part(path, *x) for x in enumerate(shares)], fresh=return_ctx)
             out, lse = course.run(path.get_results) or (None, None)
             pipeline(parts)
@@ -220,16 +230,14 @@ def distributed(
 class _Path:
     """What all parts of a call have in common, and the memory for their results."""
 
-    comm: Any
     course: Course
-    route: _exchange.Route
+    wire: _exchange.Wire
     arrays: tuple[Any, ...]  # q, k, v
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]
     geometry: Geometry
     options: Options
     keep: bool  # for a backward pass
-    blocking: bool
 
     def get_results(self) -> tuple[Any, Any]:
         """Memory for out, and for lse if it is wanted, of the rows of this rank."""
@@ -246,10 +254,10 @@ class _Part:
     """Some heads of every rank on the whole path: redistribute, attend, redistribute."""
 
     def __init__(self, path: _Path, number: int, heads: tuple[Heads, ...]) -> None:
-        self._path, self._mine = path, heads[path.comm.rank]
+        self._path, self._mine = path, heads[path.wire.comm.rank]
         q, k, v = path.arrays
         q_heads, kv_heads = query_shares(heads), kv_shares(heads)
-        new = partial(Redistribution, path.comm, path.route, q, batch=path.geometry.batch, blocking=path.blocking)
+        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
         width = path.geometry.head_dim
 
         def way_there(number_of_trip: int, shares: list[Share], rows: tuple[int, ...]) -> Redistribution:
@@ -273,24 +281,23 @@ class _Part:
         """From the rows of this rank to all rows of its heads."""
         for there, arrays in self._there:
             self._path.course.run(there.pack, arrays)
-            there.start_to_gathered()
+            self._path.course.share(there.start_to_gathered)
 
     def compute(self) -> None:
         """Local attention of what arrived; the result is the send buffer of the way back."""
         self.wait()
         self._path.course.run(self._attend)
-        self._back.start_to_local()
+        self._path.course.share(self._back.start_to_local)
 
     def finish(self) -> None:
         """From all rows of the heads of this rank back to its rows."""
-        self._back.wait()
+        self.wait()
         self._path.course.run(lambda: self._back.unpack(self._path.targets))
 
     def wait(self) -> None:
         """Wait until no exchange is under way."""
-        for there, _ in self._there:
-            there.wait()
-        self._back.wait()
+        for move in (*(there for there, _ in self._there), self._back):
+            self._path.course.share(move.wait)
 
     def _attend(self) -> None:
         path, mine, q = self._path, self._mine, self._path.arrays[0]

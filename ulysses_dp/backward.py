@@ -17,7 +17,7 @@ from ._options import Options, check_attention
 from ._partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
 from ._redistribution import Redistribution, pipeline
 from ._trace import call, stage
-from ._validate import Geometry, check_exchange, check_kind, check_overlap, check_places
+from ._validate import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
 from ._workspace import empty_like, scratch
 from .attention import Context, as_columns
 from .backends import AttnType
@@ -158,6 +158,7 @@ def ulysses_attention_backward(
     attn_type: AttnType = AttnType.INTEL_SYCL,
     exchange: str = "auto",
     overlap: int | str = "auto",
+    node_size: int | str = 1,
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
 
@@ -178,7 +179,7 @@ def ulysses_attention_backward(
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again.
     softmax_scale, causal, window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
         What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient.
-    dropout_p, seed, layout, dtype, attn_type, exchange, overlap
+    dropout_p, seed, layout, dtype, attn_type, exchange, overlap, node_size
         What `ulysses_attention` was given.
 
     Returns
@@ -243,6 +244,7 @@ def ulysses_attention_backward(
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             "overlap": check_overlap(overlap),
+            "node_size": check_node_size(node_size, comm.size),
             **vars(geometry),
             **options.common(),
         }
@@ -264,7 +266,8 @@ def ulysses_attention_backward(
             shared = kv_heads_are_shared(heads)
             wanted = len(ctx.parts) if ctx else 1 if shared else check_overlap(overlap)
             shares = part_heads(heads, geometry.group, wanted)
-            path = _Path(comm, course, route, arrays, q_rows, k_rows, geometry, options, shared, len(shares) == 1)
+            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, options, shared)
             parts = course.prepare(agreement, lambda: [_Part(path, ctx, *x) for x in enumerate(shares)])
             course.run(path.start)
             pipeline(parts)
@@ -350,16 +353,14 @@ def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options
 class _Path:
     """What all parts of a call have in common, and the memory for their results."""
 
-    comm: Any
     course: Course
-    route: _exchange.Route
+    wire: _exchange.Wire
     arrays: Sequence[Any]  # dout, q, k, v, out, lse
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]
     geometry: Geometry
     options: Options
     shared: bool  # whether several ranks read one kv head: then their gradients travel in the dtype of the computation
-    blocking: bool
 
     def start(self) -> None:
         """What is computed of all heads before anything is sent, and the memory for the results."""
@@ -369,10 +370,10 @@ class _Path:
         self.dsinks: list[np.ndarray] = []
         self.grads = [empty_out(x, self.options.layout) for x in (q, k, v)]
         # copies where several ranks add up what is rounded to 16 bits at the end
-        self.targets = [x if self.wire == x.dtype else empty_like(x, x.shape, self.wire) for x in self.grads]
+        self.targets = [x if self.dtype == x.dtype else empty_like(x, x.shape, self.dtype) for x in self.grads]
 
     @property
-    def wire(self) -> Any:
+    def dtype(self) -> Any:
         """The dtype in which gradients travel."""
         return self.arrays[5].dtype if self.shared else self.arrays[1].dtype
 
@@ -388,11 +389,11 @@ class _Part:
     """Some heads of every rank on the whole path: redistribute, differentiate, redistribute."""
 
     def __init__(self, path: _Path, ctx: Context | None, number: int, heads: tuple[Heads, ...]) -> None:
-        self._path, self._mine = path, heads[path.comm.rank]
+        self._path, self._mine = path, heads[path.wire.comm.rank]
         self._kept = ctx.parts[number] if ctx else ()
         _, q, _, _, _, lse = path.arrays
         q_heads, kv_heads = query_shares(heads), kv_shares(heads)
-        new = partial(Redistribution, path.comm, path.route, q, batch=path.geometry.batch, blocking=path.blocking)
+        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
         width, column_of_lse = path.geometry.head_dim, lse.dtype.itemsize // q.dtype.itemsize
         same_rows = path.q_rows == path.k_rows
 
@@ -414,7 +415,7 @@ class _Part:
         if not same_rows:
             trips = [(path.q_rows, [q_heads]), (path.k_rows, [kv_heads, kv_heads])]
         self._back = [
-            new(shares, [width] * len(shares), rows, dtype=path.wire, slot=f"{number} back {trip}")
+            new(shares, [width] * len(shares), rows, dtype=path.dtype, slot=f"{number} back {trip}")
             for trip, (rows, shares) in enumerate(trips)
         ]
 
@@ -423,7 +424,7 @@ class _Part:
         course = self._path.course
         course.run(self._pack)
         for there in self._there:
-            there.start_to_gathered()
+            self._path.course.share(there.start_to_gathered)
 
     def _pack(self) -> None:
         dout, q, k, v, _, _ = self._path.arrays
@@ -438,7 +439,7 @@ class _Part:
         self.wait()
         self._path.course.run(self._differentiate)
         for back in self._back:
-            back.start_to_local()
+            self._path.course.share(back.start_to_local)
 
     def _differentiate(self) -> None:
         path, mine = self._path, self._mine
@@ -471,7 +472,7 @@ class _Part:
     def wait(self) -> None:
         """Wait until no exchange is under way."""
         for move in (*self._there, *self._back):
-            move.wait()
+            self._path.course.share(move.wait)
 
 
 def _from_columns(x: Any, dtype: Any, name: str) -> Any:

@@ -353,8 +353,7 @@ def _backward(problem: _Problem, machine: Machine, rank: int) -> list[Stage]:
 
 def _relayout(problem: _Problem, machine: Machine, name: str, trade: Trade, itemsize: int) -> Stage:
     """A stage that copies what a rank has of an exchange on the local side, including what does not travel."""
-    own = trade.own.stop - trade.own.start
-    return _copy(problem, machine, name, 2 * (trade.local_size + own) * itemsize)
+    return _copy(problem, machine, name, 2 * (trade.local_size + trade.gathered_counts[trade.rank]) * itemsize)
 
 
 def _copy(problem: _Problem, machine: Machine, name: str, moved: int) -> Stage:

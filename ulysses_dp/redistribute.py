@@ -12,14 +12,14 @@ from ._layout import axes_to_bshd, inverse
 from ._partition import blocks_of, column, split
 from ._redistribution import Redistribution
 from ._trace import call, stage
-from ._validate import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
+from ._validate import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
 from ._workspace import empty_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any:
+def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_size: int | str = 1) -> Any:
     """Trade the split by rows for the split by heads: every rank gives its rows of all heads and gets all rows of its heads.
 
     Collective over `comm`. One relayout pass and one all-to-all; without ranks to trade with, neither.
@@ -33,6 +33,8 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
         The ranks; ``MPI.COMM_WORLD`` by default.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps, as `ulysses_attention` does.
 
     Returns
     -------
@@ -59,10 +61,12 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
     >>> bool((gather_heads(y) == x).all())
     True
     """
-    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange)
+    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange, node_size=node_size)
 
 
-def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, exchange: str = "auto") -> Any:
+def gather_heads(
+    x: Any, /, *, comm: Any = None, seq_local: int | None = None, exchange: str = "auto", node_size: int | str = 1
+) -> Any:
     """Trade the split by heads for the split by rows: the inverse of `scatter_heads`.
 
     Collective over `comm`. One all-to-all and one relayout pass; one pass more if x is not stored in the order
@@ -79,6 +83,8 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
         Rows that this rank gets. By default the first ``seq % P`` ranks get one row more than the others.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps, as `ulysses_attention` does.
 
     Returns
     -------
@@ -105,7 +111,8 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
     >>> gather_heads(x).shape == (1, 2, MPI.COMM_WORLD.size, 2)  # 2 rows of all heads
     True
     """
-    return _trade("gather_heads", x, comm, lambda: (False, (0, 1, 2, 3)), exchange=exchange, seq_local=seq_local)
+    direction = False, (0, 1, 2, 3)
+    return _trade("gather_heads", x, comm, lambda: direction, exchange=exchange, node_size=node_size, seq_local=seq_local)
 
 
 def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any = None, use_sync: bool = False) -> Any:
@@ -163,6 +170,7 @@ def _trade(
     direction: Callable[[], tuple[bool, tuple[int, ...]]],
     *,
     exchange: str = "auto",
+    node_size: int | str = 1,
     seq_local: int | None = None,
 ) -> Any:
     """Do what the public functions above say. `direction` tells whether rows are joined, and which axes are bshd."""
@@ -172,6 +180,7 @@ def _trade(
     def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
         joins_rows, axes = direction()
         check_exchange(exchange)
+        check_node_size(node_size, comm.size)
         check_axis_count("x", x)
         check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
         check_device(x)
@@ -182,6 +191,7 @@ def _trade(
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
             "dtype": dtype_of(x),
+            "node_size": node_size,
         }
         sizes: tuple[int, ...] = (seq,)
         if joins_rows:
@@ -202,25 +212,26 @@ def _trade(
         result = usm
         if comm.size > 1:
             course, route = Course(comm, function), _exchange.choose_route(usm.sycl_queue, exchange)
+            wire = _exchange.Wire(comm, route, node_size=_exchange.node_size(comm, node_size))
             shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
             rows = column(sizes, 0 if joins_rows else 1)
             # a result that is received in place, or x, which is sent from its place
             gathered = _as_sent(usm) if not joins_rows else None
             move = course.prepare(
                 agreement,
-                lambda: Redistribution(comm, route, usm, shares, [width], rows, batch, gathered=gathered, keep=joins_rows),
+                lambda: Redistribution(wire, usm, shares, [width], rows, batch, gathered=gathered, keep=joins_rows),
                 fresh=joins_rows,
             )
             if joins_rows:
                 course.run(move.pack, [usm])
-                move.start_to_gathered()
-                move.wait()
+                course.share(move.start_to_gathered)
+                course.share(move.wait)
                 (result,) = move.views
             else:
                 if gathered is None:
                     course.run(_copy_as_sent, usm, move.views[0])
-                move.start_to_local()
-                move.wait()
+                course.share(move.start_to_local)
+                course.share(move.wait)
                 result = course.run(empty_like, usm, (batch, rows[comm.rank], sum(column(sizes, 0)), width))
                 course.run(move.unpack, [result])
             course.confirm()
@@ -238,3 +249,42 @@ def _as_sent(x: Any) -> Any:
 def _copy_as_sent(x: Any, target: Any) -> None:
     with stage("pack"):
         copy_arrays([x], [target])
+
+
+def order_ranks(comm: Any = None) -> Any:
+    """The same ranks, those of one node one after the other, and on a node those with neighbouring numbers.
+
+    Collective over `comm`. For communicators whose order is not that of the machine, like the dimensions of a Cartesian one,
+    and before a communicator is split into groups that each hold a sequence: consecutive ranks then share a GPU and a node,
+    where messages are fastest. Needed for `node_size` of more than 1, which takes consecutive ranks for a node.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+
+    Returns
+    -------
+    mpi4py.MPI.Intracomm
+        A new communicator, which the caller frees. Rows travel in its order: rank r of it holds the r-th part of the sequence.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On this rank, if `comm` is no communicator.
+
+    Notes
+    -----
+    Launchers give neighbouring ranks of a node to neighbouring tiles, if each rank takes the GPU of its number on the node, as
+    `ulysses_dp` does. All pairs of ranks exchange as much, so within a node no order is better for one sequence alone.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import order_ranks
+    >>> ordered = order_ranks(MPI.COMM_WORLD)
+    >>> ordered.size == MPI.COMM_WORLD.size
+    True
+    >>> ordered.Free()
+    """
+    return _exchange.ordered(_exchange.resolve_comm("order_ranks", comm))

@@ -159,6 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--softmax-scale", type=float, help="factor of the dot products (1/sqrt(head_dim))")
     parser.add_argument("--attn-type", choices=[x.value for x in ulysses_dp.AttnType], default="intel_sycl")
     parser.add_argument("--exchange", choices=["auto", "device", "host"], default="auto", help="how MPI reaches device memory")
+    parser.add_argument("--trace", metavar="FILE", help="write what every rank did when, for ui.perfetto.dev")
     parser.add_argument(
         "--check", type=int, nargs="?", const=16, metavar="ROWS", help="compare rows (16) with dense attention in float64"
     )
@@ -224,6 +225,8 @@ def main() -> None:
     comm.Barrier()
     total = comm.allreduce(time.perf_counter() - start, MPI.MAX)
 
+    if arguments.trace:
+        record.save(arguments.trace, comm)
     seconds = {name: comm.allreduce(record.seconds(name), MPI.MAX) for name in STAGES}
     sent = comm.allreduce(record.bytes_sent(), MPI.MAX)
     routes = comm.gather({stage.route for stage in record.stages} - {""})

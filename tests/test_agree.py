@@ -9,12 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checks import check, outcomes
-from helpers import as_kind, needs_ranks, part, random_qkv, split
+from helpers import as_kind, as_numpy, needs_ranks, new_queue, part, random_qkv, split
+from mpi4py import MPI
+from oracle import TOLERANCE, dense_attention
 
 from ulysses_dp import (
     _exchange,
@@ -209,6 +212,26 @@ def test_an_interrupt_leaves_no_exchange_under_way(comm, monkeypatch, mine):
     gc.collect()
     for result, wanted in zip(forward(mine, comm, overlap=3), expected, strict=True):
         np.testing.assert_array_equal(result, wanted)
+
+
+@needs_ranks
+@pytest.mark.skipif(MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="MPI was not started for several threads")
+def test_threads_with_communicators_of_their_own(comm):
+    pieces = [comm.Dup() for _ in range(3)]
+    rows = split(26, comm.size)
+
+    def run(number):
+        queue = new_queue()
+        whole = random_qkv(number, 1, 26, 8, 4, 16)
+        mine = [as_kind(part(x, rows, comm.rank), "dpnp", queue) for x in whole]
+        results = [as_numpy(ulysses_attention(*mine, comm=pieces[number], overlap=1 + n % 2)) for n in range(20)]
+        expected = part(dense_attention(*whole)[0], rows, comm.rank)
+        return max(abs(result - expected).max() for result in results)
+
+    with ThreadPoolExecutor(len(pieces)) as threads:
+        assert max(threads.map(run, range(len(pieces)))) < TOLERANCE["float32"]
+    for piece in pieces:
+        piece.Free()
 
 
 KILLED = """

@@ -117,22 +117,16 @@ def _private(comm: Any) -> Any:
     return duplicate
 
 
-# by the handle of a private duplicate, and by the size of the groups
+# by the handle of a private duplicate, and by the size of a node
 _levels: dict[int, dict[int, tuple[Any, Any]]] = {}
 _node_sizes: dict[int, int] = {}
 
 
-def levels(comm: Any, group: int) -> tuple[Any, Any]:
-    """The ranks of the group of this rank, and those with its number in all groups; collective for the first time."""
+def _levels_of(comm: Any, node_size: int) -> tuple[Any, Any]:
     known = _levels.setdefault(comm.handle, {})
-    if group not in known:
-        known[group] = comm.Split(comm.rank // group, comm.rank), comm.Split(comm.rank % group, comm.rank)
-    return known[group]
-
-
-def node_size(comm: Any, wish: Any) -> int:
-    """The ranks of a node: the user's wish, or if it is "auto" what MPI says."""
-    return wish if wish != "auto" else _ranks_per_node(comm)
+    if node_size not in known:
+        known[node_size] = comm.Split(comm.rank // node_size, comm.rank), comm.Split(comm.rank % node_size, comm.rank)
+    return known[node_size]
 
 
 def _ranks_per_node(comm: Any) -> int:
@@ -194,8 +188,15 @@ class Wire(NamedTuple):
 
     comm: Any
     route: Route
-    blocking: bool = True  # whether exchanges are over when they have started
-    node_size: int = 1  # if more than 1, in two steps: within nodes of so many consecutive ranks, then between nodes
+    blocking: bool  # whether exchanges are over when they have started
+    node_size: int  # consecutive ranks
+    levels: tuple[Any, ...]  # for two steps: the ranks of this node, and those with the number of this one on their nodes
+
+
+def wire(comm: Any, route: Route, node_size: Any, *, blocking: bool = True) -> Wire:
+    """The ways between ranks; collective for the first time if it is in two steps, or to find out the size of a node."""
+    size = _ranks_per_node(comm) if node_size == "auto" else node_size
+    return Wire(comm, route, blocking, size, _levels_of(comm, size) if 1 < size < comm.size else ())
 
 
 class Side(NamedTuple):

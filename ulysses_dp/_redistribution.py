@@ -86,13 +86,13 @@ class Redistribution:
             gathered = empty_like(like, (size,), dtype) if keep else memory("gathered", size)
         self.gathered, self._local = gathered, memory("local", trade.local_size)
         # the steps towards the gathered side
-        self._levels = levels_of(trade, wire.node_size) if 1 < wire.node_size < comm.size else None
+        self._levels = levels_of(trade, wire.node_size) if wire.levels else None
         if self._levels is None:
             local, everyone = side("local", self._local, trade.local), side("gathered", gathered, trade.gathered)
             self._steps, self._places = [(comm, local, everyone)], trade.local.places
         else:
             there = self._levels
-            within, between = _exchange.levels(comm, wire.node_size)
+            within, between = wire.levels
             self._members, self._groups = memory("members", there.members.size), memory("groups", there.groups.size)
             local, members = side("local", self._local, there.local), side("members", self._members, there.members)
             groups, everyone = side("groups", self._groups, there.groups), side("gathered", gathered, there.gathered)

@@ -213,7 +213,7 @@ def distributed(
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
-            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            wire = _exchange.wire(comm, route, node_size, blocking=len(shares) == 1)
             path = _Path(course, wire, arrays, q_rows, k_rows, geometry, settings, return_ctx)
             parts = course.prepare(agreement, lambda: [_Part(path, *x) for x in enumerate(shares)], fresh=return_ctx)
             out, lse = course.run(path.get_results) or (None, None)
@@ -260,16 +260,16 @@ class _Part:
         new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
         width = path.geometry.head_dim
 
-        def way_there(number_of_trip: int, shares: list[Share], rows: tuple[int, ...]) -> Redistribution:
-            return new(shares, [width] * len(shares), rows, slot=f"{number} {number_of_trip}", keep=path.keep)
+        def way_there(slot: str, shares: list[Share], rows: tuple[int, ...]) -> Redistribution:
+            return new(shares, [width] * len(shares), rows, slot=f"{number} {slot}", keep=path.keep)
 
         self._there: list[tuple[Redistribution, list[Any]]]
         if path.q_rows == path.k_rows:
-            self._there = [(way_there(0, [q_heads, kv_heads, kv_heads], path.q_rows), [q, k, v])]
+            self._there = [(way_there("there", [q_heads, kv_heads, kv_heads], path.q_rows), [q, k, v])]
         else:
             self._there = [
-                (way_there(0, [q_heads], path.q_rows), [q]),
-                (way_there(1, [kv_heads, kv_heads], path.k_rows), [k, v]),
+                (way_there("there", [q_heads], path.q_rows), [q]),
+                (way_there("k, v there", [kv_heads, kv_heads], path.k_rows), [k, v]),
             ]
         self._lse_dtype = np.dtype(path.geometry.compute_dtype)
         self._lse_columns = self._lse_dtype.itemsize // q.dtype.itemsize  # of a 16-bit buffer, lse takes two columns

@@ -266,7 +266,7 @@ def ulysses_attention_backward(
             shared = kv_heads_are_shared(heads)
             wanted = len(ctx.parts) if ctx else 1 if shared else check_overlap(overlap)
             shares = part_heads(heads, geometry.group, wanted)
-            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            wire = _exchange.wire(comm, route, node_size, blocking=len(shares) == 1)
             path = _Path(course, wire, arrays, q_rows, k_rows, geometry, options, shared)
             parts = course.prepare(agreement, lambda: [_Part(path, ctx, *x) for x in enumerate(shares)])
             course.run(path.start)

@@ -444,7 +444,7 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
 
     if several:
         there, back = problem.trades(rank)
-        for way, trade in (("0 0", there), ("0 back", back)):
+        for way, trade in (("0 there", there), ("0 back", back)):
             need(f"local {way}", trade.local_size, problem.itemsize)
             need(f"gathered {way}", trade.gathered_size, problem.itemsize)
     if not problem.backward or (several and problem.converts):

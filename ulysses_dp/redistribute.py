@@ -212,7 +212,7 @@ def _trade(
         result = usm
         if comm.size > 1:
             course, route = Course(comm, function), _exchange.choose_route(usm.sycl_queue, exchange)
-            wire = _exchange.Wire(comm, route, node_size=_exchange.node_size(comm, node_size))
+            wire = _exchange.wire(comm, route, node_size)
             shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
             rows = column(sizes, 0 if joins_rows else 1)
             # a result that is received in place, or x, which is sent from its place

@@ -51,7 +51,8 @@ def test_trade(rows, row_sizes, batch):
     rows, row_sizes = rows[:ranks], row_sizes[:ranks]
     trades = [Trade(rank, rows, row_sizes, batch) for rank in range(ranks)]
     for rank, trade in enumerate(trades):
-        assert sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
+        assert trade.gathered_size == sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
+        assert trade.local_size == sum(trade.local_counts)
         start, own = trade.gathered.own.start, trade.gathered.own.stop - trade.gathered.own.start
         assert (own, start) == (trade.gathered_counts[rank], starts(trade.gathered_counts)[rank])
         assert sum(trade.local_counts) + own == rows[rank] * batch * sum(row_sizes)

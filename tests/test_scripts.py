@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import dense_attention
+
+from ulysses_dp import Machine
+from ulysses_dp.machine import Level
 
 pytestmark = pytest.mark.single
 
@@ -99,3 +103,36 @@ def test_readme_example(tmp_path):
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     (tmp_path / "example.py").write_text(example)
     assert "True" in mpiexec(2, "example.py", cwd=tmp_path)
+
+
+def test_plan_prints_saves_and_draws(tmp_path):
+    script = ROOT / "scripts/plan.py"
+    options = ("--seq", 65536, "--heads", 16, "--machine", "aurora", "--backward")
+    text = mpiexec(1, script, *options, "--json", tmp_path / "plans.json", "--plot", tmp_path / "plan.png")
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    assert [plan["ranks"] for plan in plans] == [2**n for n in range(15)]
+    assert len(re.findall(r"^ *\d+ .*\|.*%", text, re.MULTILINE)) == 15
+    assert "32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384: more ranks than heads" in text
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    few = mpiexec(1, script, *options, "--ranks", 3, 12)
+    assert len(re.findall(r"^ *(3|12) .*\|.*%", few, re.MULTILINE)) == 2
+    assert "kv_heads" in mpiexec(1, script, *options, "--kv-heads", 3, code=1)
+
+
+def test_plan_measures_a_machine_and_is_checked_on_it(tmp_path, monkeypatch):
+    # a script of two lines makes the large calls short
+    (tmp_path / "short.py").write_text("import plan\nplan.LARGE = 256\nplan.main()\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"), prepend=os.pathsep)
+    text = mpiexec(2, "short.py", "--measure", "here.json", "--repeats", 2, cwd=tmp_path)
+    machine = Machine.from_json((tmp_path / "here.json").read_text())
+    assert machine.name == "here"
+    assert machine.measured
+    assert eval(text, {"Machine": Machine, "Level": Level}) == machine
+    problem = ("--seq", 200, "--heads", 4, "--head-dim", 32, "--dtype", "bfloat16", "--backward", "--repeats", 2)
+    for ranks in (1, 2):
+        text = mpiexec(ranks, ROOT / "scripts/plan.py", "--check", "--machine", "here.json", *problem, cwd=tmp_path)
+        errors = re.findall(r"^(\w[\w ]*?) +[\d.]+ [mµ]?s +[\d.]+ [mµ]?s +[+-]\d+%$", text, re.MULTILINE)
+        assert errors.count("outside") == 2
+        assert errors[-1] == "whole"
+        assert len(errors) == (6 if ranks == 1 else 14)
+    assert "at least two ranks" in mpiexec(1, ROOT / "scripts/plan.py", "--measure", "here.json", cwd=tmp_path, code=1)

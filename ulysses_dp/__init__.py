@@ -11,11 +11,14 @@ from .backends import AttnType  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
+from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
+from .plan import plan  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
 
 __all__ = [
     "AttnType",
+    "Machine",
     "UlyssesAttention",
     "all_to_all_4d",
     "attention",
@@ -24,6 +27,7 @@ __all__ = [
     "gather_heads",
     "merge_attention",
     "order_ranks",
+    "plan",
     "scatter_heads",
     "trace",
     "ulysses_attention",

@@ -115,6 +115,16 @@ class Trade:
         """Elements of the block for or from every peer on the gathered side, where this rank has one, too."""
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
+    @property
+    def local_size(self) -> int:
+        """Elements of all blocks on the local side."""
+        return self.rows[self.rank] * self.batch * (sum(self.sizes) - self.sizes[self.rank])
+
+    @property
+    def gathered_size(self) -> int:
+        """Elements of all blocks on the gathered side."""
+        return sum(self.rows) * self.batch * self.sizes[self.rank]
+
     @cached_property
     def local(self) -> Counts:
         """What travels of the local side."""

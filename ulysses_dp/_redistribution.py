@@ -81,10 +81,10 @@ class Redistribution:
         def side(name: str, array: Any, counts: Counts) -> _exchange.Side:
             return _exchange.Side(array, *counts[:3], memory(f"host {name}", counts.size, "host") if by_host else None)
 
-        by_host, size = wire.route.name == "host", sum(trade.gathered_counts)
+        by_host, size = wire.route.name == "host", trade.gathered_size
         if gathered is None:
             gathered = empty_like(like, (size,), dtype) if keep else memory("gathered", size)
-        self.gathered, self._local = gathered, memory("local", sum(trade.local_counts))
+        self.gathered, self._local = gathered, memory("local", trade.local_size)
         # the steps towards the gathered side
         self._levels = levels_of(trade, wire.node_size) if wire.levels else None
         if self._levels is None:

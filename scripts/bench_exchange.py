@@ -60,7 +60,7 @@ QKV = (8, 4, 4)  # heads of q, k and v
 ALL_HEADS = sum(QKV)
 PRIME = 8388593  # float32 holds all integers below exactly
 SIZES = tuple(2**power for power in range(10, 29, 2))
-TURN = 0.002  # seconds
+TURN = 0.005  # seconds
 STAGES = {"pack": ("pack",), "wire": ("scatter", "gather"), "unpack": ("unpack",), "agree": ("agree", "prepare", "confirm")}
 CONTENDERS = ("ours", "alltoall", "memcpy", "numpy", "yunchang")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -281,8 +281,8 @@ def interleave(
     """
     counts = {}
     for name, call in calls.items():
-        slowest = comm.allreduce(clock(call, comm), MPI.MAX)
-        counts[name] = int(min(TURN / slowest, 20))
+        usual = min(comm.allreduce(clock(call, comm), MPI.MAX) for _ in range(2))
+        counts[name] = int(min(TURN / usual, 20))
     durations: dict[str, list[list[float]]] = {name: [] for name in calls}
     turns, end = 0, MPI.Wtime() + seconds
     while comm.bcast(turns < 3 or MPI.Wtime() < end):
@@ -302,15 +302,14 @@ def interleave(
 
 
 def stage_shares(call: Callable[[], Any], comm: Any, count: int = 9) -> dict[str, float]:
-    """Shares of the stages in a call, the mean over the ranks of medians; "other" is the Python around them."""
+    """Shares of the stages in the median call of some, the mean over the ranks; "other" is the Python around them."""
     with ulysses_dp.trace() as record:
         for _ in range(count):
             clock(call, comm)
-    total = statistics.median(entry.seconds for entry in record.calls)
+    median = sorted(record.calls, key=lambda entry: entry.seconds)[count // 2]
     shares = {}
     for name, stages in STAGES.items():
-        of_calls = [sum(stage.seconds for stage in entry.stages if stage.name in stages) for entry in record.calls]
-        shares[name] = statistics.median(of_calls) / total
+        shares[name] = sum(stage.seconds for stage in median.stages if stage.name in stages) / median.seconds
     shares["other"] = 1 - sum(shares.values())
     return {name: comm.allreduce(share) / comm.size for name, share in shares.items()}
 

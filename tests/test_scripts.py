@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from ulysses_dp.machine import Level
 pytestmark = pytest.mark.single
 
 ROOT = Path(__file__).parents[1]
+PEERS = all(importlib.util.find_spec(name) for name in ("torch", "yunchang"))
 MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 
 
@@ -97,6 +99,58 @@ def test_denoise_gains(ranks, tmp_path):
 def test_examples(script):
     text = mpiexec(2, ROOT / "scripts" / script)
     assert text.count("(1, 512, 8, 64)") == 2
+
+
+def test_bench_exchange(tmp_path):
+    script, saved = ROOT / "scripts/bench_exchange.py", ("--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png")
+    text = mpiexec(2, script, "--sizes", "1K", "1100K", "--seconds", 0.01, *saved)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    jobs = ["scatter_heads", "gather_heads", "scatter q|k|v", "gather q|k|v"]
+    assert [(row["bytes"], row["job"]) for row in rows] == [(size, job) for size in (1024, 1126400) for job in jobs]
+    for row in rows:
+        assert set(row["microseconds"]) == {"ours", "alltoall", "memcpy", "numpy"} | ({"yunchang"} if PEERS else set())
+        assert min(row["microseconds"].values()) > 0
+        assert min(row["times_as_fast_as"].values()) > 0
+        shares = row["shares"]
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["wire"] > 0
+        packs = row["job"].startswith("scatter")
+        assert (shares["pack"] > 0, shares["unpack"] > 0) == (packs, not packs)
+        assert (shares["agree"] > 0) == row["job"].endswith("heads")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    assert ("pip install '.[peers]'" in text) == (not PEERS)
+
+
+def test_bench_exchange_refuses_wrong_numbers(tmp_path, monkeypatch):
+    (tmp_path / "wrong.py").write_text(
+        "import bench_exchange\nbench_exchange.textbook = lambda x, comm, scatter: x\nbench_exchange.main()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"), prepend=":")
+    text = mpiexec(2, "wrong.py", "--sizes", "1K", cwd=tmp_path, code=1)
+    assert "numpy, scatter_heads, 1024 bytes: wrong numbers" in text
+
+
+def test_bench_exchange_refuses_ranks_that_the_heads_do_not_fit():
+    assert "2 or 4 ranks, not 3" in mpiexec(3, ROOT / "scripts/bench_exchange.py", code=1)
+
+
+@pytest.mark.skipif(not PEERS, reason="needs torch and yunchang")
+def test_bench_ulysses(tmp_path):
+    saved = "--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png"
+    mpiexec(2, ROOT / "scripts/bench_ulysses.py", "--seq", 64, 96, "--seconds", 0.01, *saved)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    cases = [(seq, causal, backward) for seq in (64, 96) for causal in (False, True) for backward in (False, True)]
+    assert [(row["seq"], row["causal"], row["backward"]) for row in rows] == cases
+    for row in rows:
+        assert min(row["seconds"].values()) > 0
+        assert row["ratio"] > 0
+        assert row["turns"] >= 3
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(PEERS, reason="torch and yunchang are there")
+def test_bench_ulysses_says_what_it_needs():
+    assert "pip install '.[peers]'" in mpiexec(2, ROOT / "scripts/bench_ulysses.py", code=1)
 
 
 def test_readme_example(tmp_path):

@@ -1,0 +1,490 @@
+"""The exchanges of ulysses_dp against a plain Alltoall, a memcpy and what others have, in one interleaved run.
+
+    pip install '.[mpi,peers]'
+    mpiexec -n 2 python scripts/bench_exchange.py --json exchange.json --plot exchange.png
+
+A size is what every rank has of the arrays, before the exchange and after. The jobs:
+
+- "scatter_heads", "gather_heads": the public functions on one dpnp array, with their checks and agreements;
+- "scatter q|k|v", "gather q|k|v": the exchanges inside `ulysses_attention` and its backward pass, three arrays in one message:
+  pack and all-to-all there, all-to-all and unpack back.
+
+Every job is timed next to
+
+- Alltoall: MPI's own, of as many bytes in the same kind of USM memory, without any relayout;
+- memcpy: the C library's, of as many bytes in host memory, on all ranks at once;
+- NumPy: reshape, transpose, Alltoall, transpose, reshape; one after the other for q, k and v;
+- yunchang: its `SeqAllToAll4D` over gloo, which its attention calls for q, k and v one after the other.
+
+All take turns, again and again, a few calls each, of which the first does not count; before every call there is a barrier. The
+duration of a call is that of the slowest rank, a number of the table is the median over the turns, and ratios are taken turn by
+turn. Before that, every result is compared with the numbers that belong there.
+
+Buffers are written before they are used: memory that never was is one page of zeros, which is fast to read. They stay in the
+cache if they fit. With --cold, every call takes the next of several sets of them, together twice as large as the last-level
+cache, but no more than 256 sets, so that small sizes are less cold; ours keeps its communication buffers, as it always does.
+
+The stages come from `ulysses_dp.trace`, in calls that are not timed. A stage ends when this rank is done with it: the
+all-to-all includes waiting for other ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import statistics
+import tempfile
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate, cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import dpnp
+import numpy as np
+from mpi4py import MPI
+
+import ulysses_dp
+from ulysses_dp import _trace
+from ulysses_dp._arrays import tensor
+from ulysses_dp._exchange import choose_route
+from ulysses_dp._partition import blocks_of, split
+from ulysses_dp._redistribution import Redistribution
+from ulysses_dp.device import default_queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Call = Callable[[], list[Any]]
+
+WIDTH = 64  # of a head
+QKV = (8, 4, 4)  # heads of q, k and v
+ALL_HEADS = sum(QKV)
+PRIME = 8388593  # float32 holds all integers below exactly
+SIZES = tuple(2**power for power in range(10, 29, 2))
+MOST_COPIES = 256
+TURN = 0.005  # seconds
+STAGES = {"pack": ("pack",), "wire": ("scatter", "gather"), "unpack": ("unpack",), "agree": ("agree", "prepare", "confirm")}
+CONTENDERS = ("ours", "alltoall", "memcpy", "numpy", "yunchang")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+HEADER = (
+    "                       |         ours      |           of which, share          |           GB/s of others"
+    "            |     ours, times as fast as      µs\n"
+    "   size  job           |       µs     GB/s |   pack   wire unpack  agree  other | Alltoall   memcpy    NumPy yunchang "
+    "| Alltoall    NumPy yunchang    above Alltoall"
+)
+ROOM = 14  # times the size: the most memory that a rank needs
+
+
+class Job(NamedTuple):
+    """What is exchanged, and in which direction."""
+
+    name: str
+    heads: tuple[int, ...]  # of every array
+    scatter: bool
+
+
+JOBS = (
+    Job("scatter_heads", (ALL_HEADS,), True),
+    Job("gather_heads", (ALL_HEADS,), False),
+    Job("scatter q|k|v", QKV, True),
+    Job("gather q|k|v", QKV, False),
+)
+
+
+def shape_of(size: int) -> tuple[int, int]:
+    """Rows of a rank and width of a head for about so many bytes of float32."""
+    width = min(WIDTH, size // (4 * ALL_HEADS))
+    return size // (4 * ALL_HEADS * width), width
+
+
+def numbers(rows: range, heads: range, width: int) -> np.ndarray:
+    """What belongs to these rows and heads of all, (1, rows, heads, width): as good as different everywhere."""
+    row = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None]
+    column = np.arange(heads.start * width, heads.stop * width, dtype=np.int32)
+    return ((row * (ALL_HEADS * width) + column) % PRIME).astype(np.float32).reshape(1, len(rows), len(heads), width)
+
+
+def arrays_of(job: Job, size: int, comm: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The arrays of this rank before the job and after."""
+    rows, width = shape_of(size)
+    own, every = range(comm.rank * rows, (comm.rank + 1) * rows), range(comm.size * rows)
+    by_rows, by_heads = [], []
+    for heads, last in zip(job.heads, accumulate(job.heads), strict=True):
+        share, first = heads // comm.size, last - heads
+        by_rows.append(numbers(own, range(first, last), width))
+        by_heads.append(numbers(every, range(first + comm.rank * share, first + (comm.rank + 1) * share), width))
+    return (by_rows, by_heads) if job.scatter else (by_heads, by_rows)
+
+
+def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: Any) -> Call:
+    """Our side of a job: a public function, or the exchange as `attention.py` and `backward.py` do it."""
+    queue = default_queue()
+    if len(sources) == 1:
+        (x,) = (dpnp.asarray(x, sycl_queue=queue) for x in sources)
+        function = ulysses_dp.scatter_heads if job.scatter else ulysses_dp.gather_heads
+        return lambda: [function(x, comm=comm)]
+
+    route = choose_route(queue, "auto")
+    shares = [blocks_of(split(heads, comm.size)) for heads in job.heads]
+    rows, width = (sources if job.scatter else results)[0].shape[1::2]
+    arrays = [tensor.asarray(x, sycl_queue=queue) for x in sources]
+
+    def redistribution(gathered: Any = None) -> Redistribution:
+        widths = [width] * len(shares)
+        return Redistribution(comm, route, arrays[0], shares, widths, (rows,) * comm.size, 1, gathered=gathered)
+
+    def scatter() -> list[Any]:
+        with _trace.call(job.name):
+            move = redistribution()
+            move.pack(arrays)
+            move.start_to_gathered()
+            move.wait()
+            return move.views
+
+    if job.scatter:
+        return scatter
+    # what computed the arrays has written them where they are sent from
+    gathered = tensor.empty(sum(x.size for x in arrays), dtype=np.float32, sycl_queue=queue)
+    for view, x in zip(redistribution(gathered).views, arrays, strict=True):
+        view[...] = x
+    targets = [tensor.zeros(x.shape, dtype=np.float32, sycl_queue=queue) for x in results]
+    queue.wait()
+
+    def gather() -> list[Any]:
+        with _trace.call(job.name):
+            move = redistribution(gathered)
+            move.start_to_local()
+            move.wait()
+            move.unpack(targets)
+            return targets
+
+    return gather
+
+
+def plain_alltoall(size: int, comm: Any) -> tuple[Call, list[np.ndarray]]:
+    """MPI's Alltoall in device memory, and what it must bring."""
+    blocks = np.arange(comm.size)
+    count = size // 4 // comm.size
+    first = np.repeat(comm.rank * comm.size + blocks, count).astype(np.float32)
+    expected = np.repeat(blocks * comm.size + comm.rank, count).astype(np.float32)
+    send = tensor.asarray(first, sycl_queue=default_queue())
+    receive = tensor.ones(send.shape, dtype=np.float32, sycl_queue=default_queue())
+    default_queue().wait()
+    # mpi4py cannot ask dpctl for the memory by itself, and an address does not keep an array alive
+    arrays = send, receive
+    buffers = [[MPI.buffer.fromaddress(x._pointer, x.nbytes), MPI.FLOAT] for x in arrays]
+
+    def exchange() -> list[Any]:
+        comm.Alltoall(*buffers)
+        return [arrays[1]]
+
+    return exchange, [expected]
+
+
+def memcpy(source: np.ndarray) -> Call:
+    """Copy as many bytes within this rank."""
+    arrays = np.ones_like(source), source  # which addresses do not keep alive
+    addresses = [x.ctypes.data for x in arrays]
+
+    def copy() -> list[Any]:
+        ctypes.memmove(*addresses, arrays[1].nbytes)
+        return [arrays[0]]
+
+    return copy
+
+
+def textbook(x: np.ndarray, comm: Any, scatter: bool) -> np.ndarray:
+    """The exchange of one array as NumPy and mpi4py do it in a few lines."""
+    batch, seq, heads, width = x.shape
+    ranks = comm.size
+    if scatter:
+        send = np.ascontiguousarray(x.reshape(batch, seq, ranks, heads // ranks, width).transpose(2, 0, 1, 3, 4))
+        receive = np.empty_like(send)
+        comm.Alltoall(send, receive)
+        return np.ascontiguousarray(receive.transpose(1, 0, 2, 3, 4)).reshape(batch, ranks * seq, heads // ranks, width)
+    send = np.ascontiguousarray(x.reshape(batch, ranks, seq // ranks, heads, width).transpose(1, 0, 2, 3, 4))
+    receive = np.empty_like(send)
+    comm.Alltoall(send, receive)
+    return np.ascontiguousarray(receive.transpose(1, 2, 0, 3, 4)).reshape(batch, seq // ranks, ranks * heads, width)
+
+
+def yunchang_call(sources: list[np.ndarray], scatter: bool) -> Call:
+    """The same by yunchang; `gloo` must be running."""
+    import torch
+    from yunchang.comm.all_to_all import SeqAllToAll4D
+
+    tensors = [torch.from_numpy(x) for x in sources]
+    axes = (2, 1) if scatter else (1, 2)
+    return lambda: [SeqAllToAll4D.apply(None, x, *axes) for x in tensors]
+
+
+def yunchang_missing() -> str:
+    """Why yunchang cannot be measured; empty if it can."""
+    try:
+        import yunchang  # noqa: F401
+    except ImportError as error:
+        return f"{error}: pip install '.[peers]' to compare with yunchang"
+    return ""
+
+
+@contextmanager
+def gloo(comm: Any) -> Iterator[None]:
+    """PyTorch's process group over gloo, of the same ranks on one node; every rank gets as many threads as its SYCL device."""
+    import torch
+
+    torch.set_num_threads(default_queue().sycl_device.max_compute_units)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(comm.bcast(folder)) / "store"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=comm.rank, world_size=comm.size)
+        try:
+            yield
+        finally:
+            comm.Barrier()
+            torch.distributed.destroy_process_group()
+            comm.Barrier()  # before the folder goes
+
+
+def machine(comm: Any) -> str:
+    """Who takes part: the ranks, and the cores and threads that each of them has."""
+    device = default_queue().sycl_device
+    cores = comm.gather(len(os.sched_getaffinity(0)))
+    return f"{comm.size} ranks, {cores} cores each, {device.max_compute_units} threads each, {device.name.strip()}"
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """Any of the results on the host."""
+    if isinstance(x, dpnp.ndarray):
+        return dpnp.asnumpy(x)
+    return tensor.asnumpy(x) if isinstance(x, tensor.usm_ndarray) else np.asarray(x)
+
+
+def check(name: str, right: bool, comm: Any) -> None:
+    """End all ranks if something is wrong on any."""
+    if not comm.allreduce(right, MPI.LAND):
+        raise SystemExit(f"{name}: wrong numbers" if comm.rank == 0 else 1)
+
+
+def clock(call: Callable[[], Any], comm: Any) -> float:
+    """How long a call takes on this rank. What it returns is freed after that."""
+    comm.Barrier()
+    start = MPI.Wtime()
+    result = call()
+    seconds = MPI.Wtime() - start
+    del result
+    return seconds
+
+
+def interleave(calls: dict[str, Callable[[], Any]], comm: Any, seconds: float) -> dict[str, list[float]]:
+    """Let all take turns for about so many seconds, at least three times: the duration of a call in every turn.
+
+    A turn is a first call and some that count. A call as long as a turn is its own first call.
+    """
+    counts = {}
+    for name, call in calls.items():
+        usual = comm.allreduce(clock(call, comm), MPI.MAX)
+        if TURN < usual < 1:  # perhaps something else has run
+            usual = min(usual, comm.allreduce(clock(call, comm), MPI.MAX))
+        counts[name] = int(min(TURN / usual, 20))
+    durations: dict[str, list[list[float]]] = {name: [] for name in calls}
+    turns, end = 0, MPI.Wtime() + seconds
+    while comm.bcast(turns < 3 or MPI.Wtime() < end):
+        turns += 1
+        for name, call in calls.items():
+            turn = [clock(call, comm) for _ in range(1 + counts[name])]
+            durations[name].append(turn[1:] or turn)
+    medians = {}
+    for name, mine in durations.items():
+        of_slowest_rank = np.array(mine)
+        comm.Allreduce(MPI.IN_PLACE, of_slowest_rank, MPI.MAX)
+        medians[name] = np.median(of_slowest_rank, axis=1).tolist()
+    return medians
+
+
+def stage_shares(call: Callable[[], Any], comm: Any, count: int = 9) -> dict[str, float]:
+    """Shares of the stages in the median call of some, the mean over the ranks; "other" is the Python around them."""
+    with ulysses_dp.trace() as record:
+        for _ in range(count):
+            clock(call, comm)
+    median = sorted(record.calls, key=lambda entry: entry.seconds)[count // 2]
+    shares = {}
+    for name, stages in STAGES.items():
+        shares[name] = sum(stage.seconds for stage in median.stages if stage.name in stages) / median.seconds
+    shares["other"] = 1 - sum(shares.values())
+    return {name: comm.allreduce(share) / comm.size for name, share in shares.items()}
+
+
+def median_ratio(theirs: list[float], mine: list[float]) -> float:
+    """How many times as fast mine is, turn by turn."""
+    return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+
+
+def contenders(job: Job, size: int, comm: Any, peers: bool) -> dict[str, Call]:
+    """All who do a job, each with buffers of its own, and checked."""
+    sources, results = arrays_of(job, size, comm)
+    nbytes = sum(x.nbytes for x in sources)
+    alltoall, (received,) = plain_alltoall(nbytes, comm)
+    calls: dict[str, Call] = {
+        "ours": ours(job, sources, results, comm),
+        "alltoall": alltoall,
+        "memcpy": memcpy(received),
+        "numpy": lambda: [textbook(x, comm, job.scatter) for x in sources],
+    }
+    if peers:
+        calls["yunchang"] = yunchang_call(sources, job.scatter)
+    expected = dict.fromkeys(calls, results) | {"alltoall": [received], "memcpy": [received]}
+    for name, call in calls.items():
+        pairs = zip(call(), expected[name], strict=True)
+        check(f"{name}, {job.name}, {nbytes} bytes", all(np.array_equal(as_numpy(x), y) for x, y in pairs), comm)
+    return calls
+
+
+def rotate(calls: list[Call]) -> Call:
+    """A call that is the next of some every time."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
+
+
+def measure(job: Job, size: int, comm: Any, seconds: float, peers: bool, copies: int) -> dict[str, Any]:
+    """Check and time a job at one size, with so many sets of buffers."""
+    sets = [contenders(job, size, comm, peers) for _ in range(copies)]
+    calls = {name: rotate([calls[name] for calls in sets]) for name in sets[0]}
+    times = interleave(calls, comm, seconds)
+    shares = stage_shares(calls["ours"], comm)
+    ulysses_dp.free_workspace()
+    return {
+        "ranks": comm.size,
+        "job": job.name,
+        "bytes": 4 * ALL_HEADS * math.prod(shape_of(size)),
+        "copies": copies,
+        "turns": len(times["ours"]),
+        "microseconds": {name: 1e6 * statistics.median(x) for name, x in times.items()},
+        "least_microseconds": {name: 1e6 * min(x) for name, x in times.items()},
+        "times_as_fast_as": {name: median_ratio(x, times["ours"]) for name, x in times.items() if name != "ours"},
+        "microseconds_above_alltoall": 1e6
+        * statistics.median(a - b for a, b in zip(times["ours"], times["alltoall"], strict=True)),
+        "shares": shares,
+    }
+
+
+def rate(row: dict[str, Any], name: str) -> float:
+    """GB/s: the bytes of a rank's arrays by the duration."""
+    return row["bytes"] / row["microseconds"][name] / 1e3
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    shares = " ".join(f"{share:6.0%}" for share in row["shares"].values())
+    rates = " ".join(f"{rate(row, x):8.3f}" if x in row["microseconds"] else f"{'-':>8}" for x in CONTENDERS[1:])
+    ratios = " ".join(f"{row['times_as_fast_as'].get(x, math.nan):8.2f}" for x in ("alltoall", "numpy", "yunchang"))
+    job = f"{size_text(row['bytes']):>7}  {row['job']:13} | {row['microseconds']['ours']:8.0f} {rate(row, 'ours'):8.3f}"
+    return f"{job} | {shares} | {rates} | {ratios} {row['microseconds_above_alltoall']:8.0f}"
+
+
+def size_text(size: int) -> str:
+    """64K for 65536, and so on."""
+    for unit, factor in reversed(UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:g}{unit}"
+    return str(size)
+
+
+def size_of(text: str) -> int:
+    """65536 for 64K, and so on."""
+    factor = UNITS.get(text[-1:].upper(), 1)
+    size = int(text[:-1] if factor > 1 else text) * factor
+    if size < SIZES[0]:
+        raise ValueError(text)
+    return size
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the large and the small sizes come to, job by job."""
+    for job in JOBS:
+        large = [row["times_as_fast_as"] for row in rows if row["job"] == job.name and row["bytes"] >= 2**20]
+        small = [row["microseconds_above_alltoall"] for row in rows if row["job"] == job.name and row["bytes"] <= 2**12]
+        parts = [f"{job.name:13}"]
+        for name in ("alltoall", "numpy", "yunchang"):
+            ratios = [row[name] for row in large if name in row]
+            if ratios:
+                parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} × {name} from 1M on")
+        if small:
+            parts.append(f"at most {max(small):.0f} µs above alltoall up to 4K")
+        yield "   ".join(parts)
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache of this machine; 64 MB where Linux does not tell."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(map(size_of, sizes), default=2**26)
+
+
+def free_bytes() -> int:
+    """Memory that new processes may have; Linux only."""
+    (free,) = (x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(free.split()[1]) * 1024
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw the rates of all, and the stages of ours, against the size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for column, job in zip(figure.subplots(2, len(JOBS), sharex=True, sharey="row").T, JOBS, strict=True):
+        of_job = [row for row in rows if row["job"] == job.name]
+        for name in CONTENDERS:
+            points = [(row["bytes"], rate(row, name)) for row in of_job if name in row["microseconds"]]
+            column[0].plot(*zip(*points, strict=True), "o-" if name == "ours" else ".-", label=name) if points else None
+        column[0].set(xscale="log", yscale="log", title=job.name)
+        sizes = [row["bytes"] for row in of_job]
+        column[1].stackplot(
+            sizes, *([row["shares"][x] for row in of_job] for x in of_job[0]["shares"]), labels=of_job[0]["shares"]
+        )
+        column[1].set(xlabel="bytes of a rank", ylim=(0, 1))
+    for number, title in ((0, "GB/s"), (len(JOBS), "share of the time")):
+        figure.axes[number].set_ylabel(title)
+        figure.axes[number].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Check, measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=size_of, nargs="+", default=SIZES, help="of a rank's arrays, 1K or more (1K to 256M)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
+    parser.add_argument("--cold", action="store_true", help="take turns with more buffers than fit the cache")
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", help="draw the rates and shares here")
+    arguments = parser.parse_args()
+
+    comm = MPI.COMM_WORLD
+    if comm.size < 2 or QKV[-1] % comm.size:
+        raise SystemExit(f"bench_exchange: {QKV[-1]} heads need 2 or 4 ranks, not {comm.size}" if comm.rank == 0 else 1)
+    missing = yunchang_missing()
+    say = print if comm.rank == 0 else lambda *_, **__: None
+    say(machine(comm), "cold" if arguments.cold else "warm", sep=", ")
+    if missing:
+        say(missing)
+    say(HEADER)
+    rows = []
+    with gloo(comm) if not missing else nullcontext():
+        for size in arguments.sizes:
+            if comm.bcast(comm.size * ROOM * size > free_bytes()):
+                say(f"{size_text(size):>7}  needs more memory than there is")
+                continue
+            copies = min(math.ceil(2 * cache_bytes() / size), MOST_COPIES) if arguments.cold else 1
+            for job in JOBS:
+                row = measure(job, size, comm, arguments.seconds, not missing, copies)
+                rows.append(row)
+                say(line(row), flush=True)
+    say(*summary(rows), sep="\n")
+    if comm.rank == 0 and arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    if comm.rank == 0 and arguments.plot and rows:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,14 @@ class HeadMap(NamedTuple):
     shift: int = 0
     first: int = 0
 
+    def kv_heads(self, heads: int) -> list[int]:
+        """Which kv head each of so many query heads reads."""
+        return [(head + self.shift) // self.group for head in range(heads)]
+
+    def uniform(self, heads: int, kv_heads: int) -> bool:
+        """Whether every kv head has all of its query heads here."""
+        return self.shift == 0 and heads == kv_heads * self.group
+
 
 @lru_cache(maxsize=256)
 def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:

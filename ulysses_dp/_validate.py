@@ -230,7 +230,7 @@ def check_integer(name: str, n: Any) -> None:
 
 
 # what a check may raise; anything else arrives as a RuntimeError, since its constructor may want more than a message
-_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError)}
+_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError, ImportError)}
 _T = TypeVar("_T")
 _SIZES = 2  # the most sizes that a call needs: the record of a rank has a fixed length
 
@@ -259,7 +259,7 @@ def agree(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, ImportError
         On every rank the same: what `check` raised on the lowest rank where it did, or what the ranks disagree on.
     """
     error: Exception | None = None

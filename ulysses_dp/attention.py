@@ -13,7 +13,7 @@ from ._copies import copy_arrays
 from ._options import Options, check_attention
 from ._partition import HeadMap, kv_shares, query_shares, share_heads
 from ._validate import NAMES, Geometry, Names, agree, check_exchange, check_flag
-from .backends import AttnType
+from .backends import AttnType, LocalAttention
 from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
 
 
@@ -50,7 +50,7 @@ def ulysses_attention(
     dtype: str | None = None,
     return_lse: bool = False,
     return_ctx: bool = False,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
@@ -83,8 +83,9 @@ def ulysses_attention(
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse.
-    attn_type : AttnType
-        The implementation of the local attention.
+    attn_type : AttnType, UserAttention or callable
+        The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
+        as it takes one.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
 
@@ -227,11 +228,12 @@ def _attend_split(
     result = scratch(q.sycl_queue, "result", (sum(back.gathered_counts),), q.dtype)
     out, *lse_as_columns = gathered_views(back, shares, widths, result)
     lse_shape = (geometry.batch, mine.q_count, sum(q_rows))
+    lse = None
     if keep:
         lse = empty_like(q, lse_shape, lse_dtype)
     elif options.return_lse and lse_columns == 1:
         lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
-    else:
+    elif options.return_lse:
         lse = scratch(q.sycl_queue, "lse", lse_shape, lse_dtype)
     local.attend(*(*gathered, out, lse, options, HeadMap(geometry.group, mine.shift, mine.q_start)))
     if options.return_lse and (keep or lse_columns > 1):

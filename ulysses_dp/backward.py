@@ -15,7 +15,7 @@ from ._partition import HeadMap, Heads, kv_shares, query_shares, share_heads
 from ._trace import stage
 from ._validate import Geometry, agree, check_exchange, check_kind, check_places
 from .attention import Context, as_columns
-from .backends import AttnType
+from .backends import AttnType, LocalAttention
 from .local import empty_out
 from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
 
@@ -46,7 +46,7 @@ def attention_backward(
     seed: int | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
 ) -> Any:
     """Gradient of `attention`: the vector-Jacobian product for a cotangent of its result.
 
@@ -148,7 +148,7 @@ def ulysses_attention_backward(
     seed: int | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
@@ -314,7 +314,11 @@ def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> Any:
 def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
     """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
     with stage("attention backward"):
-        options.backend.backward(arrays, grads, options, heads)
+        if arrays[0].size:
+            options.backend.backward(arrays, grads, options, heads)
+        else:  # no query, or no head for this rank: nothing reaches the keys
+            for grad in grads:
+                grad[...] = 0
 
 
 def _differentiate_split(

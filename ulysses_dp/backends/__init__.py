@@ -107,7 +107,7 @@ def register_attention(name: str, forward: Callable[..., Any], *, backward: Call
         has set them, by the names and with the meanings of `attention`, for the heads of this rank; packed sequences come as
         one batch.
     backward : callable, optional
-        ``backward(dout, q, k, v, lse, delta, *, softmax_scale, causal, **options)`` returns ``(dq, dk, dv)``; delta is the sum
+        ``backward(dout, q, k, v, *, lse, delta, softmax_scale, causal, **options)`` returns ``(dq, dk, dv)``; delta is the sum
         of dout * out over head_dim, which is all that a gradient needs of out, of the shape and dtype of lse.
 
     Returns

@@ -40,7 +40,7 @@ class UserAttention(Backend):
         if backward and self.gradient is None:
             raise NotImplementedError(f"attn_type {self.name} has no backward; register_attention takes one")
         if backward:
-            _check_signature(self.name, self.gradient, ["dout", "q", "k", "v", "lse", "delta"], names)
+            _check_signature(self.name, self.gradient, ["dout", "q", "k", "v"], ["lse", "delta", *names])
         else:
             _check_signature(self.name, self.function, ["q", "k", "v"], [*names, "return_lse"])
 
@@ -59,7 +59,8 @@ class UserAttention(Backend):
         assert self.gradient is not None
         dout, q, k, v, lse, delta = arrays
         inputs = q, *_whole_groups((k, v), q, heads)
-        results = self.gradient(*map(self._give, (dout, *inputs, lse, delta)), **self._keywords(q, options, heads))
+        keywords = {"lse": self._give(lse), "delta": self._give(delta)} | self._keywords(q, options, heads)
+        results = self.gradient(*map(self._give, (dout, *inputs)), **keywords)
         names = "dq", "dk", "dv"
         for name, result, x, grad in zip(names, self._unpack(results, names), inputs, grads, strict=True):
             taken = self._take(name, result, x.shape, dtype_of(self.like))
@@ -98,11 +99,10 @@ class UserAttention(Backend):
 
     def _take(self, name: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """A result of the user's functions as a USM array, checked."""
-        kind = kind_of(self.like)
+        kind, came = kind_of(self.like), kind_of(x)
         subject = f"attn_type {self.name} must return {name}"
-        if kind is None or kind_of(x) is not kind:
-            wanted = type(self.like)
-            raise TypeError(f"{subject} as {wanted.__module__}.{wanted.__qualname__}, not {type(x).__qualname__}")
+        if kind is None or came is not kind:
+            raise TypeError(f"{subject} as {getattr(kind, 'value', kind)}, not {came.value if came else type(x).__qualname__}")
         if dtype_of(x) != dtype:
             raise TypeError(f"{subject} with dtype {dtype}, not {dtype_of(x)}")
         if tuple(x.shape) != tuple(shape):

@@ -1,7 +1,9 @@
 """Every local backend on the same configurations, forward and backward; functions of users; names; what is not installed."""
 
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import dpnp
 import numpy as np
@@ -25,6 +27,7 @@ from ulysses_dp import (
     ulysses_attention_backward,
 )
 from ulysses_dp._arrays import Kind, dtype_of, kind_of, tensor
+from ulysses_dp._partition import share_heads
 from ulysses_dp.backends import torch_sdpa
 from ulysses_dp.device import default_queue
 
@@ -273,7 +276,7 @@ def torch():
     return pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("options", [{"softcap": 1.0}, {"sinks": [0.0] * 3 + [1.0]}, {"dropout_p": 0.1, "seed": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"softcap": 1.0}, {"sinks": [0.0] * 4}, {"dropout_p": 0.1, "seed": 1}], ids=str)
 def test_torch_refuses(comm, torch, options):
     q, k, v = rows_of(comm)
     options = options | {"attn_type": AttnType.TORCH, "comm": comm}
@@ -471,15 +474,19 @@ def test_user_gets_the_options_that_are_set():
     assert calls.pop()[2]["dtype"] == "bfloat16"
 
 
-def test_user_gets_whole_groups(comm):
-    """A head of k and v for every head of q where the ranks cut a group, and where not the kv heads as they are."""
+def test_user_gets_equal_groups(comm):
+    """The kv heads as they are, or a head of k and v for every head of q where the ranks leave some kv heads fewer."""
     for heads, kv_heads in ((6, 3), (6, 1), (10, 5), (2, 2)):
         calls = []
         q, k, v = (part(x, split(4, comm.size), comm.rank) for x in random_qkv(13, 1, 4, heads, kv_heads, 8))
         ulysses_attention(q, k, v, comm=comm, attn_type=record(calls))
         for of_q, of_k, _ in calls:
-            assert of_q[2] in (of_k[2], of_k[2] * heads // kv_heads)
-            assert of_k[2] <= max(kv_heads, of_q[2])
+            mine = share_heads(heads, kv_heads, comm.size)[comm.rank]
+            group = heads // kv_heads
+            readers = [(mine.q_start + head) // group for head in range(mine.q_count)]
+            equal = len({readers.count(head) for head in readers}) == 1
+            assert of_q[2] == mine.q_count
+            assert of_k[2] == (mine.kv_count if equal else mine.q_count)
         assert len(calls) == (comm.rank < heads)
 
 
@@ -598,6 +605,14 @@ def test_any_callable(comm):
     whole = random_qkv(17, 1, 9, 4, 2, 8)
     for attn_type in (dense, Kernel(), Kernel().__call__, partial(dense), lambda *arrays, **options: dense(*arrays, **options)):
         check(comm, whole, attn_type=attn_type, causal=True)
+
+
+@pytest.mark.single
+def test_example_of_the_documentation(capsys):
+    page = Path(__file__).parents[1] / "docs/backends.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(example, {})
+    assert capsys.readouterr().out == "True True\n"
 
 
 # ---- names

@@ -45,8 +45,8 @@ class HeadMap(NamedTuple):
         return [(head + self.shift) // self.group for head in range(heads)]
 
     def uniform(self, heads: int, kv_heads: int) -> bool:
-        """Whether every kv head has all of its query heads here."""
-        return self.shift == 0 and heads == kv_heads * self.group
+        """Whether every kv head has as many query heads here, as if these were all there are."""
+        return heads % kv_heads == 0 and self.kv_heads(heads) == [head * kv_heads // heads for head in range(heads)]
 
 
 @lru_cache(maxsize=256)

@@ -108,7 +108,9 @@ def ulysses_attention(
         queues or devices; or if the ranks disagree on anything but the number of their rows. Of `bias`, only shape and dtype
         are compared.
     NotImplementedError
-        On all ranks, if on any rank a torch tensor requires a gradient.
+        On all ranks, if on any rank a torch tensor requires a gradient, or `attn_type` does not have one of the options.
+    ImportError
+        On all ranks, if on any rank `attn_type` needs a package that is not installed.
 
     Notes
     -----

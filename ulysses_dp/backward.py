@@ -74,7 +74,7 @@ def attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, ImportError
         As `attention` does; and if dout, out or lse do not fit q.
 
     See Also
@@ -182,7 +182,7 @@ def ulysses_attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, ImportError
         On all ranks, as `ulysses_attention` does; and if on any rank dout, out, lse or ctx do not fit q.
 
     See Also

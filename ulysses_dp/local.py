@@ -102,7 +102,9 @@ def attention(
     ValueError
         The shapes do not fit each other, a number is out of range, or the arrays are on different queues or devices.
     NotImplementedError
-        A torch tensor requires a gradient.
+        A torch tensor requires a gradient, or `attn_type` does not have one of the options.
+    ImportError
+        `attn_type` needs a package that is not installed.
 
     Notes
     -----

@@ -128,7 +128,7 @@ def register_attention(name: str, forward: Callable[..., Any], *, backward: Call
     -----
     A call with options for which a function has no parameters raises NotImplementedError on all ranks before anything is sent,
     and so does a gradient without `backward`. What the functions return is checked. heads is a multiple of kv_heads: where
-    the heads of a rank are no whole groups, k and v come with a head for each of q.
+    the cut between ranks leaves a kv head with fewer query heads than another, k and v come with a head for each of q.
 
     Examples
     --------

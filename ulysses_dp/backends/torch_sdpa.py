@@ -34,13 +34,18 @@ class TorchSdpa(Backend):
     name = "TORCH"
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
-        _import_torch()
-        for what, given in (("softcap", options.softcap), ("sinks", options.sinks), ("dropout_p", options.dropout_p)):
-            if given is not None and np.any(given):
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise ImportError("attn_type TORCH needs PyTorch: pip install 'ulysses_dp[torch]'") from error
+        wanted = (("softcap", options.softcap), ("sinks", options.sinks is not None), ("dropout_p", options.dropout_p))
+        for what, is_wanted in wanted:
+            if is_wanted:
                 self.refuse(what)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        torch = _import_torch()
+        import torch
+
         with torch.no_grad():
             queries, keys, values = (_to_torch(x) for x in (q, k, v))
             masks = _Masks.of(q, k, options, heads, queries.device)
@@ -49,7 +54,8 @@ class TorchSdpa(Backend):
                 _write(_lse(queries, keys, masks, options, heads), lse)
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
-        torch = _import_torch()
+        import torch
+
         dout, q, k, v, _, _ = arrays
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             queries, keys, values = (_to_torch(x).requires_grad_() for x in (q, k, v))
@@ -60,18 +66,10 @@ class TorchSdpa(Backend):
             _write(result, grad)
 
 
-def _import_torch() -> Any:
-    """PyTorch, imported when it is wanted first."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError("attn_type TORCH needs PyTorch: pip install 'ulysses_dp[torch]'") from error
-    return torch
-
-
 def _attend(q: Any, k: Any, v: Any, masks: _Masks, options: Options, heads: HeadMap) -> Any:
     """Attention of tensors, all of them (batch, seq, heads, head_dim)."""
-    torch = _import_torch()
+    import torch
+
     # PyTorch aligns its own causal mask to the first query and key, attention here to the last ones
     is_causal = options.plain and options.causal and q.shape[1] == k.shape[1]
     uniform = heads.uniform(q.shape[2], k.shape[2])
@@ -83,7 +81,7 @@ def _attend(q: Any, k: Any, v: Any, masks: _Masks, options: Options, heads: Head
         attn_mask=None if is_causal else masks.rows(slice(None)),
         is_causal=is_causal,
         scale=options.softmax_scale,
-        enable_gqa=uniform and heads.group > 1,
+        enable_gqa=k.shape[2] < q.shape[2],
     )
     return out.transpose(1, 2)
 
@@ -95,7 +93,8 @@ def _expanded(x: Any, q: Any, heads: HeadMap) -> Any:
 
 def _lse(q: Any, k: Any, masks: _Masks, options: Options, heads: HeadMap) -> Any:
     """Logarithm of the softmax denominators, (batch, heads, seq_q), by blocks of rows."""
-    torch = _import_torch()
+    import torch
+
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, seq_q, count, _ = q.shape
     keys = _expanded(k, q, heads).to(dtype).permute(0, 2, 3, 1)
@@ -124,7 +123,7 @@ class _Masks:
     @classmethod
     def of(cls, q: Any, k: Any, options: Options, heads: HeadMap, device: Any) -> _Masks:
         """The masks of USM arrays, for the heads of q, on a device of torch."""
-        torch = _import_torch()
+        import torch
 
         def near(x: np.ndarray | None) -> Any:
             return None if x is None else torch.tensor(x, device=device)
@@ -149,7 +148,8 @@ class _Masks:
 
     def rows(self, rows: slice) -> Any:
         """The mask for some rows, which broadcasts to (batch, heads, rows, seq_k): bool, or to be added; None for no mask."""
-        torch = _import_torch()
+        import torch
+
         if self.spans is None:
             return None
         table = self.spans[rows]
@@ -172,13 +172,16 @@ class _Masks:
 
 def _in_reach(x: Any) -> bool:
     """Whether torch works on the memory of a USM array itself."""
+    import torch
+
     device = x.sycl_device
-    return device.is_cpu or (device.is_gpu and _import_torch().xpu.is_available())
+    return device.is_cpu or (device.is_gpu and torch.xpu.is_available())
 
 
 def _to_torch(x: Any) -> Any:
     """A USM array as a tensor: a view where torch reaches its memory, otherwise a copy."""
-    torch = _import_torch()
+    import torch
+
     if min(x.strides) < 0:  # torch has no such strides
         x, source = empty_like(x, x.shape), x
         copy_arrays((source,), (x,))
@@ -201,7 +204,8 @@ def _on_host(x: Any) -> np.ndarray:
 
 def _write(result: Any, target: Any) -> None:
     """Copy a tensor to a USM array, which PyTorch cannot be told to compute into, and round it to the dtype of that."""
-    torch = _import_torch()
+    import torch
+
     if _in_reach(target):
         _to_torch(target).copy_(result)
         if not target.sycl_device.is_cpu:

@@ -45,7 +45,7 @@ class UserAttention(Backend):
             _check_signature(self.name, self.function, ["q", "k", "v"], [*names, "return_lse"])
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        arrays = q, *_whole_groups((k, v), q, heads)
+        arrays = q, *_equal_groups((k, v), q, heads)
         keywords = self._keywords(q, options, heads) | {"return_lse": lse is not None}
         results = self.function(*map(self._give, arrays), **keywords)
         if lse is None:
@@ -58,7 +58,7 @@ class UserAttention(Backend):
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         assert self.gradient is not None
         dout, q, k, v, lse, delta = arrays
-        inputs = q, *_whole_groups((k, v), q, heads)
+        inputs = q, *_equal_groups((k, v), q, heads)
         keywords = {"lse": self._give(lse), "delta": self._give(delta)} | self._keywords(q, options, heads)
         results = self.gradient(*map(self._give, (dout, *inputs)), **keywords)
         names = "dq", "dk", "dv"
@@ -142,7 +142,7 @@ def _check_signature(name: str, function: Any, arrays: list[str], keywords: list
         raise NotImplementedError(f"attn_type {name} cannot be called with ({call}): {error}") from error
 
 
-def _whole_groups(arrays: Sequence[Any], q: Any, heads: HeadMap) -> Sequence[Any]:
+def _equal_groups(arrays: Sequence[Any], q: Any, heads: HeadMap) -> Sequence[Any]:
     """k and v with as many query heads to each kv head: as they are, or with a kv head for every query head."""
     if heads.uniform(q.shape[2], arrays[0].shape[2]):
         return arrays

@@ -19,6 +19,7 @@ from test_backward import packed
 
 from ulysses_dp import (
     AttnType,
+    UlyssesAttention,
     attention,
     attention_backward,
     backends,
@@ -613,6 +614,14 @@ def test_example_of_the_documentation(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     exec(example, {})
     assert capsys.readouterr().out == "True True\n"
+
+
+def test_layer_of_a_user_function(comm):
+    whole = random_qkv(18, 1, 9, 4, 2, 8)
+    mine = [part(x, split(9, comm.size), comm.rank) for x in whole]
+    expected, _ = oracle.dense_attention(*whole, causal=True)
+    out = UlyssesAttention(comm, attn_type=USER)(*mine, causal=True)
+    np.testing.assert_allclose(out, part(expected, split(9, comm.size), comm.rank), rtol=0, atol=1e-5)
 
 
 # ---- names

@@ -160,6 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     backends = [x.value for x in ulysses_dp.AttnType]
     parser.add_argument("--attn-type", choices=backends, default="intel_sycl", help="who computes on a rank (intel_sycl)")
     parser.add_argument("--exchange", choices=["auto", "device", "host"], default="auto", help="how MPI reaches device memory")
+    parser.add_argument("--trace", metavar="FILE", help="write what every rank did when, for ui.perfetto.dev")
     parser.add_argument(
         "--check", type=int, nargs="?", const=16, metavar="ROWS", help="compare rows (16) with dense attention in float64"
     )
@@ -225,6 +226,8 @@ def main() -> None:
     comm.Barrier()
     total = comm.allreduce(time.perf_counter() - start, MPI.MAX)
 
+    if arguments.trace:
+        record.save(arguments.trace, comm)
     seconds = {name: comm.allreduce(record.seconds(name), MPI.MAX) for name in STAGES}
     sent = comm.allreduce(record.bytes_sent(), MPI.MAX)
     routes = comm.gather({stage.route for stage in record.stages} - {""})

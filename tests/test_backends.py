@@ -616,6 +616,27 @@ def test_example_of_the_documentation(capsys):
     assert capsys.readouterr().out == "True True\n"
 
 
+@needs_ranks
+@pytest.mark.parametrize("raised", [ValueError, OSError])
+def test_user_function_raises_on_one_rank(comm, raised):
+    q, k, v = rows_of(comm)
+    last = comm.size - 1
+
+    def fails(*arrays, **options):
+        if comm.rank == last:
+            raise raised("no luck")
+        return dense(*arrays, **options)
+
+    def returns_less(*arrays, **options):
+        return dense(*arrays, **options)[:, comm.rank == last :]
+
+    run = partial(ulysses_attention, q, k, v, comm=comm)
+    error = raised if raised is ValueError else RuntimeError
+    assert_all_raise(comm, partial(run, attn_type=fails), error, f"rank {last}", "no luck")
+    assert_all_raise(comm, partial(run, attn_type=returns_less), ValueError, f"rank {last}", "returns_less must return out")
+    assert outcomes(comm, partial(run, attn_type=dense)) == [None] * comm.size
+
+
 def test_layer_of_a_user_function(comm):
     whole = random_qkv(18, 1, 9, 4, 2, 8)
     mine = [part(x, split(9, comm.size), comm.rank) for x in whole]

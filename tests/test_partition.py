@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_dp._partition import HeadMap, Trade, share_heads, split, starts
+from ulysses_dp._partition import HeadMap, Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
 
 pytestmark = pytest.mark.single
 
@@ -58,9 +58,32 @@ def test_trade(rows, row_sizes, batch):
     trades = [Trade(rank, rows, row_sizes, batch) for rank in range(ranks)]
     for rank, trade in enumerate(trades):
         assert sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
-        assert sum(trade.local_counts) == rows[rank] * batch * sum(row_sizes)
+        start, own = trade.gathered.own.start, trade.gathered.own.stop - trade.gathered.own.start
+        assert (own, start) == (trade.gathered_counts[rank], starts(trade.gathered_counts)[rank])
+        assert sum(trade.local_counts) + own == rows[rank] * batch * sum(row_sizes)
         for peer, other in enumerate(trades):
-            assert trade.local_counts[peer] == other.gathered_counts[rank]
-    blocks = {count for trade in trades for count in trade.local_counts}
-    assert {trade.even for trade in trades} == {trades[0].even}
-    assert not trades[0].even or len(blocks) == 1
+            assert trade.local_counts[peer] == (other.gathered_counts[rank] if peer != rank else 0)
+
+
+@given(heads=st.integers(0, 12), group=st.integers(1, 4), ranks=st.integers(1, 6), parts=st.integers(1, 5))
+def test_part_heads(heads, group, ranks, parts):
+    """The parts of a rank are all of its heads, once and in order; their query heads read their kv heads."""
+    whole = share_heads(heads * group, heads, ranks)
+    shares = part_heads(whole, group, parts)
+    assert 1 <= len(shares) <= parts
+    for rank, mine in enumerate(whole):
+        there = [share[rank] for share in shares]
+        assert [h for part in there for h in range(part.q_start, part.q_start + part.q_count)] == list(
+            range(mine.q_start, mine.q_start + mine.q_count)
+        )
+        assert sum(part.kv_count for part in there) == mine.kv_count
+        for part in there:
+            read = {(part.q_start + h) // group for h in range(part.q_count)}
+            assert read == set(range(part.kv_start, part.kv_start + part.kv_count))
+            assert part.shift == part.q_start - part.kv_start * group
+
+
+@given(heads=st.integers(1, 12), group=st.integers(1, 4), ranks=st.integers(1, 6))
+def test_shared_kv_heads(heads, group, ranks):
+    whole = share_heads(heads * group, heads, ranks)
+    assert kv_heads_are_shared(whole) == (sum(h.kv_count for h in whole) > heads)

@@ -4,11 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import KINDS, LAYOUTS, SPLITS, as_numpy, as_view, assert_like, numbered, part, split
+from checks import outcomes
+from helpers import KINDS, LAYOUTS, SPLITS, as_numpy, as_view, assert_like, needs_ranks, numbered, part, random_qkv, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_dp import all_to_all_4d, gather_heads, scatter_heads
+from ulysses_dp import (
+    all_to_all_4d,
+    gather_heads,
+    order_ranks,
+    scatter_heads,
+    trace,
+    ulysses_attention,
+    ulysses_attention_backward,
+)
+from ulysses_dp._redistribution import Redistribution
 
 # whole arrays: batch, seq, heads, head_dim
 SHAPES = [(1, 12, 12, 4), (2, 13, 5, 3), (3, 7, 1, 16), (1, 2, 3, 1), (2, 24, 12, 64), (1, 0, 4, 2), (0, 6, 4, 2), (2, 5, 0, 3)]
@@ -127,3 +137,107 @@ def test_all_to_all_4d(comm, scatter_idx, gather_idx, how):
 def test_all_to_all_4d_by_default_scatters_heads(comm):
     mine = part(numbered((2, 9, 6, 4)), split(9, comm.size), comm.rank)
     np.testing.assert_array_equal(all_to_all_4d(mine, use_sync=True), scatter_heads(mine))
+
+
+def divisors(n):
+    return [size for size in range(1, n + 1) if n % size == 0]
+
+
+@pytest.mark.parametrize("exchange", ["device", "host"])
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("heads", [1, 5, 12])
+def test_two_steps_are_exact(comm, how, heads, exchange):
+    """Within nodes, then between nodes: the same numbers as directly, there and back, for any size of the nodes."""
+    rows = split(23, comm.size, how)
+    x = part(numbered((2, 23, heads, 3)), rows, comm.rank)
+    direct = scatter_heads(x)
+    for node_size in [*divisors(comm.size), "auto"]:
+        options = {"exchange": exchange, "node_size": node_size}
+        y = scatter_heads(x, **options)
+        np.testing.assert_array_equal(y, direct)
+        np.testing.assert_array_equal(gather_heads(y, seq_local=rows[comm.rank], **options), x)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 12])
+def test_attention_and_gradients_in_two_steps(comm, kv_heads):
+    rows = split(23, comm.size, "uneven")
+    mine = [part(x, rows, comm.rank) for x in random_qkv(5, 2, 23, 12, kv_heads, 8)]
+
+    def both(**options):
+        out, lse = ulysses_attention(*mine, causal=True, return_lse=True, **options)
+        return out, lse, *ulysses_attention_backward(out, *mine, out, lse, causal=True, **options)
+
+    direct = both()
+    for node_size in divisors(comm.size):
+        for overlap in (1, 2):
+            for x, y in zip(both(node_size=node_size, overlap=overlap), direct, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_messages_of_two_steps(comm):
+    """As many as the formula says, and every number twice but those for the ranks of one's own node or number."""
+    ranks, x = comm.size, np.ones((1, 4, 3 * comm.size, 8), np.float32)
+    for node_size in divisors(ranks):
+        with trace() as record:
+            scatter_heads(x, node_size=node_size)
+        sent = [stage for stage in record.stages if stage.name == "scatter"]
+        direct = node_size in (1, ranks)
+        assert sum(stage.messages for stage in sent) == (ranks - 1 if direct else node_size + ranks // node_size - 2)
+        block = 4 * 3 * 8 * 4  # bytes from one rank to another
+        nodes = ranks // node_size
+        within, between = (node_size - 1) * nodes, (nodes - 1) * node_size
+        assert record.bytes_sent() == block * (ranks - 1 if direct else within + between)
+
+
+@needs_ranks
+def test_node_size_is_checked(comm):
+    x = np.ones((1, 4, 3, 8), np.float32)
+    for node_size, error in ((comm.size + 1, ValueError), (0, ValueError), ("node", ValueError), (2.0, TypeError)):
+        results = outcomes(comm, lambda node_size=node_size: scatter_heads(x, node_size=node_size))
+        assert len(set(results)) == 1
+        assert results[0][0] is error
+        assert "node_size" in results[0][1]
+    results = outcomes(comm, lambda: scatter_heads(x, node_size=1 if comm.rank else comm.size))
+    assert {message.split(" must be")[0] for _, message in results} == {"scatter_heads: node_size"}
+
+
+@needs_ranks
+def test_a_failure_between_two_steps(comm, monkeypatch):
+    """The other ranks wait for this one in the second step."""
+    if len(divisors(comm.size)) < 3:
+        pytest.skip("a prime number of ranks has no two steps")
+    x = np.ones((1, 4, comm.size, 8), np.float32)
+
+    def fail(*arguments, **options):
+        raise ZeroDivisionError("broken")
+
+    with monkeypatch.context() as patch:
+        if comm.rank == 1:
+            patch.setattr(Redistribution, "_turn", fail)
+        results = outcomes(comm, lambda: scatter_heads(x, node_size=2))
+    assert results == [(RuntimeError, "scatter_heads: rank 1: broken")] * comm.size
+    np.testing.assert_array_equal(scatter_heads(x, node_size=2), np.ones((1, 4 * comm.size, 1, 8)))
+
+
+def test_order_of_ranks(comm):
+    """A communicator in another order gets the order of the machine, in which neighbours on a node are neighbours."""
+    mixed = comm.Split(0, -comm.rank)
+    ordered = order_ranks(mixed)
+    assert (ordered.rank, ordered.size) == (comm.rank, comm.size)  # one node, whose launcher numbers its ranks in order
+    x = part(numbered((1, 9, 4, 2)), split(9, comm.size), comm.rank)
+    np.testing.assert_array_equal(scatter_heads(x, comm=ordered), scatter_heads(x, comm=comm))
+    ordered.Free()
+    mixed.Free()
+
+
+def test_cartesian_communicators(comm):
+    """Every row of a grid of ranks has a sequence of its own."""
+    rows = 2 if comm.size % 2 == 0 else 1
+    grid = comm.Create_cart([rows, comm.size // rows])
+    line = grid.Sub([False, True])
+    whole = numbered((1, 9, 4, 2)) + grid.coords[0]
+    mine = part(whole, split(9, line.size), line.rank)
+    expected = part(whole, split(4, line.size), line.rank, axis=2)
+    np.testing.assert_array_equal(scatter_heads(mine, comm=line), expected)
+    line.Free()
+    grid.Free()

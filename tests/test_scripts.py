@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -44,11 +45,14 @@ def arguments(suffix: str = ".npy") -> list[str]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_run_attention(ranks, arrays, tmp_path):
     script = ROOT / "scripts/run_attention.py"
-    text = mpiexec(ranks, script, *arguments(), "--out", "out.npy", "--causal", "--check", 7, cwd=tmp_path)
+    options = ["--out", "out.npy", "--causal", "--check", 7, "--trace", "trace.json"]
+    text = mpiexec(ranks, script, *arguments(), *options, cwd=tmp_path)
     expected, _ = dense_attention(**arrays, causal=True)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
     assert re.search(rf"^ranks +{ranks}$", text, re.MULTILINE)
     assert "in 7 rows" in text
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events if event["name"] == "attention"} == set(range(ranks))
     assert "FAILED" not in text
 
 

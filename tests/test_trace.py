@@ -1,5 +1,9 @@
 """What a call does, counted: stages, collectives, kernel launches, messages and bytes."""
 
+import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -9,13 +13,15 @@ from mpi4py import MPI
 from ulysses_dp.kernels import flash_forward, relayout
 from ulysses_dp.kernels.launch import launch
 
-from ulysses_dp import all_to_all_4d, attention, gather_heads, scatter_heads, trace, ulysses_attention
+from ulysses_dp import all_to_all_4d, attention, free_workspace, gather_heads, scatter_heads, trace, ulysses_attention
 
 FORWARD = ["pack", "scatter", "attention", "gather", "unpack"]
+AROUND = ("agree", "prepare", "confirm")  # the agreement of the ranks
 
 
 def names(record):
-    return [stage.name for stage in record.stages]
+    """The stages of the work, without those of the agreement."""
+    return [stage.name for stage in record.stages if stage.name not in AROUND]
 
 
 class CountingComm(MPI.Intracomm):
@@ -36,7 +42,7 @@ def _counted(name):
     return call
 
 
-for _name in ("Allgather", "Alltoall", "Alltoallv", "allgather", "Barrier"):
+for _name in ("Allgather", "Allreduce", "Alltoall", "Alltoallv", "Ialltoallv", "allgather", "Barrier"):
     setattr(CountingComm, _name, _counted(_name))
 
 
@@ -65,23 +71,35 @@ def test_attention_is_one_stage():
 
 @pytest.mark.parametrize("how", ["even", "uneven"])
 def test_forward(comm, launches, how):
-    """One agreement, two all-to-alls, one relayout pass before and one after; alone, the attention kernel and nothing else."""
+    """One agreement and one relayout pass before and one each after, two all-to-alls; memory is allocated the first time only.
+
+    Alone, the attention kernel and nothing else.
+    """
+    free_workspace()
     counting = CountingComm(comm.Dup())
     mine = [part(x, split(24, comm.size, how), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
-    with trace() as record:
-        ulysses_attention(*mine, comm=counting, return_lse=True)
-    same_blocks = how == "even" and 24 % comm.size == 12 % comm.size == 0
-    all_to_all = "Alltoall" if same_blocks else "Alltoallv"
-    if comm.size == 1:
-        assert names(record) == ["attention"]
-        assert counting.calls == []
-        assert launches == ["flash_forward_float32"]
-    else:
-        assert names(record) == FORWARD
-        assert counting.calls == ["Allgather", all_to_all, all_to_all]
-        assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
-    assert all(stage.seconds > 0 for stage in record.stages)
+    for time in range(3):
+        launches.clear()
+        counting.calls.clear()
+        with trace() as record:
+            ulysses_attention(*mine, comm=counting, return_lse=True)
+        (call,) = record.calls
+        assert call.function == "ulysses_attention"
+        if comm.size == 1:
+            assert names(record) == ["attention"]
+            assert counting.calls == []
+            assert launches == ["flash_forward_float32"]
+        else:
+            assert names(record) == FORWARD
+            first_time = ["Allreduce"] * (time == 0)  # whether all ranks got their memory
+            assert counting.calls == ["Allgather", *first_time, "Alltoallv", "Alltoallv", "Allreduce"]
+            assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
+        assert call.passes == sum(stage.passes for stage in call.stages) == len(launches) - 1
+        assert (call.allocations > 0) == (time == 0)
+        assert all(stage.seconds > 0 and stage.start >= call.start for stage in record.stages)
+        assert sum(stage.seconds for stage in record.stages) <= call.seconds
     assert record.seconds("attention") == sum(stage.seconds for stage in record.stages if stage.name == "attention")
+    counting.Free()
 
 
 @needs_ranks
@@ -159,3 +177,45 @@ def test_blocks_in_blocks_and_after_errors():
         attention(q, k, v)
     attention(q, k, v)
     assert [len(record.stages) for record in (outer, inner)] == [2, 1]
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_file_for_perfetto(comm, overlap):
+    """Valid JSON with one process per rank; every beginning has its end, and stages lie within their calls."""
+    folder = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)  # pytest's would be cleared by every rank
+    path = Path(folder) / "trace.json"
+    mine = [part(x, split(24, comm.size), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
+    with trace() as record:
+        for _ in range(2):
+            ulysses_attention(*mine, comm=comm, overlap=overlap)
+    record.save(path, comm)
+    comm.Barrier()
+    events = json.loads(path.read_text())["traceEvents"]
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(folder)
+    assert {event["pid"] for event in events} == set(range(comm.size))
+    for rank in range(comm.size):
+        mine = [event for event in events if event["pid"] == rank]
+        assert [event["args"]["name"] for event in mine if event["ph"] == "M"] == [f"rank {rank}"]
+        timed = [event for event in mine if event["ph"] != "M"]
+        assert all(event["ts"] >= 0 for event in timed)
+        calls = [event for event in timed if event["name"] == "ulysses_attention"]
+        assert len(calls) == 2
+        begun = {event["id"]: event for event in timed if event["ph"] == "b"}
+        ended = {event["id"]: event for event in timed if event["ph"] == "e"}
+        assert begun.keys() == ended.keys()
+        assert len(begun) == (4 * overlap if comm.size > 1 else 0)
+        assert all(begun[number]["ts"] <= ended[number]["ts"] for number in begun)
+        for event in timed:
+            assert any(c["ts"] - 1 <= event["ts"] <= c["ts"] + c["dur"] + 1 for c in calls)
+        assert ("bytes_sent" in next(iter(begun.values()))["args"]) if begun else True
+
+
+@pytest.mark.single
+def test_file_of_one_rank(tmp_path):
+    with trace() as record:
+        attention(*random_qkv(0, 1, 20, 2, 2, 16))
+    record.save(tmp_path / "one.json")
+    names_in_file = [event["name"] for event in json.loads((tmp_path / "one.json").read_text())["traceEvents"]]
+    assert names_in_file == ["process_name", "attention", "attention"]

@@ -4,15 +4,15 @@ from .device import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_the_whe
 
 _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
 
-from ._arrays import free_workspace  # noqa: E402
 from ._trace import trace  # noqa: E402
+from ._workspace import free_workspace  # noqa: E402
 from .attention import ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
 from .merge import merge_attention  # noqa: E402
-from .redistribute import all_to_all_4d, gather_heads, scatter_heads  # noqa: E402
+from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
 
 __all__ = [
     "AttnType",
@@ -23,6 +23,7 @@ __all__ = [
     "free_workspace",
     "gather_heads",
     "merge_attention",
+    "order_ranks",
     "register_attention",
     "scatter_heads",
     "trace",

@@ -1,12 +1,10 @@
-"""Arrays of any supported kind, to USM and back; and the device memory that calls use again and again."""
+"""Arrays of any supported kind, to USM and back."""
 
 from __future__ import annotations
 
 import enum
-import math
 import sys
 from functools import lru_cache
-from threading import local
 from typing import Any
 
 import dpnp
@@ -17,13 +15,8 @@ try:
 except ImportError:
     import dpctl.tensor as tensor
 
-from ulysses_dp.kernels.launch import free_uploads
 
-from ._mask import spans
 from .device import default_queue
-
-POOLED_BYTES = 16 * 2**20
-POOLED_RESULTS = 8
 
 
 class Kind(enum.Enum):
@@ -165,7 +158,7 @@ def from_usm(x: Any, like: Any) -> Any:
 def permute(x: Any, axes: tuple[int, ...]) -> Any:
     """A view with the axes in another order. What is no array with these axes comes back as it is, for the checks to name."""
     kind = kind_of(x)
-    if kind is None or obstacle(x, kind) or x.ndim != len(axes):
+    if axes == (0, 1, 2, 3) or kind is None or obstacle(x, kind) or x.ndim != len(axes):
         return x
     if kind is Kind.USM:
         return tensor.permute_dims(x, axes)
@@ -174,80 +167,6 @@ def permute(x: Any, axes: tuple[int, ...]) -> Any:
     return x.permute(axes) if kind is Kind.TORCH else x.transpose(axes)
 
 
-def _references(entry: tuple[Any, Any]) -> int:
-    """How many references there are to the memory of an entry of the pool, as Python counts them."""
-    memory = entry[1]
-    return sys.getrefcount(memory)
-
-
-# Measured, because versions of Python differ in whether a local variable and an argument count.
-_REFERENCES_OF_POOL = _references((None, object()))
-
-
-def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
-    """A new, uninitialised USM array with the queue, kind of USM memory and, if none is given, dtype of x.
-
-    A small one may get memory that an earlier result gave back: fresh memory is mapped page by page on first use, which took
-    two fifths of the time of a short call. Memory is given back when nothing but the pool refers to it any more. Work of the
-    queue that still reads it is no danger: it is waited for before anything is launched.
-    """
-    dtype = np.dtype(dtype or x.dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    key = (x.sycl_queue, x.usm_type, nbytes)
-    pool = _workspace.results
-    for place, entry in enumerate(pool):
-        if entry[0] == key and _references(entry) == _REFERENCES_OF_POOL:
-            pool.append(pool.pop(place))  # the least recently used one is dropped first
-            return tensor.usm_ndarray(shape, dtype=dtype, buffer=entry[1])
-    result = tensor.usm_ndarray(shape, dtype=dtype, buffer=x.usm_type, buffer_ctor_kwargs={"queue": x.sycl_queue})
-    if 0 < nbytes <= POOLED_BYTES:
-        pool.append((key, result.usm_data))
-        del pool[:-POOLED_RESULTS]
-    return result
-
-
 def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """A view of the whole allocation of a USM array, from an element offset, with any shape and strides."""
     return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_data, strides=strides, offset=offset)
-
-
-class _Workspace(local):
-    def __init__(self) -> None:
-        self.memories: dict[tuple[Any, str], Any] = {}  # scratch, by queue and slot
-        self.results: list[tuple[Any, Any]] = []  # of results, in use or given back, with what they are good for
-
-
-_workspace = _Workspace()
-
-
-def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type: str = "device") -> Any:
-    """An uninitialised USM array that is this thread's until it asks for the same slot of the same queue again.
-
-    MPI libraries cache what they learn about a buffer, and fresh device memory has to be mapped page by page: using the same
-    memory in every call saves both.
-    """
-    memories = _workspace.memories
-    nbytes = max(math.prod(shape), 1) * dtype.itemsize
-    key = (queue, slot)
-    if key not in memories or memories[key].nbytes < nbytes:
-        memories.pop(key, None)  # free the old one first
-        memories[key] = tensor.empty(nbytes, dtype="u1", usm_type=usm_type, sycl_queue=queue).usm_data
-    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memories[key])
-
-
-def free_workspace() -> None:
-    """Give back the device memory that this thread keeps for later calls.
-
-    Not collective. `ulysses_attention` keeps its communication buffers from call to call, as large as the largest call so
-    far needed, the memory of up to eight small results (16 MiB) to use it again after they are gone, and small tables on the
-    device. The next call allocates anew.
-
-    Examples
-    --------
-    >>> import ulysses_dp
-    >>> ulysses_dp.free_workspace()
-    """
-    _workspace.memories.clear()
-    _workspace.results.clear()
-    spans.cache_clear()
-    free_uploads()

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
-from ._arrays import empty_like, scratch, view
+from ._arrays import view
+from ._trace import note
+from ._workspace import empty_like, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,7 @@ def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
     pairs = enumerate(zip(sources, targets, strict=True))
     panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]
     relayout(sources, targets, panels, rows=seq, batch=batch)
+    note(passes=1)
 
 
 def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import scratch
-from ._partition import starts
 from ._trace import stage
+from ._workspace import release
+from .device import local_rank
 
-if TYPE_CHECKING:
-    from ._partition import Trade
 
-
+@cache
 def _mpi() -> Any:
     """`mpi4py.MPI`, imported late: it starts MPI, which `attention` on one rank does not need."""
     from mpi4py import MPI
@@ -94,8 +92,17 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
 
 @cache
 def _keyval() -> int:
-    """The key under which a communicator keeps its private duplicate, which is freed with it."""
-    return _mpi().Comm.Create_keyval(delete_fn=lambda comm, key, duplicate: duplicate.Free())
+    """The key under which a communicator keeps its private duplicate, which is freed with it, and so is its memory."""
+
+    def free(comm: Any, key: int, duplicate: Any) -> None:
+        release(duplicate.handle)
+        _node_sizes.pop(duplicate.handle, None)
+        for part in _levels.pop(duplicate.handle, {}).values():
+            for piece in part:
+                piece.Free()
+        duplicate.Free()
+
+    return _mpi().Comm.Create_keyval(delete_fn=free)
 
 
 def _private(comm: Any) -> Any:
@@ -108,6 +115,47 @@ def _private(comm: Any) -> Any:
         duplicate = comm.Dup()
         comm.Set_attr(_keyval(), duplicate)
     return duplicate
+
+
+# by the handle of a private duplicate, and by the size of the groups
+_levels: dict[int, dict[int, tuple[Any, Any]]] = {}
+_node_sizes: dict[int, int] = {}
+
+
+def levels(comm: Any, group: int) -> tuple[Any, Any]:
+    """The ranks of the group of this rank, and those with its number in all groups; collective for the first time."""
+    known = _levels.setdefault(comm.handle, {})
+    if group not in known:
+        known[group] = comm.Split(comm.rank // group, comm.rank), comm.Split(comm.rank % group, comm.rank)
+    return known[group]
+
+
+def node_size(comm: Any, wish: Any) -> int:
+    """The ranks of a node: the user's wish, or if it is "auto" what MPI says."""
+    return wish if wish != "auto" else _ranks_per_node(comm)
+
+
+def _ranks_per_node(comm: Any) -> int:
+    """How many consecutive ranks share memory, if that is the same for all nodes, or 1; collective for the first time."""
+    if comm.handle in _node_sizes:
+        return _node_sizes[comm.handle]
+    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
+    first, size = node.bcast(comm.rank), node.size
+    node.Free()
+    everywhere = comm.allgather((size, first))
+    regular = all(n == size and start == rank // size * size for rank, (n, start) in enumerate(everywhere))
+    _node_sizes[comm.handle] = size if regular else 1
+    return _node_sizes[comm.handle]
+
+
+def ordered(comm: Any) -> Any:
+    """A new communicator with the ranks of each node, and of each device of it, one after the other."""
+    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
+    on_node = local_rank()
+    first = node.allreduce(comm.rank, _mpi().MIN)  # the number of the node, by its lowest rank
+    places = comm.allgather((first, on_node, comm.rank))
+    node.Free()
+    return comm.Split(0, sorted(places).index(places[comm.rank]))
 
 
 def share_record(comm: Any, record: tuple[int, ...]) -> np.ndarray:
@@ -123,42 +171,102 @@ def share_object(comm: Any, thing: Any) -> list[Any]:
     return comm.allgather(thing)
 
 
-def to_gathered(comm: Any, route: Route, trade: Trade, local: Any, gathered: Any) -> None:
-    """Send the blocks of the flat array `local`, receive those of `gathered`: the rows' split becomes the slots' split."""
-    _all_to_all("scatter", comm, route, trade, (local, trade.local_counts), (gathered, trade.gathered_counts))
+def meet(comm: Any) -> int:
+    """Wait for all ranks; returns the number of this one."""
+    comm.Barrier()
+    return int(comm.rank)
 
 
-def to_local(comm: Any, route: Route, trade: Trade, gathered: Any, local: Any) -> None:
-    """The exact inverse of `to_gathered`."""
-    _all_to_all("gather", comm, route, trade, (gathered, trade.gathered_counts), (local, trade.local_counts))
+def any_rank(comm: Any, here: bool) -> bool:
+    """Whether something is so on any rank."""
+    mine, anywhere = np.array([here], dtype=np.int8), np.empty(1, dtype=np.int8)
+    comm.Allreduce(mine, anywhere, _mpi().MAX)
+    return bool(anywhere[0])
 
 
-def _all_to_all(name: str, comm: Any, route: Route, trade: Trade, send: Any, receive: Any) -> None:
-    (source, send_counts), (target, receive_counts) = send, receive
-    others = [count for peer, count in enumerate(send_counts) if peer != trade.rank and count]
-    itemsize = source.dtype.itemsize
-    with stage(name, bytes_sent=sum(others) * itemsize, messages=len(others), route=route.name):
-        source.sycl_queue.wait()  # MPI knows nothing of queues
-        outgoing, incoming = source, target
-        if route.name == "host":
-            outgoing = scratch(source.sycl_queue, "host outgoing", source.shape, source.dtype, "host")
-            incoming = scratch(target.sycl_queue, "host incoming", target.shape, target.dtype, "host")
-            if source.size:
-                source.sycl_queue.memcpy(outgoing.usm_data, source.usm_data, source.nbytes)
+def join(comm: Any, numbers: Any) -> np.ndarray:
+    """Some numbers of every rank, one after the other."""
+    return np.concatenate(comm.allgather(numbers))
+
+
+class Wire(NamedTuple):
+    """How arrays travel."""
+
+    comm: Any
+    route: Route
+    blocking: bool = True  # whether exchanges are over when they have started
+    node_size: int = 1  # if more than 1, in two steps: within nodes of so many consecutive ranks, then between nodes
+
+
+class Side(NamedTuple):
+    """What one rank exchanges with every rank, in blocks of one flat USM array."""
+
+    array: Any
+    counts: tuple[int, ...]  # elements of the block for or from every rank; 0 for this one
+    places: tuple[int, ...]  # where the blocks start
+    own: slice  # the block that does not travel
+    host: Any  # a copy of the array in host memory, through which the bytes go; or None
+
+
+class AllToAll:
+    """One all-to-all: between its start and its end, both arrays are MPI's."""
+
+    def __init__(self, name: str, comm: Any, source: Side, target: Side) -> None:
+        self._comm, self._source, self._target = comm, source, target
+        self._itemsize = itemsize = source.array.dtype.itemsize
+        self._stage = stage(
+            name,
+            bytes_sent=sum(source.counts) * itemsize,
+            messages=sum(count > 0 for count in source.counts),
+            route="device" if source.host is None else "host",
+            exchange=True,
+        )
+        self._request: Any = None
+        self._error: Exception | None = None
+        self._over = False
+
+    def start(self, *, blocking: bool = False) -> None:
+        """Send and receive; `blocking`, until the end."""
+        source, target = self._source, self._target
+        self._stage.open()
+        try:
+            source.array.sycl_queue.wait()  # MPI knows nothing of queues
+            _copy_others(source.array, source.host, source.own)
+        except Exception as error:  # the other ranks wait for this one
+            self._error = error
         # elements, not bytes, are counted: an int holds two to eight times as many
-        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[itemsize]
-        if trade.even:
-            comm.Alltoall([_buffer(outgoing), send_counts[0], element], [_buffer(incoming), receive_counts[0], element])
+        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[self._itemsize]
+        send, receive = ([_buffer(side), (side.counts, side.places), element] for side in (source, target))
+        if blocking:
+            self._comm.Alltoallv(send, receive)
+            self.wait()
         else:
-            comm.Alltoallv(
-                [_buffer(outgoing), (send_counts, starts(send_counts)), element],
-                [_buffer(incoming), (receive_counts, starts(receive_counts)), element],
-            )
-        if route.name == "host" and target.size:
-            target.sycl_queue.memcpy(target.usm_data, incoming.usm_data, target.nbytes)
+            self._request = self._comm.Ialltoallv(send, receive)
+
+    def wait(self) -> None:
+        """Wait for the end; once is enough."""
+        if self._over:
+            return
+        self._over = True
+        if self._request is not None:
+            self._request.Wait()
+        if self._error is not None:
+            raise self._error
+        _copy_others(self._target.host, self._target.array, self._target.own)
+        self._stage.close()
 
 
-def _buffer(x: Any) -> Any:
+def _copy_others(source: Any, target: Any, own: slice) -> None:
+    """Copy what travels of flat arrays, to or from the host; nothing where MPI reaches the device."""
+    if source is None or target is None:
+        return
+    for part in (slice(0, own.start), slice(own.stop, None)):
+        target[part] = source[part]
+    target.sycl_queue.wait()
+
+
+def _buffer(side: Side) -> Any:
     """The memory of a contiguous USM array as mpi4py takes it. mpi4py cannot ask for it by itself: dpctl refuses the DLPack
     stream that it asks with. The address does not keep the array alive, the caller does."""
+    x = side.array if side.host is None else side.host
     return _mpi().buffer.fromaddress(x._pointer, x.nbytes)

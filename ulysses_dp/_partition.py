@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def split(n: int, parts: int) -> tuple[int, ...]:
@@ -62,26 +65,46 @@ def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:
     return tuple(shares)
 
 
-Share = list[tuple[int, int]]  # of every rank: its first head and the number of its heads
+def kv_heads_are_shared(heads: tuple[Heads, ...]) -> bool:
+    """Whether several ranks read one kv head."""
+    return any(h.shift > 0 for h in heads if h.kv_count)
+
+
+def part_heads(heads: tuple[Heads, ...], group: int, parts: int) -> list[tuple[Heads, ...]]:
+    """The heads of every rank in at most so many parts. All query heads of a rank that read one kv head are in one part."""
+    parts = min(parts, max(h.kv_count for h in heads))
+    return [tuple(_part(h, group, number, parts) for h in heads) for number in range(parts)] if parts > 1 else [heads]
+
+
+def _part(heads: Heads, group: int, number: int, parts: int) -> Heads:
+    counts = split(heads.kv_count, parts)
+    kv_start, kv_count = heads.kv_start + starts(counts)[number], counts[number]
+    q_start = max(heads.q_start, kv_start * group)
+    q_count = max(min(heads.q_start + heads.q_count, (kv_start + kv_count) * group) - q_start, 0)
+    return Heads(q_start, q_count, kv_start, kv_count, q_start - kv_start * group)
+
+
+Share = tuple[tuple[int, int], ...]  # of every rank: its first head and the number of its heads
 
 
 def query_shares(heads: tuple[Heads, ...]) -> Share:
     """The query heads of every rank."""
-    return [(h.q_start, h.q_count) for h in heads]
+    return tuple((h.q_start, h.q_count) for h in heads)
 
 
 def kv_shares(heads: tuple[Heads, ...]) -> Share:
     """The kv heads that every rank reads; they may overlap."""
-    return [(h.kv_start, h.kv_count) for h in heads]
+    return tuple((h.kv_start, h.kv_count) for h in heads)
 
 
 @dataclass(frozen=True)
 class Trade:
     """One exchange between the two splits of arrays: by rows (the *local* side) and by heads (the *gathered* side).
 
-    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and all
-    numbers, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all rows and its
-    numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, which is why nothing is unpacked there.
+    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and the
+    numbers of all others, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all
+    rows and its numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, so nothing is unpacked there.
+    What a rank has for itself goes directly from its place on one side to that on the other.
     """
 
     rank: int
@@ -89,17 +112,122 @@ class Trade:
     sizes: tuple[int, ...]  # numbers of every rank in a row
     batch: int
 
-    @property
+    @cached_property
     def local_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the local side."""
-        return tuple(self.rows[self.rank] * self.batch * size for size in self.sizes)
+        """Elements of the block for or from every peer on the local side; none for this rank, whose block does not travel."""
+        rows = self.rows[self.rank] * self.batch
+        return tuple(rows * size * (peer != self.rank) for peer, size in enumerate(self.sizes))
 
-    @property
+    @cached_property
     def gathered_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the gathered side."""
+        """Elements of the block for or from every peer on the gathered side, where this rank has one, too."""
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
-    @property
-    def even(self) -> bool:
-        """Whether every block on every rank has the same size; all ranks agree on the answer."""
-        return len(set(self.rows)) == 1 and len(set(self.sizes)) == 1
+    @cached_property
+    def local(self) -> Counts:
+        """What travels of the local side."""
+        return _side([[count] for count in self.local_counts], self.rank)
+
+    @cached_property
+    def gathered(self) -> Counts:
+        """What travels of the gathered side: all but the block of this rank."""
+        return _side([[count] for count in self.gathered_counts], self.rank)
+
+
+class Levels:
+    """A trade in two steps: within groups of consecutive ranks, and between ranks with the same number in their groups.
+
+    Towards the gathered side, this rank, number l of group g, first gets from every member k of its group what k has for number
+    l of any group h: the block (k, h). Then it sends what it got for group h to its member there, in the order of the members,
+    in which the rows arrive. What is for a member of the group itself is already there, and what this rank has itself needs no
+    first step. Towards the local side, everything goes the same way back.
+
+    The buffers, in the order of blocks:
+
+        local     (k, h): what goes to member k of the own group, for it and for those with its number elsewhere
+        members   (k, h) without k = l: what came from them
+        groups    (h, k) without h = g: what goes to them
+        gathered  (h, k)
+    """
+
+    def __init__(self, trade: Trade, group: int) -> None:
+        groups = len(trade.rows) // group
+        g, number = divmod(trade.rank, group)
+        self.group, self._own = g, number
+        local = [[trade.local_counts[h * group + k] for h in range(groups)] for k in range(group)]
+        self.widths = tuple(trade.batch * trade.sizes[h * group + number] for h in range(groups))
+        self.rows = tuple(trade.rows[g * group + k] for k in range(group))
+        block = [[rows * width for width in self.widths] for rows in self.rows]
+        block[number][g] = 0
+        members = [blocks if k != number else [0] * groups for k, blocks in enumerate(block)]
+        between = [[block[k][h] if h != g else 0 for k in range(group)] for h in range(groups)]
+
+        in_local = starts(_flat(local))
+        self.local_places = tuple(in_local[k * groups + h] for h in range(groups) for k in range(group))
+        self.local = _side(local, number)
+        self.members = _side(members, number)
+        self.groups = _side(between, g)
+        gathered = [[trade.gathered_counts[h * group + k] for k in range(group)] for h in range(groups)]
+        self.gathered = _side(gathered, g)
+
+        in_members, in_groups = starts(_flat(members)), starts(_flat(between))
+        in_gathered = starts(trade.gathered_counts)
+        # where block (k, h) is in local or members, and where it is in groups or gathered
+        self.blocks = tuple(
+            (
+                (k, h),
+                self.local_places[h * group + k] if k == number else in_members[k * groups + h],
+                in_gathered[h * group + k] if h == g else in_groups[h * group + k],
+            )
+            for k in range(group)
+            for h in range(groups)
+            if (k, h) != (number, g)
+        )
+
+    def is_own(self, member: int, group: int) -> tuple[bool, bool]:
+        """Whether a block is in local, not in members; and whether it is in gathered, not in groups."""
+        return member == self._own, group == self.group
+
+
+class Counts(NamedTuple):
+    """The blocks of a buffer, as they travel."""
+
+    counts: tuple[int, ...]  # for every rank of the step; 0 for this one
+    places: tuple[int, ...]
+    own: slice  # what does not travel
+    size: int  # of the buffer
+
+
+def _flat(blocks: list[list[int]]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(blocks))
+
+
+def _side(blocks: list[list[int]], own: int) -> Counts:
+    sums = tuple(map(sum, blocks))
+    places = starts(sums)
+    counts = tuple(count * (n != own) for n, count in enumerate(sums))
+    return Counts(counts, places, slice(places[own], places[own] + sums[own]), sum(sums))
+
+
+@lru_cache(maxsize=256)
+def levels_of(trade: Trade, group: int) -> Levels:
+    """The two steps of a trade."""
+    return Levels(trade, group)
+
+
+@lru_cache(maxsize=256)
+def trade_of(rank: int, rows: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...], batch: int) -> Trade:
+    """The exchange of arrays of which every rank gets these heads, of these widths."""
+    pairs = list(zip(shares, widths, strict=True))
+    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
+    return Trade(rank, rows, sizes, batch)
+
+
+def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
+    """One column of a table of integers."""
+    return tuple(row[index] for row in table)
+
+
+def blocks_of(counts: tuple[int, ...]) -> Share:
+    """The heads of every rank if the ranks have consecutive blocks of them."""
+    return tuple(zip(starts(counts), counts, strict=True))

@@ -1,31 +1,24 @@
-"""Argument checks, and the agreement of all ranks on them.
-
-Every check of a call runs before anything is sent. In a collective call the ranks then exchange one small record each
-(`agree`): whether the checks passed, a digest of what must be the same everywhere, and the rows of this rank. So a bad
-argument on one rank raises the same exception on every rank, and the communicator stays usable.
-"""
+"""Argument checks of one rank. Every check of a call runs before anything is sent; `agree` makes them collective."""
 
 from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
-from . import _exchange
 from ._arrays import Kind, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
 from ._layout import LAYOUTS, PACKED, Layout, to_bshd
 from ._partition import group_size
 from .device import default_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 # dtypes, and the one in which attention computes with each
 COMPUTE_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
@@ -197,6 +190,30 @@ def check_exchange(exchange: Any) -> None:
         raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, not {exchange!r}")
 
 
+def check_overlap(overlap: Any) -> int:
+    """Check the wish for parts that overlap; returns their number."""
+    if isinstance(overlap, str) and overlap == "auto":
+        return 1
+    if isinstance(overlap, str):
+        raise ValueError(f"overlap must be an integer or 'auto', not {overlap!r}")
+    check_integer("overlap", overlap)
+    if overlap < 1:
+        raise ValueError(f"overlap must be at least 1, not {overlap}")
+    return int(overlap)
+
+
+def check_node_size(node_size: Any, ranks: int) -> Any:
+    """Check the wish for an exchange in two steps; returns it."""
+    if isinstance(node_size, str) and node_size == "auto":
+        return node_size
+    if isinstance(node_size, str):
+        raise ValueError(f"node_size must be an integer or 'auto', not {node_size!r}")
+    check_integer("node_size", node_size)
+    if node_size < 1 or ranks % node_size:
+        raise ValueError(f"node_size must divide the {ranks} ranks, which {node_size} does not")
+    return int(node_size)
+
+
 def check_axes(**axes: Any) -> list[int]:
     """Check axis numbers of a 4-D array, which must differ; negative ones count from the end."""
     for name, axis in axes.items():
@@ -227,71 +244,6 @@ def check_integer(name: str, n: Any) -> None:
     """Check that it is an integer, of Python or NumPy, and no bool."""
     if not isinstance(n, numbers.Integral) or isinstance(n, bool):
         raise TypeError(f"{name} must be an integer, not {type(n).__name__}")
-
-
-# what a check may raise; anything else arrives as a RuntimeError, since its constructor may want more than a message
-_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError, ImportError)}
-_T = TypeVar("_T")
-_SIZES = 2  # the most sizes that a call needs: the record of a rank has a fixed length
-
-
-def agree(
-    comm: Any, function: str, check: Callable[[], tuple[tuple[int, ...], dict[str, Any], _T]]
-) -> tuple[list[tuple[int, ...]], _T]:
-    """Run the checks of this rank and let all ranks agree on the outcome. Collective.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm
-        The ranks of the call.
-    function : str
-        Name of the public function, for messages; ranks that call different functions disagree.
-    check : callable
-        Runs the checks of this rank. Returns the sizes that may differ between ranks (at most two), what must be the same
-        on all ranks by name, and anything else for this rank.
-
-    Returns
-    -------
-    list of tuple of int
-        The sizes of every rank.
-    object
-        What `check` returned for this rank.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError, ImportError
-        On every rank the same: what `check` raised on the lowest rank where it did, or what the ranks disagree on.
-    """
-    error: Exception | None = None
-    try:
-        sizes, common, result = check()
-    except Exception as caught:  # whatever it is, the other ranks must hear of it
-        error, sizes, common = caught, (), {}
-    if comm.size == 1:
-        if error is not None:
-            raise _EXCEPTIONS.get(type(error).__name__, RuntimeError)(f"{function}: {error}") from error
-        return [sizes], result
-    common = {"function": function} | {name: str(value) for name, value in common.items()}
-    digest = int.from_bytes(blake2b(repr(common).encode(), digest_size=7).digest(), "little")
-    records = _exchange.share_record(comm, (error is not None, digest, *sizes, *(_SIZES - len(sizes)) * (0,)))
-    if records[:, 0].any() or (records[:, 1] != records[0, 1]).any():
-        _raise_everywhere(comm, function, error, common)
-    return [tuple(map(int, record[2 : 2 + len(sizes)])) for record in records], result
-
-
-def _raise_everywhere(comm: Any, function: str, error: Exception | None, common: dict[str, str]) -> None:
-    """Raise the error of the lowest rank that has one, or say what differs; the same on every rank."""
-    verdicts = _exchange.share_object(comm, (type(error).__name__, str(error), common) if error else (None, "", common))
-    for rank, (name, message, _) in enumerate(verdicts):
-        if name is not None:
-            raise _EXCEPTIONS.get(name, RuntimeError)(f"{function}: rank {rank}: {message}") from error
-    for name in dict.fromkeys(name for _, _, theirs in verdicts for name in theirs):
-        values: dict[str, list[int]] = {}
-        for rank, (_, _, theirs) in enumerate(verdicts):
-            values.setdefault(theirs.get(name, "nothing"), []).append(rank)
-        if len(values) > 1:
-            given = ", ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
-            raise ValueError(f"{function}: {name} must be the same on all ranks, not {given}")
 
 
 def _join(names: Sequence[str]) -> str:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _exchange, local
-from ._arrays import empty_like, scratch, tensor, to_usm
+from ._agree import Checked, Course, agree
+from ._arrays import tensor, to_usm
 from ._copies import copy_arrays
 from ._options import Options, check_attention
-from ._partition import HeadMap, kv_shares, query_shares, share_heads
-from ._validate import NAMES, Geometry, Names, agree, check_exchange, check_flag
+from ._partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
+from ._redistribution import Redistribution, pipeline
+from ._trace import call
+from ._validate import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
+from ._workspace import empty_like, scratch
 from .backends import AttnType, LocalAttention
-from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
+
+if TYPE_CHECKING:
+    from ._partition import Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +31,7 @@ class Context:
     geometry: Geometry
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]
-    gathered: tuple[Any, ...]  # q, k, v and lse of the heads of this rank; nothing on one rank
+    parts: tuple[tuple[Any, ...], ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
 
 
 def ulysses_attention(
@@ -52,6 +59,8 @@ def ulysses_attention(
     return_ctx: bool = False,
     attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
+    overlap: int | str = "auto",
+    node_size: int | str = 1,
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
 
@@ -88,6 +97,15 @@ def ulysses_attention(
         as it takes one.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    overlap : int or "auto"
+        Into how many parts the kv heads of every rank, with their query heads, are divided: while one part is computed, others
+        travel. The result is the same, the messages are more and smaller. It helps only where the MPI library moves data
+        without being called. "auto" does not divide: nothing has been measured yet that would be faster for it.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps: within nodes of so many consecutive ranks, then between nodes. Every number
+        travels twice, but a rank sends ``node_size + P / node_size - 2`` messages instead of ``P - 1``: for many ranks and
+        short sequences (`plan` tells). "auto": the ranks that share memory, or 1 if these are not consecutive and as many on
+        every node.
 
     Returns
     -------
@@ -133,6 +151,8 @@ def ulysses_attention(
         v,
         comm=comm,
         exchange=exchange,
+        overlap=overlap,
+        node_size=node_size,
         return_ctx=return_ctx,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -161,6 +181,8 @@ def distributed(
     *,
     comm: Any,
     exchange: str = "auto",
+    overlap: int | str = "auto",
+    node_size: int | str = 1,
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -169,84 +191,135 @@ def distributed(
     comm = _exchange.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
-    def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, Geometry, Options]]:
+    def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options]]:
         views, geometry, settings = check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
-        common = vars(geometry) | settings.common() | {"return_ctx": return_ctx}
-        return (views[0].shape[1], views[1].shape[1]), common, (views, geometry, settings)
+        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, comm.size)}
+        common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
+        arrays = tuple(to_usm(x) for x in views)
+        rows = arrays[0].shape[1], arrays[1].shape[1]
+        return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
 
-    rows, (views, geometry, settings) = agree(comm, function, check)
-    q_rows, k_rows = column(rows, 0), column(rows, 1)
-    settings.check_lengths(function, sum(q_rows), sum(k_rows))
-    # Delegate.
-    q_usm, k_usm, v_usm = (to_usm(x) for x in views)
-    if comm.size == 1:
-        out, lse = local.attend_whole(q_usm, k_usm, v_usm, geometry, settings)
-        context = Context(geometry, q_rows, k_rows, ())
-    else:
-        route = _exchange.choose_route(q_usm.sycl_queue, exchange)
-        arrays = q_usm, k_usm, v_usm
-        out, lse, context = _attend_split(comm, route, *arrays, q_rows, k_rows, geometry, settings, keep=return_ctx)
-    results = local.results_to_user(out, lse, settings, q)
+    with call(function):
+        agreement = agree(comm, function, check)
+        arrays, geometry, settings = agreement.result
+        q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
+        settings.check_lengths(function, sum(q_rows), sum(k_rows))
+        # Delegate.
+        if comm.size == 1:
+            out, lse = local.attend_whole(arrays, geometry, settings)
+            context = Context(geometry, q_rows, k_rows, ())
+        else:
+            course, route = Course(comm, function), _exchange.choose_route(arrays[0].sycl_queue, exchange)
+            heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
+            # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
+            together = return_ctx and kv_heads_are_shared(heads)
+            shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
+            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, settings, return_ctx)
+            parts = course.prepare(agreement, lambda: [_Part(path, *x) for x in enumerate(shares)], fresh=return_ctx)
+            out, lse = course.run(path.get_results) or (None, None)
+            pipeline(parts)
+            course.confirm()
+            context = Context(geometry, q_rows, k_rows, tuple(part.kept for part in parts))
+        results = local.results_to_user(out, lse, settings, q)
     if not return_ctx:
         return results
     return (*results, context) if settings.return_lse else (results, context)
 
 
-def _attend_split(
-    comm: Any,
-    route: _exchange.Route,
-    q: Any,
-    k: Any,
-    v: Any,
-    q_rows: tuple[int, ...],
-    k_rows: tuple[int, ...],
-    geometry: Geometry,
-    options: Options,
-    *,
-    keep: bool,
-) -> tuple[Any, Any, Context]:
-    """Redistribute, attend, redistribute: the whole path on USM arrays of two or more ranks. `keep`: for a backward pass."""
-    heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
-    mine = heads[comm.rank]
-    q_heads, kv_heads = query_shares(heads), kv_shares(heads)
+@dataclass
+class _Path:
+    """What all parts of a call have in common, and the memory for their results."""
 
-    # Every rank: from its rows of all heads to all rows of its heads.
-    slots = ("", "") if keep else ("gathered", "gathered k, v")
-    if q_rows == k_rows:
-        gathered = to_gathered(comm, route, (q, k, v), (q_heads, kv_heads, kv_heads), q_rows, slot=slots[0])
-    else:
-        gathered = to_gathered(comm, route, (q,), (q_heads,), q_rows, slot=slots[0])
-        gathered += to_gathered(comm, route, (k, v), (kv_heads, kv_heads), k_rows, slot=slots[1])
+    course: Course
+    wire: _exchange.Wire
+    arrays: tuple[Any, ...]  # q, k, v
+    q_rows: tuple[int, ...]
+    k_rows: tuple[int, ...]
+    geometry: Geometry
+    options: Options
+    keep: bool  # for a backward pass
 
-    # Local attention. The result, and lse if it is wanted, are the send buffer of the way back.
-    lse_dtype = np.dtype(geometry.compute_dtype)
-    lse_columns = lse_dtype.itemsize // q.dtype.itemsize  # of a 16-bit buffer, lse takes two columns
-    widths, shares = [geometry.head_dim], [q_heads]
-    if options.return_lse:
-        widths, shares = [geometry.head_dim, lse_columns], [q_heads, q_heads]
-    back = trade_of(comm.rank, q_rows, shares, widths, geometry.batch)
-    result = scratch(q.sycl_queue, "result", (sum(back.gathered_counts),), q.dtype)
-    out, *lse_as_columns = gathered_views(back, shares, widths, result)
-    lse_shape = (geometry.batch, mine.q_count, sum(q_rows))
-    lse = None
-    if keep:
-        lse = empty_like(q, lse_shape, lse_dtype)
-    elif options.return_lse and lse_columns == 1:
-        lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
-    elif options.return_lse:
-        lse = scratch(q.sycl_queue, "lse", lse_shape, lse_dtype)
-    local.attend(*(*gathered, out, lse, options, HeadMap(geometry.group, mine.shift, mine.q_start)))
-    if options.return_lse and (keep or lse_columns > 1):
-        copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
+    def get_results(self) -> tuple[Any, Any]:
+        """Memory for out, and for lse if it is wanted, of the rows of this rank."""
+        q, geometry = self.arrays[0], self.geometry
+        out, lse = local.empty_out(q, self.options.layout), None
+        self.targets = [out]
+        if self.options.return_lse:
+            lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), np.dtype(geometry.compute_dtype))
+            self.targets.append(as_columns(lse, q.dtype))
+        return out, lse
 
-    # Every rank: from all rows of its heads back to its rows of all heads.
-    out_local = local.empty_out(q, options.layout)
-    lse_local = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), lse_dtype)
-    targets = [out_local, as_columns(lse_local, q.dtype)][: len(shares)]
-    to_local(comm, route, back, result, targets, shares)
-    return out_local, lse_local, Context(geometry, q_rows, k_rows, (*gathered, lse) if keep else ())
+
+class _Part:
+    """Some heads of every rank on the whole path: redistribute, attend, redistribute."""
+
+    def __init__(self, path: _Path, number: int, heads: tuple[Heads, ...]) -> None:
+        self._path, self._mine = path, heads[path.wire.comm.rank]
+        q, k, v = path.arrays
+        q_heads, kv_heads = query_shares(heads), kv_shares(heads)
+        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
+        width = path.geometry.head_dim
+
+        def way_there(number_of_trip: int, shares: list[Share], rows: tuple[int, ...]) -> Redistribution:
+            return new(shares, [width] * len(shares), rows, slot=f"{number} {number_of_trip}", keep=path.keep)
+
+        self._there: list[tuple[Redistribution, list[Any]]]
+        if path.q_rows == path.k_rows:
+            self._there = [(way_there(0, [q_heads, kv_heads, kv_heads], path.q_rows), [q, k, v])]
+        else:
+            self._there = [
+                (way_there(0, [q_heads], path.q_rows), [q]),
+                (way_there(1, [kv_heads, kv_heads], path.k_rows), [k, v]),
+            ]
+        self._lse_dtype = np.dtype(path.geometry.compute_dtype)
+        self._lse_columns = self._lse_dtype.itemsize // q.dtype.itemsize  # of a 16-bit buffer, lse takes two columns
+        widths = [width, self._lse_columns][: 1 + path.options.return_lse]
+        self._back = new([q_heads] * len(widths), widths, path.q_rows, slot=f"{number} back")
+        self.kept: tuple[Any, ...] = ()
+
+    def start(self) -> None:
+        """From the rows of this rank to all rows of its heads."""
+        for there, arrays in self._there:
+            self._path.course.run(there.pack, arrays)
+            self._path.course.share(there.start_to_gathered)
+
+    def compute(self) -> None:
+        """Local attention of what arrived; the result is the send buffer of the way back."""
+        self.wait()
+        self._path.course.run(self._attend)
+        self._path.course.share(self._back.start_to_local)
+
+    def finish(self) -> None:
+        """From all rows of the heads of this rank back to its rows."""
+        self.wait()
+        self._path.course.run(lambda: self._back.unpack(self._path.targets))
+
+    def wait(self) -> None:
+        """Wait until no exchange is under way."""
+        for move in (*(there for there, _ in self._there), self._back):
+            self._path.course.share(move.wait)
+
+    def _attend(self) -> None:
+        path, mine, q = self._path, self._mine, self._path.arrays[0]
+        gathered = [x for there, _ in self._there for x in there.views]
+        out, *lse_as_columns = self._back.views
+        lse_shape = (path.geometry.batch, mine.q_count, sum(path.q_rows))
+        in_place = path.options.return_lse and self._lse_columns == 1 and not path.keep
+        lse = None
+        if in_place:
+            lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
+        elif path.keep:
+            lse = empty_like(q, lse_shape, self._lse_dtype)
+        elif path.options.return_lse:
+            lse = scratch(q.sycl_queue, "lse", lse_shape, self._lse_dtype)
+        local.attend(*(*gathered, out, lse, path.options, HeadMap(path.geometry.group, mine.shift, mine.q_start)))
+        if path.options.return_lse and not in_place:
+            copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
+        if path.keep:
+            self.kept = (*gathered, lse)
 
 
 def as_columns(lse: Any, dtype: Any) -> Any:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _exchange
-from ._arrays import dtype_of, empty_like, from_usm, kind_of, scratch, tensor, to_usm
+from ._agree import Checked, Course, agree
+from ._arrays import dtype_of, from_usm, kind_of, tensor, to_usm
 from ._copies import copy_arrays
 from ._layout import PACKED, from_bshd, to_bshd
 from ._options import Options, check_attention
-from ._partition import HeadMap, Heads, kv_shares, query_shares, share_heads
-from ._trace import stage
-from ._validate import Geometry, agree, check_exchange, check_kind, check_places
+from ._partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
+from ._redistribution import Redistribution, pipeline
+from ._trace import call, stage
+from ._validate import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
+from ._workspace import empty_like, scratch
 from .attention import Context, as_columns
 from .backends import AttnType, LocalAttention
 from .local import empty_out
-from .redistribute import column, gathered_views, to_gathered, to_local, trade_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ._partition import Share
 
 
 def attention_backward(
@@ -119,8 +125,9 @@ def attention_backward(
     )
     options.check_lengths("attention_backward", views[1].shape[1], views[2].shape[1])
     # Delegate.
-    grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, options)
-    return _to_user(grads, dsinks, options, q)
+    with call("attention_backward"):
+        grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, options)
+        return _to_user(grads, dsinks, options, q)
 
 
 def ulysses_attention_backward(
@@ -150,6 +157,8 @@ def ulysses_attention_backward(
     dtype: str | None = None,
     attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
+    overlap: int | str = "auto",
+    node_size: int | str = 1,
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
 
@@ -170,7 +179,7 @@ def ulysses_attention_backward(
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again.
     softmax_scale, causal, window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
         What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient.
-    dropout_p, seed, layout, dtype, attn_type, exchange
+    dropout_p, seed, layout, dtype, attn_type, exchange, overlap, node_size
         What `ulysses_attention` was given.
 
     Returns
@@ -210,7 +219,7 @@ def ulysses_attention_backward(
     comm = _exchange.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, Geometry, Options]]:
+    def check() -> Checked[tuple[list[Any], Geometry, Options]]:
         views, geometry, options = _check(
             *(dout, q, k, v, out, lse),
             softmax_scale=softmax_scale,
@@ -232,19 +241,41 @@ def ulysses_attention_backward(
         check_exchange(exchange)
         rows = views[1].shape[1], views[2].shape[1]
         _check_context(ctx, geometry, comm, rows)
-        return rows, vars(geometry) | options.common() | {"ctx": "given" if ctx else "not given"}, (views, geometry, options)
+        common = {
+            "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
+            "overlap": check_overlap(overlap),
+            "node_size": check_node_size(node_size, comm.size),
+            **vars(geometry),
+            **options.common(),
+        }
+        arrays = [to_usm(x) for x in views]
+        return Checked(rows, common, (arrays, geometry, options), (arrays[0].sycl_queue, exchange))
 
-    rows, (views, geometry, options) = agree(comm, function, check)
-    q_rows, k_rows = column(rows, 0), column(rows, 1)
-    options.check_lengths(function, sum(q_rows), sum(k_rows))
-    # Delegate.
-    arrays = [to_usm(x) for x in views]
-    if comm.size == 1:
-        grads, dsinks = _differentiate_whole(arrays, geometry, options)
-    else:
-        route = _exchange.choose_route(arrays[0].sycl_queue, exchange)
-        grads, dsinks = _differentiate_split(comm, route, arrays, ctx, q_rows, k_rows, geometry, options)
-    return _to_user(grads, dsinks, options, q)
+    with call(function):
+        agreement = agree(comm, function, check)
+        arrays, geometry, options = agreement.result
+        q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
+        options.check_lengths(function, sum(q_rows), sum(k_rows))
+        # Delegate.
+        if comm.size == 1:
+            grads, dsinks = _differentiate_whole(arrays, geometry, options)
+        else:
+            course, route = Course(comm, function), _exchange.choose_route(arrays[0].sycl_queue, exchange)
+            heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
+            # the sums of a kv head that several ranks read have the order of the ranks: they stay together
+            shared = kv_heads_are_shared(heads)
+            wanted = len(ctx.parts) if ctx else 1 if shared else check_overlap(overlap)
+            shares = part_heads(heads, geometry.group, wanted)
+            wire = _exchange.Wire(comm, route, len(shares) == 1, _exchange.node_size(comm, node_size))
+            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, options, shared)
+            parts = course.prepare(agreement, lambda: [_Part(path, ctx, *x) for x in enumerate(shares)])
+            course.run(path.start)
+            pipeline(parts)
+            grads, dsinks = course.run(path.finish) or ([], None)
+            course.confirm()
+            if options.sinks is not None:
+                dsinks = tensor.asarray(_exchange.join(comm, dsinks), sycl_queue=arrays[0].sycl_queue)
+        return _to_user(grads, dsinks, options, q)
 
 
 def _check(
@@ -321,65 +352,130 @@ def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options
                 grad[...] = 0
 
 
-def _differentiate_split(
-    comm: Any,
-    route: _exchange.Route,
-    arrays: Sequence[Any],
-    ctx: Context | None,
-    q_rows: tuple[int, ...],
-    k_rows: tuple[int, ...],
-    geometry: Geometry,
-    options: Options,
-) -> tuple[list[Any], Any]:
-    """Redistribute, differentiate, redistribute: the whole path on USM arrays (dout, q, k, v, out, lse) of several ranks."""
-    dout, q, k, v, out, lse = arrays
-    heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
-    mine = heads[comm.rank]
-    q_heads, kv_heads = query_shares(heads), kv_shares(heads)
+@dataclass
+class _Path:
+    """What all parts of a call have in common, and the memory for their results."""
 
-    # Every rank: from its rows of all heads to all rows of its heads.
-    queries = [dout, as_columns(_delta(dout, out, lse.dtype, options), q.dtype)]
-    if ctx is None:
-        queries += [q, as_columns(tensor.asarray(lse, order="C"), q.dtype)]
-    if ctx is None and q_rows == k_rows:
-        shares = [q_heads] * 4 + [kv_heads] * 2
-        gathered = to_gathered(comm, route, (*queries, k, v), shares, q_rows, slot="gathered")
-        dout_all, delta_all, q_all, lse_all, k_all, v_all = gathered
-    elif ctx is None:
-        dout_all, delta_all, q_all, lse_all = to_gathered(comm, route, queries, [q_heads] * 4, q_rows, slot="gathered")
-        k_all, v_all = to_gathered(comm, route, (k, v), [kv_heads] * 2, k_rows, slot="gathered k, v")
-    else:
-        dout_all, delta_all = to_gathered(comm, route, queries, [q_heads] * 2, q_rows, slot="gathered")
-        q_all, k_all, v_all, lse_all = ctx.gathered
-    delta_all = _from_columns(delta_all, lse.dtype, "delta")
-    if ctx is None:
-        lse_all = _from_columns(lse_all, lse.dtype, "lse")
+    course: Course
+    wire: _exchange.Wire
+    arrays: Sequence[Any]  # dout, q, k, v, out, lse
+    q_rows: tuple[int, ...]
+    k_rows: tuple[int, ...]
+    geometry: Geometry
+    options: Options
+    shared: bool  # whether several ranks read one kv head: then their gradients travel in the dtype of the computation
 
-    # Local gradients. A kv head that several ranks read is summed over them in the dtype of the computation.
-    shared = sum(count for _, count in kv_heads) > geometry.kv_heads
-    wire = lse.dtype if shared else q.dtype
-    shares = [q_heads, kv_heads, kv_heads]
-    trips = [(q_rows, slice(0, 3))] if q_rows == k_rows else [(q_rows, slice(0, 1)), (k_rows, slice(1, 3))]
-    trades, buffers, grads_all = [], [], []
-    for rows, part in trips:
-        widths = [geometry.head_dim] * len(shares[part])
-        trades.append(trade_of(comm.rank, rows, shares[part], widths, geometry.batch))
-        buffers.append(scratch(q.sycl_queue, f"gradients {part.start}", (sum(trades[-1].gathered_counts),), wire))
-        grads_all += gathered_views(trades[-1], shares[part], widths, buffers[-1])
-    arrays_all = dout_all, q_all, k_all, v_all, lse_all, delta_all
-    _differentiate(arrays_all, grads_all, options, HeadMap(geometry.group, mine.shift, mine.q_start))
-    dsinks = _all_sinks(comm, lse_all, delta_all, options.sinks, mine)
+    def start(self) -> None:
+        """What is computed of all heads before anything is sent, and the memory for the results."""
+        dout, q, k, v, out, lse = self.arrays
+        delta = _delta(dout, out, lse.dtype, self.options)
+        self.rows_of_numbers = as_columns(delta, q.dtype), as_columns(tensor.asarray(lse, order="C"), q.dtype)
+        self.dsinks: list[np.ndarray] = []
+        self.grads = [empty_out(x, self.options.layout) for x in (q, k, v)]
+        # copies where several ranks add up what is rounded to 16 bits at the end
+        self.targets = [x if self.dtype == x.dtype else empty_like(x, x.shape, self.dtype) for x in self.grads]
 
-    # Every rank: from all rows of its heads back to its rows of all heads.
-    grads = [empty_out(x, options.layout) for x in (q, k, v)]
-    # copies where several ranks add up what is rounded to 16 bits at the end
-    targets = [x if wire == x.dtype else empty_like(x, x.shape, wire) for x in grads]
-    for trade, buffer, (_, part) in zip(trades, buffers, trips, strict=True):
-        to_local(comm, route, trade, buffer, targets[part], shares[part])
-    for target, grad in zip(targets, grads, strict=True):
-        if target is not grad:
-            copy_arrays((target,), (grad,))
-    return grads, dsinks
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which gradients travel."""
+        return self.arrays[5].dtype if self.shared else self.arrays[1].dtype
+
+    def finish(self) -> tuple[list[Any], Any]:
+        """The gradients of the rows of this rank, and of the sinks of its heads, on the host."""
+        for target, grad in zip(self.targets, self.grads, strict=True):
+            if target is not grad:
+                copy_arrays((target,), (grad,))
+        return self.grads, np.concatenate(self.dsinks) if self.dsinks else None
+
+
+class _Part:
+    """Some heads of every rank on the whole path: redistribute, differentiate, redistribute."""
+
+    def __init__(self, path: _Path, ctx: Context | None, number: int, heads: tuple[Heads, ...]) -> None:
+        self._path, self._mine = path, heads[path.wire.comm.rank]
+        self._kept = ctx.parts[number] if ctx else ()
+        _, q, _, _, _, lse = path.arrays
+        q_heads, kv_heads = query_shares(heads), kv_shares(heads)
+        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
+        width, column_of_lse = path.geometry.head_dim, lse.dtype.itemsize // q.dtype.itemsize
+        same_rows = path.q_rows == path.k_rows
+
+        def way_there(shares: list[Share], widths: list[int], rows: tuple[int, ...]) -> Redistribution:
+            return new(shares, widths, rows, slot=f"{number} {len(self._there)}")
+
+        # dout and delta, then what `ctx` has kept: q and lse, k and v
+        self._there: list[Redistribution] = []
+        queries = [width, column_of_lse] if ctx else [width, column_of_lse] * 2
+        keys = [] if ctx else [width] * 2
+        if same_rows or ctx:
+            shares = [q_heads] * len(queries) + [kv_heads] * len(keys)
+            self._there.append(way_there(shares, queries + keys, path.q_rows))
+        else:
+            self._there.append(way_there([q_heads] * len(queries), queries, path.q_rows))
+            self._there.append(way_there([kv_heads] * len(keys), keys, path.k_rows))
+        # dq, dk, dv
+        trips = [(path.q_rows, [q_heads, kv_heads, kv_heads])]
+        if not same_rows:
+            trips = [(path.q_rows, [q_heads]), (path.k_rows, [kv_heads, kv_heads])]
+        self._back = [
+            new(shares, [width] * len(shares), rows, dtype=path.dtype, slot=f"{number} back {trip}")
+            for trip, (rows, shares) in enumerate(trips)
+        ]
+
+    def start(self) -> None:
+        """From the rows of this rank to all rows of its heads."""
+        course = self._path.course
+        course.run(self._pack)
+        for there in self._there:
+            self._path.course.share(there.start_to_gathered)
+
+    def _pack(self) -> None:
+        dout, q, k, v, _, _ = self._path.arrays
+        delta, lse = self._path.rows_of_numbers
+        arrays = [dout, delta] if self._kept else [dout, delta, q, lse, k, v]
+        for there in self._there:
+            there.pack(arrays[: there.count])
+            arrays = arrays[there.count :]
+
+    def compute(self) -> None:
+        """Local gradients of what arrived; they are the send buffer of the way back."""
+        self.wait()
+        self._path.course.run(self._differentiate)
+        for back in self._back:
+            self._path.course.share(back.start_to_local)
+
+    def _differentiate(self) -> None:
+        path, mine = self._path, self._mine
+        lse_dtype = path.arrays[5].dtype
+        dout, delta, *others = [x for there in self._there for x in there.views]
+        delta = _from_columns(delta, lse_dtype, "delta")
+        if self._kept:
+            q, k, v, lse = self._kept
+        else:
+            q, lse, k, v = others
+            lse = _from_columns(lse, lse_dtype, "lse")
+        grads = [x for back in self._back for x in back.views]
+        heads = HeadMap(path.geometry.group, mine.shift, mine.q_start)
+        _differentiate((dout, q, k, v, lse, delta), grads, path.options, heads)
+        if path.options.sinks is not None:
+            sinks = path.options.sinks[mine.q_start : mine.q_start + mine.q_count]
+            path.dsinks.append(tensor.asnumpy(_of_sinks(lse, delta, sinks)))
+
+    def finish(self) -> None:
+        """From all rows of the heads of this rank back to its rows."""
+        self.wait()
+        self._path.course.run(self._unpack)
+
+    def _unpack(self) -> None:
+        targets = self._path.targets
+        for back in self._back:
+            back.unpack(targets[: back.count])
+            targets = targets[back.count :]
+
+    def wait(self) -> None:
+        """Wait until no exchange is under way."""
+        for move in (*self._there, *self._back):
+            self._path.course.share(move.wait)
 
 
 def _from_columns(x: Any, dtype: Any, name: str) -> Any:
@@ -390,12 +486,3 @@ def _from_columns(x: Any, dtype: Any, name: str) -> Any:
     numbers = scratch(x.sycl_queue, f"{name} of all rows", (batch, heads, seq), dtype)
     copy_arrays((x,), (as_columns(numbers, x.dtype),))
     return numbers
-
-
-def _all_sinks(comm: Any, lse: Any, delta: Any, sinks: np.ndarray | None, mine: Heads) -> Any:
-    """Gradient of the sinks of all heads, on all ranks; a few numbers, through the host."""
-    if sinks is None:
-        return None
-    local = tensor.asnumpy(_of_sinks(lse, delta, sinks[mine.q_start : mine.q_start + mine.q_count]))
-    everyone = np.concatenate(_exchange.share_object(comm, local))
-    return tensor.asarray(everyone, sycl_queue=lse.sycl_queue)

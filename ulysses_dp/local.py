@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._arrays import empty_like, from_usm, tensor, to_usm
+from ._arrays import from_usm, tensor, to_usm
 from ._layout import Layout, axes_of, from_bshd, inverse, lse_to_user
 from ._options import Options, check_attention
 from ._partition import HeadMap
-from ._trace import stage
+from ._trace import call, stage
+from ._workspace import empty_like
 from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._validate import Geometry
 
 
@@ -145,13 +148,14 @@ def attention(
     )
     options.check_lengths("attention", views[0].shape[1], views[1].shape[1])
     # Delegate.
-    q_usm, k_usm, v_usm = (to_usm(x) for x in views)
-    out, lse = attend_whole(q_usm, k_usm, v_usm, geometry, options)
-    return results_to_user(out, lse, options, q)
+    with call("attention"):
+        out, lse = attend_whole([to_usm(x) for x in views], geometry, options)
+        return results_to_user(out, lse, options, q)
 
 
-def attend_whole(q: Any, k: Any, v: Any, geometry: Geometry, options: Options) -> tuple[Any, Any]:
+def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[Any, Any]:
     """Attention of USM arrays with all rows and all heads, into new arrays; out is C-contiguous in the order of the layout."""
+    q, k, v = arrays
     out = empty_out(q, options.layout)
     lse = None
     if options.return_lse:

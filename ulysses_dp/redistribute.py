@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
-
 from . import _exchange
-from ._arrays import dtype_of, empty_like, from_usm, permute, scratch, to_usm, view
+from ._agree import Checked, Course, agree
+from ._arrays import dtype_of, from_usm, permute, to_usm, view
+from ._copies import copy_arrays
 from ._layout import axes_to_bshd, inverse
-from ._partition import Trade, split, starts
-from ._trace import stage
-from ._validate import agree, check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange
+from ._partition import blocks_of, column, split
+from ._redistribution import Redistribution
+from ._trace import call, stage
+from ._validate import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
+from ._workspace import empty_like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from ._partition import Share
+    from collections.abc import Callable
 
 
-def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any:
+def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_size: int | str = 1) -> Any:
     """Trade the split by rows for the split by heads: every rank gives its rows of all heads and gets all rows of its heads.
 
     Collective over `comm`. One relayout pass and one all-to-all; without ranks to trade with, neither.
@@ -33,6 +33,8 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
         The ranks; ``MPI.COMM_WORLD`` by default.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps, as `ulysses_attention` does.
 
     Returns
     -------
@@ -59,10 +61,12 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto") -> Any
     >>> bool((gather_heads(y) == x).all())
     True
     """
-    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange)
+    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange, node_size=node_size)
 
 
-def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, exchange: str = "auto") -> Any:
+def gather_heads(
+    x: Any, /, *, comm: Any = None, seq_local: int | None = None, exchange: str = "auto", node_size: int | str = 1
+) -> Any:
     """Trade the split by heads for the split by rows: the inverse of `scatter_heads`.
 
     Collective over `comm`. One all-to-all and one relayout pass; one pass more if x is not stored in the order
@@ -79,6 +83,8 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
         Rows that this rank gets. By default the first ``seq % P`` ranks get one row more than the others.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    node_size : int or "auto"
+        If more than 1, exchange in two steps, as `ulysses_attention` does.
 
     Returns
     -------
@@ -105,7 +111,8 @@ def gather_heads(x: Any, /, *, comm: Any = None, seq_local: int | None = None, e
     >>> gather_heads(x).shape == (1, 2, MPI.COMM_WORLD.size, 2)  # 2 rows of all heads
     True
     """
-    return _trade("gather_heads", x, comm, lambda: (False, (0, 1, 2, 3)), exchange=exchange, seq_local=seq_local)
+    direction = False, (0, 1, 2, 3)
+    return _trade("gather_heads", x, comm, lambda: direction, exchange=exchange, node_size=node_size, seq_local=seq_local)
 
 
 def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any = None, use_sync: bool = False) -> Any:
@@ -163,176 +170,121 @@ def _trade(
     direction: Callable[[], tuple[bool, tuple[int, ...]]],
     *,
     exchange: str = "auto",
+    node_size: int | str = 1,
     seq_local: int | None = None,
 ) -> Any:
     """Do what the public functions above say. `direction` tells whether rows are joined, and which axes are bshd."""
     comm = _exchange.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> tuple[tuple[int, ...], dict[str, Any], tuple[Any, ...]]:
+    def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
         joins_rows, axes = direction()
         check_exchange(exchange)
+        check_node_size(node_size, comm.size)
         check_axis_count("x", x)
         check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
         check_device(x)
-        batch, seq, heads, width = (x.shape[axis] for axis in axes)
+        batch, seq, heads, width = shape = tuple(x.shape[axis] for axis in axes)
         pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
         common = {
             "scatter_idx and gather_idx": pair,
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
             "dtype": dtype_of(x),
+            "node_size": node_size,
         }
+        sizes: tuple[int, ...] = (seq,)
         if joins_rows:
-            return (seq,), {**common, "heads": heads}, (joins_rows, axes)
-        wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
-        return (heads, wanted), {**common, "seq": seq}, (joins_rows, axes)
-
-    sizes, (joins_rows, axes) = agree(comm, function, check)
-    if not joins_rows and sum(wanted for _, wanted in sizes) != x.shape[axes[1]]:
-        rows = ", ".join(str(wanted) for _, wanted in sizes)
-        raise ValueError(f"{function}: the seq_local of all ranks ({rows}) must add up to seq, {x.shape[axes[1]]}")
-    # Delegate.
-    like, x = x, to_usm(permute(x, axes))
-    if comm.size > 1:
-        route = _exchange.choose_route(x.sycl_queue, exchange)
-        if joins_rows:
-            (x,) = to_gathered(comm, route, [x], [blocks_of(split(x.shape[2], comm.size))], column(sizes, 0))
+            common["heads"] = heads
         else:
-            shares = [blocks_of(column(sizes, 0))]
-            trade = trade_of(comm.rank, column(sizes, 1), shares, [x.shape[3]], x.shape[0])
-            x = _gather(comm, route, trade, shares, x)
-    return from_usm(permute(x, inverse(axes)), like)
+            wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
+            sizes, common["seq"] = (heads, wanted), seq
+        usm = to_usm(permute(x, axes))
+        return Checked(sizes, common, (usm, shape, joins_rows, axes), (usm.sycl_queue, exchange))
+
+    with call(function):
+        agreement = agree(comm, function, check)
+        sizes, (usm, (batch, seq, heads, width), joins_rows, axes) = agreement.sizes, agreement.result
+        if not joins_rows and sum(wanted for _, wanted in sizes) != seq:
+            given = ", ".join(str(wanted) for _, wanted in sizes)
+            raise ValueError(f"{function}: the seq_local of all ranks ({given}) must add up to seq, {seq}")
+        # Delegate.
+        result = usm
+        if comm.size > 1:
+            course, route = Course(comm, function), _exchange.choose_route(usm.sycl_queue, exchange)
+            wire = _exchange.Wire(comm, route, node_size=_exchange.node_size(comm, node_size))
+            shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
+            rows = column(sizes, 0 if joins_rows else 1)
+            # a result that is received in place, or x, which is sent from its place
+            gathered = _as_sent(usm) if not joins_rows else None
+            move = course.prepare(
+                agreement,
+                lambda: Redistribution(wire, usm, shares, [width], rows, batch, gathered=gathered, keep=joins_rows),
+                fresh=joins_rows,
+            )
+            if joins_rows:
+                course.run(move.pack, [usm])
+                course.share(move.start_to_gathered)
+                course.share(move.wait)
+                (result,) = move.views
+            else:
+                if gathered is None:
+                    course.run(_copy_as_sent, usm, move.views[0])
+                course.share(move.start_to_local)
+                course.share(move.wait)
+                result = course.run(empty_like, usm, (batch, rows[comm.rank], sum(column(sizes, 0)), width))
+                course.run(move.unpack, [result])
+            course.confirm()
+        return from_usm(permute(result, inverse(axes)), x)
 
 
-def to_gathered(
-    comm: Any, route: _exchange.Route, arrays: Sequence[Any], shares: Sequence[Share], rows: tuple[int, ...], *, slot: str = ""
-) -> list[Any]:
-    """Bring arrays with the same rows to the split by heads: one relayout pass, one message to every other rank.
+def _as_sent(x: Any) -> Any:
+    """The flat array of an array (batch, seq, heads, width), if it is stored in the order (seq, batch, heads, width)."""
+    batch, _, heads, width = x.shape
+    strides = (heads * width, batch * heads * width, width, 1)
+    as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
+    return view(x, 0, (x.size,), (1,)) if as_sent and not x._element_offset else None
+
+
+def _copy_as_sent(x: Any, target: Any) -> None:
+    with stage("pack"):
+        copy_arrays([x], [target])
+
+
+def order_ranks(comm: Any = None) -> Any:
+    """The same ranks, those of one node one after the other, and on a node those with neighbouring numbers.
+
+    Collective over `comm`. For communicators whose order is not that of the machine, like the dimensions of a Cartesian one,
+    and before a communicator is split into groups that each hold a sequence: consecutive ranks then share a GPU and a node,
+    where messages are fastest. Needed for `node_size` of more than 1, which takes consecutive ranks for a node.
 
     Parameters
     ----------
-    comm, route
-        The ranks, and the way to them.
-    arrays : sequence of usm_ndarray
-        Each (batch, rows of this rank, heads, width); the widths may differ.
-    shares : sequence of Share
-        Per array, which of its heads each rank gets; they may overlap.
-    rows : tuple of int
-        Rows of every rank.
-    slot : str
-        Receive into the scratch memory of this name; into new memory by default.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
 
     Returns
     -------
-    list of usm_ndarray
-        Each (batch, all rows, heads of this rank, width): views of the one received buffer.
+    mpi4py.MPI.Intracomm
+        A new communicator, which the caller frees. Rows travel in its order: rank r of it holds the r-th part of the sequence.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On this rank, if `comm` is no communicator.
+
+    Notes
+    -----
+    Launchers give neighbouring ranks of a node to neighbouring tiles, if each rank takes the GPU of its number on the node, as
+    `ulysses_dp` does. All pairs of ranks exchange as much, so within a node no order is better for one sequence alone.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import order_ranks
+    >>> ordered = order_ranks(MPI.COMM_WORLD)
+    >>> ordered.size == MPI.COMM_WORLD.size
+    True
+    >>> ordered.Free()
     """
-    widths = [x.shape[3] for x in arrays]
-    trade = trade_of(comm.rank, rows, shares, widths, arrays[0].shape[0])
-    queue, dtype = arrays[0].sycl_queue, arrays[0].dtype
-    with stage("pack"):
-        sent = scratch(queue, "local", (sum(trade.local_counts),), dtype)
-        panels = [
-            Panel(*source_of(number, arrays[number], first), *(0, place, *strides), *(count, widths[number]))
-            for number, first, count, place, strides in _blocks(trade, shares, widths)
-        ]
-        relayout(arrays, [sent], panels, rows=rows[comm.rank], batch=trade.batch)
-    size = (sum(trade.gathered_counts),)
-    received = scratch(queue, slot, size, dtype) if slot else empty_like(arrays[0], size)
-    _exchange.to_gathered(comm, route, trade, sent, received)
-    return gathered_views(trade, shares, widths, received)
-
-
-def trade_of(rank: int, rows: tuple[int, ...], shares: Sequence[Share], widths: Sequence[int], batch: int) -> Trade:
-    """The exchange of arrays of which every rank gets these heads, of these widths."""
-    pairs = list(zip(shares, widths, strict=True))
-    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
-    return Trade(rank, rows, sizes, batch)
-
-
-def gathered_views(trade: Trade, shares: Sequence[Share], widths: Sequence[int], gathered: Any) -> list[Any]:
-    """The arrays in the flat buffer of the gathered side, each (batch, all rows, heads of this rank, width)."""
-    size = trade.sizes[trade.rank]
-    views, first = [], 0
-    for share, width in zip(shares, widths, strict=True):
-        count = share[trade.rank][1]
-        shape, strides = (trade.batch, sum(trade.rows), count, width), (size, trade.batch * size, width, 1)
-        views.append(view(gathered, first, shape, strides))
-        first += count * width
-    return views
-
-
-def _blocks(
-    trade: Trade, shares: Sequence[Share], widths: Sequence[int]
-) -> Iterator[tuple[int, int, int, int, tuple[int, int, int]]]:
-    """Where arrays lie in the buffer of the local side: the block of every peer is (row, batch, its heads of every array).
-
-    Yields number of the array, first head, heads, place, and the strides of rows, batch and heads.
-    """
-    for peer, base in enumerate(starts(trade.local_counts)):
-        size, place = trade.sizes[peer], base
-        for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
-            first, count = share[peer]
-            yield number, first, count, place, (trade.batch * size, size, width)
-            place += count * width
-
-
-def to_local(
-    comm: Any, route: _exchange.Route, trade: Trade, gathered: Any, targets: Sequence[Any], shares: Sequence[Share]
-) -> None:
-    """Bring the split by heads back to the split by rows: one message to every other rank, one relayout pass.
-
-    Parameters
-    ----------
-    comm, route
-        The ranks, and the way to them.
-    trade : Trade
-        The two splits, as `trade_of` makes them.
-    gathered : usm_ndarray
-        Flat, in the order of `gathered_views`.
-    targets : sequence of usm_ndarray
-        Receive the arrays: (batch, rows of this rank, heads, width), dense in the last axis.
-    shares : sequence of Share
-        Per array, the heads that come from each rank. What several ranks have of one head is added up in rank order.
-    """
-    received = scratch(gathered.sycl_queue, "local", (sum(trade.local_counts),), gathered.dtype)
-    _exchange.to_local(comm, route, trade, gathered, received)
-    widths = [x.shape[3] for x in targets]
-    panels, covered = [], [0] * len(targets)  # heads of each array that the ranks so far have brought
-    for number, first, count, place, (row, batch, head) in _blocks(trade, shares, widths):
-        again = min(max(covered[number] - first, 0), count)
-        covered[number] = max(covered[number], first + count)
-        for skip, heads in ((0, again), (again, count - again)):
-            source = (0, place + skip * head, row, batch, head, 1)
-            target = target_of(number, targets[number], first + skip)
-            panels.append(Panel(*source, *target, heads, widths[number], add=int(skip < again)))
-    with stage("unpack"):
-        relayout([received], targets, panels, rows=trade.rows[comm.rank], batch=trade.batch)
-
-
-def _gather(comm: Any, route: _exchange.Route, trade: Trade, shares: Sequence[Share], x: Any) -> Any:
-    """`gather_heads` of a USM array."""
-    batch, rows, heads, width = x.shape
-    strides = (heads * width, batch * heads * width, width, 1)
-    as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
-    if not as_sent or x._element_offset:
-        with stage("pack"):
-            copy = view(scratch(x.sycl_queue, "gathered", (x.size,), x.dtype), 0, x.shape, strides)
-            panel = Panel(*source_of(0, x), *target_of(0, copy), heads, width)
-            relayout([x], [copy], [panel], rows=rows, batch=batch)
-        x = copy
-    all_heads = sum(count for _, count in shares[0])
-    result = empty_like(x, (batch, trade.rows[comm.rank], all_heads, width))
-    to_local(comm, route, trade, view(x, 0, (x.size,), (1,)), [result], shares)
-    return result
-
-
-def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:
-    """One column of a table of integers."""
-    return tuple(row[index] for row in table)
-
-
-def blocks_of(counts: tuple[int, ...]) -> Share:
-    """The heads of every rank if the ranks have consecutive blocks of them."""
-    return list(zip(starts(counts), counts, strict=True))
+    return _exchange.ordered(_exchange.resolve_comm("order_ranks", comm))

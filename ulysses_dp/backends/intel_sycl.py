@@ -9,8 +9,8 @@ from ulysses_dp.kernels.flash_backward import TILES_OF, flash_backward
 from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 
-from .._arrays import scratch
 from .._copies import copy_arrays, readable
+from .._workspace import scratch
 from ..schedule import choose, fastest
 from ._base import Backend, compute_dtype
 

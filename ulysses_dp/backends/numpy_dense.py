@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels import flash_backward, flash_forward, row_dot
 
-from .._arrays import scratch, tensor
+from .._arrays import tensor
 from .._copies import copy_arrays, readable
+from .._workspace import scratch
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:

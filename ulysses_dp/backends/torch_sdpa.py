@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arrays import empty_like, tensor
+from .._arrays import tensor
 from .._copies import copy_arrays
 from .._mask import UNLIMITED, spans
+from .._workspace import empty_like
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:

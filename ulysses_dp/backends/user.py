@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arrays import dtype_of, empty_like, from_usm, kind_of, place_of, tensor, to_usm
+from .._arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
 from .._copies import copy_arrays
 from .._mask import UNLIMITED
+from .._workspace import empty_like
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:

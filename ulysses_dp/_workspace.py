@@ -1,0 +1,153 @@
+"""The device memory that calls use again and again: what they compute in, and what earlier results gave back."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import OrderedDict
+from threading import local
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from ulysses_dp.kernels.launch import free_uploads
+
+from ._arrays import tensor
+from ._mask import spans
+from ._trace import note
+
+POOLED_BYTES = 16 * 2**20
+POOLED_RESULTS = 8
+LIMIT = "ULYSSES_DP_WORKSPACE"  # bytes that a thread keeps; by default a quarter of the device's memory
+
+
+class _Store:
+    """What one thread keeps."""
+
+    def __init__(self) -> None:
+        # scratch by owner, queue and slot, the least recently used first
+        self.memories: OrderedDict[tuple[int, Any, str], Any] = OrderedDict()
+        self.results: list[tuple[Any, Any]] = []  # of results, in use or given back, with what they are good for
+        self.prepared: dict[tuple[int, str], tuple[int, Any]] = {}  # by owner and function: the last call
+
+
+_this_thread = local()
+_stores: WeakSet[_Store] = WeakSet()
+
+
+def _store() -> _Store:
+    try:
+        return _this_thread.store
+    except AttributeError:
+        _this_thread.store = store = _Store()
+        _stores.add(store)
+        return store
+
+
+def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type: str = "device", *, owner: int = 0) -> Any:
+    """An uninitialised USM array that is this thread's until it asks for the same slot of the same queue and owner again.
+
+    MPI libraries cache what they learn about a buffer, and fresh device memory has to be mapped page by page: using the same
+    memory in every call saves both. The owner is a communicator, with which its memory goes, or 0.
+    """
+    memories = _store().memories
+    nbytes = max(math.prod(shape), 1) * dtype.itemsize
+    key = owner, queue, slot
+    if key in memories and memories[key].nbytes >= nbytes:
+        memories.move_to_end(key)
+    else:
+        memories.pop(key, None)  # free the old one first
+        memories[key] = _allocate(queue, nbytes, usm_type)
+        _bound(queue)
+    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memories[key])
+
+
+def _allocate(queue: Any, nbytes: int, usm_type: str) -> Any:
+    note(allocations=1)
+    try:
+        return tensor.empty(nbytes, dtype="u1", usm_type=usm_type, sycl_queue=queue).usm_data
+    except Exception as error:  # dpctl has an exception of its own for this
+        raise MemoryError(f"the device {queue.sycl_device.name.strip()} has no {nbytes} bytes of {usm_type} memory") from error
+
+
+def _bound(queue: Any) -> None:
+    """Let go of what was not used for the longest time, above the limit. What the current call still uses lives on with it."""
+    store = _store()
+    limit = int(os.environ.get(LIMIT, queue.sycl_device.global_mem_size // 4))
+    while len(store.memories) > 1 and sum(memory.nbytes for memory in store.memories.values()) > limit:
+        store.memories.popitem(last=False)
+        store.prepared.clear()
+
+
+def prepared(key: tuple[int, str]) -> tuple[int, Any]:
+    """The call of a function on a communicator for which this thread has all memory: its digest, or 0; and its place."""
+    return _store().prepared.get(key, (0, None))
+
+
+def set_prepared(key: tuple[int, str], call: tuple[int, Any]) -> None:
+    """Remember that there is all memory for this call of a function on a communicator."""
+    _store().prepared[key] = call
+
+
+def _references(entry: tuple[Any, Any]) -> int:
+    """How many references there are to the memory of an entry of the pool, as Python counts them."""
+    memory = entry[1]
+    return sys.getrefcount(memory)
+
+
+# Measured, because versions of Python differ in whether a local variable and an argument count.
+_REFERENCES_OF_POOL = _references((None, object()))
+
+
+def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
+    """A new, uninitialised USM array with the queue, kind of USM memory and, if none is given, dtype of x.
+
+    A small one may get memory that an earlier result gave back: fresh memory is mapped page by page on first use, which took
+    two fifths of the time of a short call. Memory is given back when nothing but the pool refers to it any more. Work of the
+    queue that still reads it is no danger: it is waited for before anything is launched.
+    """
+    dtype = np.dtype(dtype or x.dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    key = (x.sycl_queue, x.usm_type, nbytes)
+    pool = _store().results
+    for place, entry in enumerate(pool):
+        if entry[0] == key and _references(entry) == _REFERENCES_OF_POOL:
+            pool.append(pool.pop(place))  # the least recently used one is dropped first
+            return tensor.usm_ndarray(shape, dtype=dtype, buffer=entry[1])
+    memory = _allocate(x.sycl_queue, max(nbytes, 1), x.usm_type)
+    if 0 < nbytes <= POOLED_BYTES:
+        pool.append((key, memory))
+        del pool[:-POOLED_RESULTS]
+    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memory)
+
+
+def release(owner: int) -> None:
+    """Give back the memory of a communicator, in all threads."""
+    for store in list(_stores):
+        for prepared_key in [key for key in store.prepared if key[0] == owner]:
+            store.prepared.pop(prepared_key, None)
+        for key in [key for key in store.memories if key[0] == owner]:
+            store.memories.pop(key, None)
+
+
+def free_workspace() -> None:
+    """Give back the device memory that this thread keeps for later calls.
+
+    Not collective. Calls keep their buffers for the next call on the same communicator and queue, until the communicator is
+    freed: as large as the largest call so far needed, but not more than ``ULYSSES_DP_WORKSPACE`` bytes in all, an environment
+    variable, by default a quarter of the device's memory. They also keep the memory of up to eight small results (16 MiB), to
+    use it again after these are gone, and small tables on the device. The next call allocates anew.
+
+    Examples
+    --------
+    >>> import ulysses_dp
+    >>> ulysses_dp.free_workspace()
+    """
+    store = _store()
+    store.memories.clear()
+    store.results.clear()
+    store.prepared.clear()
+    spans.cache_clear()
+    free_uploads()

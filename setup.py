@@ -104,6 +104,7 @@ setup(
         "mpi": ["impi-rt>=2021.16"],
         "demo": ["matplotlib", "safetensors", "scikit-image>=0.25", "tqdm"],
         "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8"],
+        "torch": ["torch>=2.5"],
         "peers": ["torch==2.13.0", "yunchang==0.6.4"],
         "dev": ["mypy", "numpydoc>=1.8", "ruff"],
     },

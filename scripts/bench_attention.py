@@ -2,13 +2,15 @@
 
     pip install '.[peers]'
     python scripts/bench_attention.py --json bench.json --plot bench.png
+    python scripts/bench_attention.py --backends
     python scripts/bench_attention.py --memory
 
 Each row of the table is the median over pairs of turns: ours and PyTorch's follow each other, again and again, so that both
 see the same machine, and the ratio is taken pair by pair. A turn is a few calls, of which the first does not count: while it
 runs, threads of the other side may still be spinning on the cores. Ours is the call that users make, `ulysses_dp.attention` on
 bshd dpnp arrays ("bshd"), or on views of the buffer that the exchange receives ("wire"). PyTorch gets its preferred layout,
-contiguous (batch, heads, seq, head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices.
+contiguous (batch, heads, seq, head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices. With
+--backends, the other local backends that are installed take their turns in our process, through the same call.
 
 With --memory: by how much the first call raises the peak memory of a process, in bytes per element of q. What grows with seq
 squared would double from row to row.
@@ -17,6 +19,7 @@ squared would double from row to row.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -31,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
 
 HEADS = 8
@@ -162,12 +165,13 @@ def torch_process(connection: Connection, threads: int) -> None:
         connection.send(turn(call))
 
 
-def our_call(case: Case) -> Callable[[], Any]:
+def our_call(case: Case, backend: str = "intel_sycl") -> Callable[[], Any]:
     """Our side of a case, ready to be called."""
     import dpnp
 
     import ulysses_dp
 
+    attn_type = ulysses_dp.AttnType(backend)
     q, k, v = (dpnp.asarray(x) for x in case.arrays())
     if case.layout == "wire":
         # what MPI delivers: (seq, batch, heads + 2 kv_heads, head_dim)
@@ -175,13 +179,13 @@ def our_call(case: Case) -> Callable[[], Any]:
         edges = (0, HEADS, HEADS + case.kv_heads, HEADS + 2 * case.kv_heads)
         q, k, v = (buffer[:, :, a:b].transpose(1, 0, 2, 3) for a, b in pairwise(edges))
     if case.backward:
-        out, lse = ulysses_dp.attention(q, k, v, causal=case.causal, return_lse=True)
-        dout = dpnp.ones_like(out)
-        return lambda: ulysses_dp.attention_backward(dout, q, k, v, out, lse, causal=case.causal)
+        settings = {"causal": case.causal, "attn_type": attn_type}
+        out, lse = ulysses_dp.attention(q, k, v, return_lse=True, **settings)
+        return partial(ulysses_dp.attention_backward, dpnp.ones_like(out), q, k, v, out, lse, **settings)
     options, _ = option_arguments(case)
     if "bias" in options:
         options["bias"] = dpnp.asarray(options["bias"])
-    return lambda: ulysses_dp.attention(q, k, v, causal=case.causal, **options)
+    return partial(ulysses_dp.attention, q, k, v, causal=case.causal, attn_type=attn_type, **options)
 
 
 def peak_call() -> Callable[[], Any]:
@@ -208,12 +212,19 @@ def turn(call: Callable[[], Any]) -> float:
     return statistics.median(durations[1:])
 
 
-def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float) -> dict[str, Any]:
+def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float, backends: Iterable[str]) -> dict[str, Any]:
     """Time a case for about `budget` seconds, at least five pairs of turns."""
     ours = our_call(case)
+    ours()
+    others: dict[str, Callable[[], Any]] = {}
+    for backend in backends:
+        with contextlib.suppress(NotImplementedError):  # it does not have all cases
+            call = our_call(case, backend)
+            call()
+            others[backend] = call
     peer.send(case)
     peer.recv()
-    ours()
+    times: dict[str, list[float]] = {name: [] for name in others}
     pairs, peaks = [], []
     end = time.perf_counter() + budget
     while len(pairs) < 5 or time.perf_counter() < end:
@@ -222,6 +233,8 @@ def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float
         mine = turn(ours)
         peer.send(None)
         pairs.append((mine, peer.recv()))
+        for name, other in others.items():
+            times[name].append(turn(other))
     mine, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
     sgemm = 2 * PEAK_SIZE**3 / statistics.median(peaks)
     return {
@@ -233,6 +246,7 @@ def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float
         "ratio": statistics.median(b / a for a, b in pairs),
         "of_sgemm": case.flops / mine / sgemm,
         "sgemm_gflops": sgemm / 1e9,
+        "backends_gflops": {name: case.flops / statistics.median(turns) / 1e9 for name, turns in times.items()},
     }
 
 
@@ -290,6 +304,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every combination of sizes")
     parser.add_argument("--backward", action="store_true", help="the gradient instead of the forward pass")
     parser.add_argument("--options", action="store_true", help="windows, padding, ALiBi and bias instead")
+    parser.add_argument("--backends", action="store_true", help="a column for each other backend that is installed")
     parser.add_argument("--head-dim", type=int, nargs="*", help="only these")
     parser.add_argument("--seq", type=int, nargs="*", help="only these")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of PyTorch (all cores)")
@@ -307,7 +322,13 @@ def main() -> None:
     process.start()
     peak = peak_call()
     rows = []
-    print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm")
+    backends = []
+    if arguments.backends:
+        from ulysses_dp.backends import usable
+
+        backends = [x.value for x in usable() if x.value not in ("intel_sycl", "numpy")]
+    print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm", end="")
+    print("".join(f" {x:>12}" for x in backends))
     rows_to_measure = cases(arguments.full)
     if arguments.options:
         rows_to_measure = option_cases()
@@ -318,14 +339,16 @@ def main() -> None:
             continue
         if arguments.seq and case.seq not in arguments.seq:
             continue
-        row = measure(case, peer, peak, arguments.seconds)
+        row = measure(case, peer, peak, arguments.seconds, backends)
         rows.append(row)
         print(
             f"{case.head_dim:8} {case.seq:5}  {'causal' if case.causal else '-':6} {case.batch:5} {case.kv_heads:8} "
             f"{case.option or case.layout:6} | {row['microseconds']:8.0f} {row['gflops']:8.1f} {row['torch_gflops']:8.1f} | "
             f"{row['ratio']:5.2f} {row['of_sgemm']:8.0%}",
-            flush=True,
+            end="",
         )
+        speeds = (row["backends_gflops"].get(x) for x in backends)
+        print("".join(f" {'-':>12}" if speed is None else f" {speed:12.1f}" for speed in speeds), flush=True)
     peer.send("stop")
     process.join()
     print(f"sgemm {statistics.median(row['sgemm_gflops'] for row in rows):.0f} GFLOP/s, ", end="")

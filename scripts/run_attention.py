@@ -157,7 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="file to write, .npy")
     parser.add_argument("--causal", action="store_true", help="query i sees the keys j <= i + seq_k - seq_q")
     parser.add_argument("--softmax-scale", type=float, help="factor of the dot products (1/sqrt(head_dim))")
-    parser.add_argument("--attn-type", choices=[x.value for x in ulysses_dp.AttnType], default="intel_sycl")
+    backends = [x.value for x in ulysses_dp.AttnType]
+    parser.add_argument("--attn-type", choices=backends, default="intel_sycl", help="who computes on a rank (intel_sycl)")
     parser.add_argument("--exchange", choices=["auto", "device", "host"], default="auto", help="how MPI reaches device memory")
     parser.add_argument("--trace", metavar="FILE", help="write what every rank did when, for ui.perfetto.dev")
     parser.add_argument(
@@ -202,7 +203,7 @@ def main() -> None:
     def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         try:
             return ulysses_dp.ulysses_attention(query, key, value, comm=comm, exchange=arguments.exchange, **options)
-        except (TypeError, ValueError) as error:  # the same on all ranks
+        except (TypeError, ValueError, NotImplementedError, ImportError) as error:  # the same on all ranks
             raise SystemExit(f"run_attention: {error}" if comm.rank == 0 else 1) from error
 
     def compute(step: Step) -> None:

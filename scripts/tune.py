@@ -1,4 +1,4 @@
-"""Measure which kernel schedule is the fastest on the device at hand, and save the table that ulysses_dp then uses.
+"""Measure the kernel schedules and the backends on the device at hand, and save the table of the schedules for ulysses_dp.
 
     python scripts/tune.py --save tuning.json
     export ULYSSES_DP_TUNING=$PWD/tuning.json
@@ -6,6 +6,8 @@
 Every schedule that can run is timed on the same problem in turns, for each head_dim with a kernel of its own and for one
 without. The table holds the time per query row relative to the best; a call then takes the schedule with the least time for
 its rows, rounded up to whole tiles.
+
+A second table compares the backends that are installed, for the user to choose `attn_type` by.
 """
 
 from __future__ import annotations
@@ -14,46 +16,103 @@ import argparse
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dpnp
 import numpy as np
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS
 
-from ulysses_dp import attention, schedule
+from ulysses_dp import AttnType, attention, schedule
+from ulysses_dp.backends import usable
 from ulysses_dp.device import default_queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HEADS = 8
 ROWS = 960  # a multiple of the rows of every tile
 ANY = 50  # a head_dim that has no kernel of its own
+LENGTHS = (128, 1024)  # rows, for the backends
 
 
 def measure(head_dim: int, seq: int, seconds: float) -> dict[str, float]:
     """Time of every schedule relative to the best."""
+    inputs = arrays(head_dim, seq, "float32")
+
+    def call(name: str) -> None:
+        os.environ[schedule.SCHEDULE] = name
+        attention(*inputs)
+
+    names = schedule.candidates(default_queue().sycl_device, inputs[0].dtype, head_dim)
+    medians = in_turns({name: partial(call, name) for name in names}, seconds)
+    os.environ.pop(schedule.SCHEDULE)
+    return {name: round(value / min(medians.values()), 3) for name, value in medians.items()}
+
+
+def arrays(head_dim: int, seq: int, dtype: str) -> list[Any]:
+    """q, k and v on the device; bfloat16 as bit patterns."""
     queue = default_queue()
-    rng = np.random.default_rng(0)
-    inputs = [dpnp.asarray(x, sycl_queue=queue) for x in rng.standard_normal((3, 1, seq, HEADS, head_dim), dtype=np.float32)]
-    names = schedule.candidates(queue.sycl_device, inputs[0].dtype, head_dim)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    numbers = np.random.default_rng(0).standard_normal((3, 1, seq, HEADS, head_dim), dtype=np.float32)
+    if dtype == "bfloat16":
+        numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    return [dpnp.asarray(x, dtype=numbers.dtype if dtype == "bfloat16" else dtype, sycl_queue=queue) for x in numbers]
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median time of every call, all of them measured in turns.
+
+    A turn is two calls, of which the first does not count: threads of the last one may still be spinning on the cores.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = None
     while end is None or time.perf_counter() < end:
-        for name in names:
-            os.environ[schedule.SCHEDULE] = name
+        for name, call in calls.items():
+            call()
             start = time.perf_counter()
-            attention(*inputs)
+            call()
             times[name].append(time.perf_counter() - start)
         if end is None:  # the first turn compiled the kernels
-            times = {name: [] for name in names}
+            times = {name: [] for name in calls}
             end = time.perf_counter() + seconds
-    medians = {name: statistics.median(turns or [float("inf")]) for name, turns in times.items()}
-    return {name: round(value / min(medians.values()), 3) for name, value in medians.items()}
+    return {name: statistics.median(turns or [float("inf")]) for name, turns in times.items()}
+
+
+def compare_backends(seconds: float) -> None:
+    """Print the milliseconds of a call for every backend that is installed, but for the reference."""
+    names = [x for x in usable() if x is not AttnType.NUMPY]
+    dtypes = ["float32", "float64", "float16", "bfloat16"]
+    device = default_queue().sycl_device
+    if not device.has_aspect_fp16:
+        dtypes.remove("float16")
+    if not device.has_aspect_fp64:
+        dtypes.remove("float64")
+    print(f"\nmilliseconds of a call, {HEADS} heads, no mask")
+    print("dtype     head_dim  rows" + "".join(f"{x.name:>14}" for x in names))
+    for dtype in dtypes:
+        for head_dim in (64, 128):
+            for seq in LENGTHS:
+                inputs = arrays(head_dim, seq, dtype)
+                options = {"dtype": dtype} if dtype == "bfloat16" else {}
+                calls = {}
+                for x in names:
+                    call = partial(attention, *inputs, attn_type=x, **options)
+                    try:
+                        call()
+                    except (NotImplementedError, ImportError):  # on this device, or for this dtype
+                        continue
+                    calls[x.name] = call
+                medians = in_turns(calls, seconds)
+                cells = (f"{1e3 * medians[x.name]:14.2f}" if x.name in medians else f"{'-':>14}" for x in names)
+                print(f"{dtype:8} {head_dim:9} {seq:5}" + "".join(cells), flush=True)
 
 
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seq", type=int, default=ROWS, help=f"rows of the problem ({ROWS})")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each head_dim (1.0)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the tables (1.0)")
     parser.add_argument("--save", type=Path, help="write the table here, for ULYSSES_DP_TUNING")
     arguments = parser.parse_args()
     if arguments.seq < 1 or arguments.seconds <= 0:
@@ -70,6 +129,7 @@ def main() -> None:
     if arguments.save:
         schedule.write(arguments.save, device.name.strip(), costs)
         print(f"saved; to use it: export {schedule.TUNING}={arguments.save.resolve()}")
+    compare_backends(arguments.seconds)
 
 
 if __name__ == "__main__":

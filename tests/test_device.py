@@ -64,11 +64,12 @@ def test_report():
     for line in lines:
         label, text = line.split(maxsplit=1)
         said.setdefault(label, []).append(text.strip())
-    assert set(said) == {"device", "process", "MPI", "exchange", "kernels"}
+    assert set(said) == {"device", "process", "MPI", "exchange", "kernels", "backends"}
     assert [text.endswith("this process") for text in said["device"]].count(True) == 1
     assert said["process"] == ["number 0 on this node"]
     assert "MPI" in said["MPI"][0]
     assert said["exchange"][0].startswith(("device: ", "host: "))
+    assert re.fullmatch(r"INTEL_SYCL, .*NUMPY; AUTO takes .*INTEL_SYCL.*", said["backends"][0])
     assert said["kernels"] == [f"{len(manifest.read())} in {manifest.FOLDER}"]
 
 

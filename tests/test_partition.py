@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_dp._partition import Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
+from ulysses_dp._partition import HeadMap, Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
 
 pytestmark = pytest.mark.single
 
@@ -37,6 +37,12 @@ def test_share_heads(kv_heads, group, ranks):
         read = {(share.q_start + h) // group for h in range(share.q_count)}
         assert read == set(range(share.kv_start, share.kv_start + share.kv_count))
         assert 0 <= share.shift < group
+        heads_map = HeadMap(group, share.shift, share.q_start)
+        local = heads_map.kv_heads(share.q_count)
+        assert [share.kv_start + kv for kv in local] == [(share.q_start + h) // group for h in range(share.q_count)]
+        if share.q_count:
+            counts = {local.count(kv) for kv in range(share.kv_count)}
+            assert heads_map.uniform(share.q_count, share.kv_count) == (len(counts) == 1)
         for h in range(share.q_count):
             assert share.kv_start + (h + share.shift) // group == (share.q_start + h) // group
 

@@ -1,5 +1,6 @@
 """Which kernel a device gets, and how a user changes that."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ def test_tune(tmp_path):
     command = [sys.executable, script, "--seq", "40", "--seconds", "0.01", "--save", path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "head_dim" in done.stdout
+    assert re.search(r"^float32 +64 +1024 +[\d.]+", done.stdout, re.MULTILINE)
     table = schedule.read(path)
     assert set(table) == {0, *HEAD_DIMS}
     assert all(min(costs.values()) == 1 for costs in table.values())

@@ -75,6 +75,14 @@ def test_run_attention_in_steps_reads_safetensors(arrays, tmp_path, monkeypatch)
     assert "step" in text
 
 
+def test_run_attention_by_another_backend(arrays, tmp_path):
+    pytest.importorskip("torch")
+    script = ROOT / "scripts/run_attention.py"
+    mpiexec(2, script, *arguments(), "--out", "out.npy", "--causal", "--attn-type", "torch", cwd=tmp_path)
+    expected, _ = dense_attention(**arrays, causal=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+
+
 def test_run_attention_says_what_is_wrong(arrays, tmp_path):
     script = ROOT / "scripts/run_attention.py"
     text = mpiexec(2, script, *arguments()[:-1], "missing.npy", "--out", "out.npy", cwd=tmp_path, code=1)

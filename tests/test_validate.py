@@ -89,7 +89,11 @@ BAD_OPTIONS = [
 ]
 BAD_KEYWORDS = [
     ({"return_lse": 0}, TypeError, "return_lse must be a bool, not int"),
-    ({"attn_type": "numpy"}, TypeError, "attn_type must be a member of AttnType, not 'numpy'"),
+    (
+        {"attn_type": "numpy"},
+        TypeError,
+        "attn_type must be a member of AttnType, a function or .* not 'numpy'; see AttnType.from_string",
+    ),
     ({"softcap": -30.0}, ValueError, "softcap must be from 1e-30 to 1e.30, or 0 for none, not -30.0"),
     ({"sinks": ones(3)}, ValueError, r"sinks must have shape \(4,\), one for every head, not \(3,\)"),
     ({"layout": "bdsh"}, ValueError, "layout must be one of bhsd, bshd, sbhd, thd, not 'bdsh'"),

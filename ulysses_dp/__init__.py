@@ -7,7 +7,7 @@ _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL 
 from ._trace import trace  # noqa: E402
 from ._workspace import free_workspace  # noqa: E402
 from .attention import ulysses_attention  # noqa: E402
-from .backends import AttnType  # noqa: E402
+from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .local import attention  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "merge_attention",
     "order_ranks",
     "plan",
+    "register_attention",
     "scatter_heads",
     "trace",
     "ulysses_attention",

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
+UNLIMITED = (-1, -1)  # a window without limits
+
 
 @lru_cache(maxsize=8)
 def spans(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ulysses_dp.kernels.flash_forward import Extras
 
 from ._arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
 from ._layout import PACKED, Layout
-from ._mask import spans, trim
+from ._mask import UNLIMITED, spans, trim
 from ._validate import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
 from .backends import backend_for
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 BIAS_DTYPES = ("float32", "float64", "float16", "bfloat16")
-UNLIMITED = (-1, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +96,11 @@ class Options:
                         f"not {tuple(self.bias.shape)}"
                     )
 
-    def extras(self, q: Any, seq_k: int, first_head: int) -> Extras | None:
-        """The options for the heads of USM array q, the first of which has this number; None where the plain kernel will do."""
+    def extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> Extras | None:
+        """The options for the heads of USM array q, the first of which has this number; None where the plain kernel will do.
+
+        The bias is of this dtype, that of q by default.
+        """
         if self.plain:
             return None
         batch, seq_q, heads, _ = q.shape
@@ -113,17 +115,29 @@ class Options:
         )
         if self.key_padding_mask is not None:
             table = trim(table, np.any(self.key_padding_mask, axis=0))
+        bias = None if self.bias is None else self.local_bias(q, mine, dtype or q.dtype)
         return Extras(
             spans=table,
             softcap=self.softcap,
             slopes=None if self.alibi_slopes is None else self.alibi_slopes[:, mine],
             sinks=None if self.sinks is None else self.sinks[mine],
-            bias=None if self.bias is None else _bias_of(self.bias, mine, q, (batch, heads, seq_q, seq_k)),
+            bias=None if bias is None else tensor.broadcast_to(bias, (batch, heads, seq_q, seq_k)),
             padding=self.key_padding_mask,
             dropout_p=self.dropout_p,
             seed=self.seed,
             first_head=first_head,
         )
+
+    def local_bias(self, q: Any, heads: slice, dtype: Any) -> Any:
+        """The bias of some heads as a USM array on the queue of q; what strides of 0 repeat is there once."""
+        kind = kind_of(self.bias)
+        x = to_numpy(self.bias, kind) if on_host(self.bias, kind) else to_usm(self.bias)
+        x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+        if x.shape[1] > 1:
+            x = x[:, heads]
+        if dtype_of(self.bias) == "bfloat16":
+            x = _bfloat16_to_float32(x if on_host(self.bias, kind) else tensor.asnumpy(x))
+        return tensor.asarray(x, dtype=dtype, sycl_queue=q.sycl_queue)
 
 
 def check_attention(
@@ -132,7 +146,9 @@ def check_attention(
     """Check all arguments of a call of attention; returns q, k and v as views (batch, seq, heads, head_dim)."""
     views, geometry = check_inputs(q, k, v, names, layout, dtype)
     settings = check_options(geometry, views, names, layout=layout, **options)
-    settings.backend.check(device_of(q), geometry, settings, backward=backward)
+    backend = settings.backend.for_call(views[0], device_of(q), geometry, settings, backward=backward)
+    if backend is not settings.backend:
+        settings = replace(settings, backend=backend)
     return views, geometry, settings
 
 
@@ -160,7 +176,7 @@ def check_options(
     """Check the options, as far as that goes without the rows of the other ranks; the default of the scale is filled in."""
     for name, flag in (("causal", causal), (names.return_lse, return_lse)):
         check_flag(name, flag)
-    backend = backend_for(attn_type, views[0], geometry)
+    backend = backend_for(attn_type)
     cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
     cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
     if layout == PACKED:
@@ -323,15 +339,3 @@ def _shorten(numbers: tuple[int, ...]) -> str:
 
 def _digest(content: bytes) -> str:
     return blake2b(content, digest_size=8).hexdigest()
-
-
-def _bias_of(bias: Any, heads: slice, q: Any, shape: tuple[int, ...]) -> Any:
-    """The bias of some heads as a USM array of the dtype of q, broadcast by strides: what repeats stays as small as it came."""
-    kind = kind_of(bias)
-    x = to_numpy(bias, kind) if on_host(bias, kind) else to_usm(bias)
-    x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
-    if x.shape[1] > 1:
-        x = x[:, heads]
-    if dtype_of(bias) == "bfloat16":
-        x = _bfloat16_to_float32(x if on_host(bias, kind) else tensor.asnumpy(x))
-    return tensor.broadcast_to(tensor.asarray(x, dtype=q.dtype, sycl_queue=q.sycl_queue), shape)

@@ -43,6 +43,14 @@ class HeadMap(NamedTuple):
     shift: int = 0
     first: int = 0
 
+    def kv_heads(self, heads: int) -> list[int]:
+        """Which kv head each of so many query heads reads."""
+        return [(head + self.shift) // self.group for head in range(heads)]
+
+    def uniform(self, heads: int, kv_heads: int) -> bool:
+        """Whether every kv head has as many query heads here, as if these were all there are."""
+        return heads % kv_heads == 0 and self.kv_heads(heads) == [head * kv_heads // heads for head in range(heads)]
+
 
 @lru_cache(maxsize=256)
 def share_heads(heads: int, kv_heads: int, ranks: int) -> tuple[Heads, ...]:

@@ -18,7 +18,7 @@ from ._redistribution import Redistribution, pipeline
 from ._trace import call
 from ._validate import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
 from ._workspace import empty_like, scratch
-from .backends import AttnType
+from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
     from ._partition import Share
@@ -57,7 +57,7 @@ def ulysses_attention(
     dtype: str | None = None,
     return_lse: bool = False,
     return_ctx: bool = False,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
     overlap: int | str = "auto",
     node_size: int | str = 1,
@@ -92,8 +92,9 @@ def ulysses_attention(
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse.
-    attn_type : AttnType
-        The implementation of the local attention.
+    attn_type : AttnType, UserAttention or callable
+        The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
+        as it takes one.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
     overlap : int or "auto"
@@ -125,7 +126,9 @@ def ulysses_attention(
         queues or devices; or if the ranks disagree on anything but the number of their rows. Of `bias`, only shape and dtype
         are compared.
     NotImplementedError
-        On all ranks, if on any rank a torch tensor requires a gradient.
+        On all ranks, if on any rank a torch tensor requires a gradient, or `attn_type` does not have one of the options.
+    ImportError
+        On all ranks, if on any rank `attn_type` needs a package that is not installed.
 
     Notes
     -----
@@ -305,11 +308,12 @@ class _Part:
         out, *lse_as_columns = self._back.views
         lse_shape = (path.geometry.batch, mine.q_count, sum(path.q_rows))
         in_place = path.options.return_lse and self._lse_columns == 1 and not path.keep
+        lse = None
         if in_place:
             lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
         elif path.keep:
             lse = empty_like(q, lse_shape, self._lse_dtype)
-        else:
+        elif path.options.return_lse:
             lse = scratch(q.sycl_queue, "lse", lse_shape, self._lse_dtype)
         local.attend(*(*gathered, out, lse, path.options, HeadMap(path.geometry.group, mine.shift, mine.q_start)))
         if path.options.return_lse and not in_place:

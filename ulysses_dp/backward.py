@@ -20,7 +20,7 @@ from ._trace import call, stage
 from ._validate import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
 from ._workspace import empty_like, scratch
 from .attention import Context, as_columns
-from .backends import AttnType
+from .backends import AttnType, LocalAttention
 from .local import empty_out
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def attention_backward(
     seed: int | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
 ) -> Any:
     """Gradient of `attention`: the vector-Jacobian product for a cotangent of its result.
 
@@ -80,7 +80,7 @@ def attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, ImportError
         As `attention` does; and if dout, out or lse do not fit q.
 
     See Also
@@ -155,7 +155,7 @@ def ulysses_attention_backward(
     seed: int | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
     overlap: int | str = "auto",
     node_size: int | str = 1,
@@ -191,7 +191,7 @@ def ulysses_attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, ImportError
         On all ranks, as `ulysses_attention` does; and if on any rank dout, out, lse or ctx do not fit q.
 
     See Also
@@ -345,8 +345,11 @@ def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> Any:
 def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
     """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
     with stage("attention backward"):
-        if any(grad.size for grad in grads):
+        if arrays[0].size:
             options.backend.backward(arrays, grads, options, heads)
+        else:  # no query, or no head for this rank: nothing reaches the keys
+            for grad in grads:
+                grad[...] = 0
 
 
 @dataclass

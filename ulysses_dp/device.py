@@ -75,7 +75,7 @@ def default_queue() -> Any:
 
 
 def report() -> str:
-    """What ``python -m ulysses_dp`` prints: devices, the choice of this process, MPI, the exchange, the kernels.
+    """What ``python -m ulysses_dp`` prints: devices, the choice of this process, MPI, the exchange, kernels, backends.
 
     Returns
     -------
@@ -99,6 +99,7 @@ def report() -> str:
     from ulysses_dp.kernels import manifest
 
     from ._exchange import choose_route, library_version
+    from .backends import describe
 
     lines = [f"ulysses_dp {importlib.metadata.version('ulysses_dp')} · dpctl {dpctl.__version__} · dpnp {dpnp.__version__}"]
     queue = default_queue()
@@ -111,4 +112,5 @@ def report() -> str:
     route = choose_route(queue, "auto")
     lines.append(f"exchange {route.name}: {route.reason}")
     lines.append(f"kernels  {len(manifest.read())} in {manifest.FOLDER}")
+    lines.append(f"backends {describe(queue.sycl_device)}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import Any
 from ._layout import axes_to_bshd
 from ._validate import Names, check_axes
 from .attention import distributed
-from .backends import AttnType
+from .backends import AttnType, LocalAttention
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")
@@ -25,8 +25,9 @@ class UlyssesAttention:
         (batch, seq, heads, head_dim); ``scatter_idx=1, gather_idx=2`` is (batch, heads, seq, head_dim).
     use_sync : bool
         Return only when the result is complete. It always is.
-    attn_type : AttnType
-        The implementation of the local attention.
+    attn_type : AttnType, UserAttention or callable
+        The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
+        as it takes one.
 
     Raises
     ------
@@ -49,7 +50,7 @@ class UlyssesAttention:
         scatter_idx: int = 2,
         gather_idx: int = 1,
         use_sync: bool = False,
-        attn_type: AttnType = AttnType.INTEL_SYCL,
+        attn_type: LocalAttention = AttnType.INTEL_SYCL,
     ) -> None:
         heads, seq = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
         self.sequence_process_group = sequence_process_group

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ._arrays import from_usm, tensor, to_usm
 from ._layout import Layout, axes_of, from_bshd, inverse, lse_to_user
 from ._options import Options, check_attention
 from ._partition import HeadMap
 from ._trace import call, stage
-from ._workspace import empty_like, scratch
-from .backends import AttnType
+from ._workspace import empty_like
+from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +39,7 @@ def attention(
     layout: str = "bshd",
     dtype: str | None = None,
     return_lse: bool = False,
-    attn_type: AttnType = AttnType.INTEL_SYCL,
+    attn_type: LocalAttention = AttnType.INTEL_SYCL,
 ) -> Any:
     r"""Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
 
@@ -89,8 +87,8 @@ def attention(
         "bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
-    attn_type : AttnType
-        The implementation.
+    attn_type : AttnType, UserAttention or callable
+        The implementation: a member of `AttnType`, what `register_attention` returned, or a function as it takes one.
 
     Returns
     -------
@@ -107,7 +105,9 @@ def attention(
     ValueError
         The shapes do not fit each other, a number is out of range, or the arrays are on different queues or devices.
     NotImplementedError
-        A torch tensor requires a gradient.
+        A torch tensor requires a gradient, or `attn_type` does not have one of the options.
+    ImportError
+        `attn_type` needs a package that is not installed.
 
     Notes
     -----
@@ -157,11 +157,9 @@ def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) ->
     """Attention of USM arrays with all rows and all heads, into new arrays; out is C-contiguous in the order of the layout."""
     q, k, v = arrays
     out = empty_out(q, options.layout)
-    lse_shape = (geometry.batch, geometry.heads, q.shape[1])
+    lse = None
     if options.return_lse:
-        lse = empty_like(q, lse_shape, geometry.compute_dtype)
-    else:
-        lse = scratch(q.sycl_queue, "lse", lse_shape, np.dtype(geometry.compute_dtype))
+        lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), geometry.compute_dtype)
     attend(q, k, v, out, lse, options, HeadMap(geometry.group))
     return out, lse
 
@@ -185,7 +183,7 @@ def results_to_user(out: Any, lse: Any, options: Options, like: Any) -> Any:
 
 
 def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-    """Compute attention of USM arrays into `out`, which is dense in the last axis, and `lse`."""
+    """Compute attention of USM arrays into `out`, which is dense in the last axis, and `lse`, if that is not None."""
     with stage("attention"):
         if out.size:
             options.backend.forward(q, k, v, out, lse, options, heads)

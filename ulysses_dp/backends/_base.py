@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ulysses_dp.kernels.row_dot import row_dot
 
 from .._copies import readable
@@ -30,15 +32,23 @@ class Backend:
     def __str__(self) -> str:
         return self.name
 
+    def for_call(self, q: Any, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+        """The backend of a call, checked: this one, if it need not know the user's q or leave the call to another."""
+        self.check(device, geometry, options, backward=backward)
+        return self
+
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
-        """Raise NotImplementedError for what this backend does not do, before anything is sent. Not collective."""
+        """Raise NotImplementedError for what this backend does not do, before anything is sent. Not collective.
+
+        ImportError where a package is missing.
+        """
 
     def refuse(self, what: str, alternative: str = "INTEL_SYCL") -> NoReturn:
         """Say that there is no such thing here, and where there is."""
         raise NotImplementedError(f"attn_type {self.name} does not support {what}; {alternative} does")
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        """Write `out`, which is dense in the last axis, and `lse`."""
+        """Write `out`, which is dense in the last axis, and `lse`, which is None if nobody wants it."""
         raise NotImplementedError
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
@@ -49,3 +59,8 @@ class Backend:
         """Write the sum of dout * out of every query row."""
         dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
         row_dot(dout, out, delta)
+
+
+def compute_dtype(x: Any) -> np.dtype:
+    """In which dtype attention of such a USM array computes, but where a backend says otherwise, and gives lse."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)

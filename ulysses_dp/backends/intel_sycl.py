@@ -13,7 +13,7 @@ from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 from .._copies import copy_arrays, readable
 from .._workspace import scratch
 from ..schedule import choose, fastest
-from ._base import Backend
+from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,9 @@ class IntelSycl(Backend):
         choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        queue, compute = q.sycl_queue, lse.dtype
+        queue, compute = q.sycl_queue, compute_dtype(q)
+        if lse is None:  # the kernels write it either way
+            lse = scratch(queue, "lse", (q.shape[0], q.shape[2], q.shape[1]), compute)
         schedule = choose(queue.sycl_device, compute, q.shape[3], q.shape[1])
         on_gpu = schedule == "gpu" and options.plain
         (q,) = readable((q,), "q", compute, by_head=False)

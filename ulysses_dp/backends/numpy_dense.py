@@ -10,7 +10,7 @@ from ulysses_dp.kernels import flash_backward, flash_forward, row_dot
 from .._arrays import tensor
 from .._copies import copy_arrays, readable
 from .._workspace import scratch
-from ._base import Backend
+from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,8 +25,9 @@ class NumpyDense(Backend):
     name = "NUMPY"
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        (q,) = readable((q,), "q", lse.dtype, by_head=False)
-        k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
+        compute = compute_dtype(q)
+        (q,) = readable((q,), "q", compute, by_head=False)
+        k, v = readable((k, v), "k, v", compute, by_head=False)
         _compute(flash_forward.reference, (q, k, v), (out, lse), options, q, k, heads)
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
@@ -62,7 +63,8 @@ def _compute(
         extras=extras,
     )
     for target, dense in zip(targets, results, strict=True):
-        _write(target, dense)
+        if target is not None:
+            _write(target, dense)
 
 
 def _write(target: Any, dense: Any) -> None:

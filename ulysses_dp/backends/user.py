@@ -1,0 +1,163 @@
+"""A function of the user as the local attention."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
+from .._copies import copy_arrays
+from .._mask import UNLIMITED
+from .._workspace import empty_like
+from ._base import Backend, compute_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .._options import Options
+    from .._partition import HeadMap
+    from .._validate import Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class UserAttention(Backend):
+    """What `register_attention` returns: the functions, which get and return arrays of the kind that the call was given."""
+
+    name: str
+    function: Callable[..., Any]
+    gradient: Callable[..., Any] | None = None
+    like: Any = field(default=None, repr=False)  # q of the call
+
+    def for_call(self, q: Any, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+        backend = replace(self, like=q)
+        backend.check(device, geometry, options, backward=backward)
+        return backend
+
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+        names = list(_given(options, self.like))
+        if backward and self.gradient is None:
+            raise NotImplementedError(f"attn_type {self.name} has no backward; register_attention takes one")
+        if backward:
+            _check_signature(self.name, self.gradient, ["dout", "q", "k", "v"], ["lse", "delta", *names])
+        else:
+            _check_signature(self.name, self.function, ["q", "k", "v"], [*names, "return_lse"])
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        arrays = q, *_equal_groups((k, v), q, heads)
+        keywords = self._keywords(q, options, heads) | {"return_lse": lse is not None}
+        results = self.function(*map(self._give, arrays), **keywords)
+        if lse is None:
+            result = results[0] if isinstance(results, tuple | list) and results else results
+        else:
+            result, of_rows = self._unpack(results, ("out", "lse"))
+            lse[...] = self._take("lse", of_rows, lse.shape, str(lse.dtype))
+        copy_arrays((self._take("out", result, out.shape, dtype_of(self.like)),), (out,))
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        assert self.gradient is not None
+        dout, q, k, v, lse, delta = arrays
+        inputs = q, *_equal_groups((k, v), q, heads)
+        keywords = {"lse": self._give(lse), "delta": self._give(delta)} | self._keywords(q, options, heads)
+        results = self.gradient(*map(self._give, (dout, *inputs)), **keywords)
+        names = "dq", "dk", "dv"
+        for name, result, x, grad in zip(names, self._unpack(results, names), inputs, grads, strict=True):
+            taken = self._take(name, result, x.shape, dtype_of(self.like))
+            copy_arrays((taken if x.shape == grad.shape else _sum_of_groups(taken, grad, heads),), (grad,))
+
+    def _keywords(self, q: Any, options: Options, heads: HeadMap) -> dict[str, Any]:
+        """The options as the functions take them: arrays of the kind of the call, for the heads of q."""
+        mine = slice(heads.first, heads.first + q.shape[2])
+        compute = compute_dtype(q)
+
+        def as_kind(x: np.ndarray, dtype: Any) -> Any:
+            return self._give(tensor.asarray(np.ascontiguousarray(x, dtype), sycl_queue=q.sycl_queue))
+
+        def slopes(x: np.ndarray) -> np.ndarray:
+            return x[0, mine] if len(x) == 1 else x[:, mine]
+
+        converted: dict[str, Callable[[Any], Any]] = {
+            "alibi_slopes": lambda x: as_kind(slopes(x), compute),
+            "sinks": lambda x: as_kind(x[mine], compute),
+            "key_padding_mask": lambda x: as_kind(x, bool),
+            "cu_seqlens_q": lambda x: as_kind(x, np.int32),
+            "cu_seqlens_k": lambda x: as_kind(x, np.int32),
+            "bias": lambda _: self._give(options.local_bias(q, mine, compute)),
+        }
+        return {name: converted[name](x) if name in converted else x for name, x in _given(options, self.like).items()}
+
+    def _give(self, x: Any) -> Any:
+        """A USM array as the user's functions get it."""
+        return from_usm(x, self.like)
+
+    def _unpack(self, results: Any, names: tuple[str, ...]) -> Sequence[Any]:
+        if not isinstance(results, tuple | list) or len(results) != len(names):
+            came = f"{len(results)} results" if isinstance(results, tuple | list) else type(results).__qualname__
+            raise TypeError(f"attn_type {self.name} must return ({', '.join(names)}), not {came}")
+        return results
+
+    def _take(self, name: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """A result of the user's functions as a USM array, checked."""
+        kind, came = kind_of(self.like), kind_of(x)
+        subject = f"attn_type {self.name} must return {name}"
+        if kind is None or came is not kind:
+            raise TypeError(f"{subject} as {getattr(kind, 'value', kind)}, not {came.value if came else type(x).__qualname__}")
+        if dtype_of(x) != dtype:
+            raise TypeError(f"{subject} with dtype {dtype}, not {dtype_of(x)}")
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{subject} with shape {tuple(shape)}, not {tuple(x.shape)}")
+        if place_of(x, kind) != place_of(self.like, kind):
+            raise ValueError(f"{subject} where q is, on {place_of(self.like, kind)}, not on {place_of(x, kind)}")
+        return to_usm(x)
+
+
+def _given(options: Options, q: Any) -> dict[str, Any]:
+    """Scale and causal, and what else the user has set, by the names of the public functions."""
+    given: dict[str, Any] = {"softmax_scale": options.softmax_scale, "causal": options.causal}
+    if options.window_size != UNLIMITED:
+        given["window_size"] = options.window_size
+    if options.softcap:
+        given["softcap"] = options.softcap
+    if options.dropout_p:
+        given |= {"dropout_p": options.dropout_p, "seed": options.seed}
+    for name in ("alibi_slopes", "bias", "key_padding_mask", "sinks", "cu_seqlens_q", "cu_seqlens_k"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
+    if dtype_of(q) == "uint16":  # bit patterns do not say what they are
+        given["dtype"] = "bfloat16"
+    return given
+
+
+def _check_signature(name: str, function: Any, arrays: list[str], keywords: list[str]) -> None:
+    """Whether a function takes the arrays by position and the options by keyword, as far as it tells."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some compiled functions have none
+        return
+    try:
+        signature.bind(*arrays, **dict.fromkeys(keywords))
+    except TypeError as error:
+        call = ", ".join(arrays + [f"{keyword}=…" for keyword in keywords])
+        raise NotImplementedError(f"attn_type {name} cannot be called with ({call}): {error}") from error
+
+
+def _equal_groups(arrays: Sequence[Any], q: Any, heads: HeadMap) -> Sequence[Any]:
+    """k and v with as many query heads to each kv head: as they are, or with a kv head for every query head."""
+    if heads.uniform(q.shape[2], arrays[0].shape[2]):
+        return arrays
+    index = tensor.asarray(heads.kv_heads(q.shape[2]), sycl_queue=q.sycl_queue)
+    return [tensor.take(x, index, axis=2) for x in arrays]
+
+
+def _sum_of_groups(x: Any, grad: Any, heads: HeadMap) -> Any:
+    """The gradient by kv heads from one by query heads, added up in the dtype of the computation."""
+    compute = compute_dtype(x)
+    wide, total = empty_like(x, x.shape, compute), empty_like(x, grad.shape, compute)
+    copy_arrays((x,), (wide,))
+    readers = np.array(heads.kv_heads(x.shape[2]))
+    for head in range(grad.shape[2]):
+        (mine,) = np.nonzero(readers == head)
+        total[:, :, head] = tensor.sum(wide[:, :, mine[0] : mine[-1] + 1], axis=2)
+    return total

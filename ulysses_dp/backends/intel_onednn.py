@@ -1,0 +1,361 @@
+"""AttnType.INTEL_ONEDNN: the attention patterns of oneDNN Graph, one kernel of the matrix engines on GPUs that have them.
+
+oneDNN matches a pattern operation by operation; of a graph that differs, it makes a partition of every operation. So the graphs
+here are those of its documentation ("Scaled Dot-Product Attention" and "Grouped Query Attention"), for training. They have one
+mask at most: the causal one, which the library makes itself, or an array that is added to the scores. Such an array serves all
+other options that hide keys or add to scores, and the causal mask with them.
+"""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_float, c_int32
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ulysses_dp.kernels.row_dot import row_dot
+
+from .._arrays import tensor
+from .._copies import copy_arrays, readable
+from .._workspace import scratch
+from . import _onednn
+from ._base import Backend
+from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .._options import Options
+    from .._partition import HeadMap
+    from .._validate import Geometry
+
+DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}  # by the dtype of a USM array
+ALIGNMENT = 64  # bytes: GPU kernels read blocks, which must not start between
+
+
+class IntelOneDnn(Backend):
+    """float32, and 16 bits where oneDNN has them on the device; not softcap, sinks, dropout.
+
+    Padding costs a mask of (batch, 1, 1, seq_k); windows, packed sequences, ALiBi and bias cost one of (1 or batch, 1 or heads,
+    seq_q, seq_k). A hidden key has to be finite: oneDNN multiplies it by a weight of 0. The score matrix is in memory, too,
+    where there is no fused kernel: on CPUs, and on GPUs in float32 without the causal mask. The fused gradient on GPUs adds dq
+    up in any order: its last bits may change from call to call.
+    """
+
+    name = "INTEL_ONEDNN"
+
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+        _onednn.library()
+        for option, given in (
+            ("softcap", options.softcap),
+            ("sinks", options.sinks is not None),
+            ("dropout_p", options.dropout_p),
+            (geometry.dtype, geometry.dtype not in DTYPES.values()),
+        ):
+            if given:
+                self.refuse(option)
+        kind, masked = _onednn.kind_of(device), not options.plain
+        causal = options.causal and not masked
+        partitions = partitions_of(
+            kind, geometry.dtype, geometry.head_dim, geometry.group, causal=causal, masked=masked, backward=backward
+        )
+        if not is_fused(partitions):
+            reason = f"of which oneDNN {_onednn.VERSION} makes {len(partitions)} partitions instead of one it can run"
+            self.refuse(f"{geometry.dtype} on {device.name.strip()}, {reason}")
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        if not k.size:
+            out[...], lse[...] = 0, -np.inf
+            return
+        queue, seq_q, seq_k = q.sycl_queue, q.shape[1], k.shape[1]
+        k, v, share = _regular(k, v, q.shape[2], heads)
+        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v))]
+        result = out if _is_usable(out) else scratch(queue, "oneDNN out", out.shape, out.dtype)
+        stats = scratch(queue, "oneDNN lse", lse.shape, lse.dtype)
+        mask, blind = _mask(options, lse, seq_k, heads, q.dtype)
+        _run(forward_graph, reads, (result, _as_rows(stats)), mask, share, options)
+        # of a query that sees no key, the kernels give the result of zeros, but not this lse
+        if blind is None:
+            lse[...] = stats
+            lse[:, :, : max(0, -options.diagonal(seq_q, seq_k))] = -np.inf
+        else:
+            lse[...] = tensor.where(blind, -np.inf, stats)
+        if result is not out:
+            copy_arrays((result,), (out,))
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        dout, q, k, v, lse, delta = arrays
+        if not (q.size and k.size):
+            for grad in grads:
+                grad[...] = 0
+            return
+        queue, (batch, seq_k, kv_heads, _), (query_heads, head_dim) = q.sycl_queue, k.shape, q.shape[2:]
+        parts = list(grads)
+        if query_heads > kv_heads or heads.shift:  # dk and dv of every query head
+            parts[1:] = [
+                scratch(queue, f"oneDNN {name}", (batch, seq_k, query_heads, head_dim), k.dtype) for name in ("dk", "dv")
+            ]
+        results = [x if _is_usable(x) else scratch(queue, f"oneDNN grad {n}", x.shape, x.dtype) for n, x in enumerate(parts)]
+        mask, _ = _mask(options, lse, seq_k, heads, q.dtype)
+        k, v, share = _regular(k, v, query_heads, heads)
+        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v, _projection(dout, delta), dout))]
+        # of a query that sees no key, the weights are exp(-inf - 0), and not exp(-inf + inf)
+        stats = tensor.where(lse == -np.inf, 0, lse)
+        _run(backward_graph, (*reads, _as_rows(stats)), results, mask, share, options)
+        for result, part in zip(results, parts, strict=True):
+            if result is not part:
+                copy_arrays((result,), (part,))
+        for part, grad in zip(parts, grads, strict=True):
+            if part is not grad:
+                _add_up(part, grad, heads)
+
+
+class Spec(NamedTuple):
+    """An array of a graph: the arguments of `Graph.array`.
+
+    The axes are (batch, heads, rows, columns); with grouped heads (batch, kv_heads, query heads of each, rows, columns).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+Built = tuple[Graph, list[LogicalTensor], list[LogicalTensor]]  # a graph, its inputs, its outputs
+
+
+def forward_graph(kind: int, q: Spec, k: Spec, v: Spec, out: Spec, lse: Spec, *, causal: bool, mask: Spec | None) -> Built:
+    """Attention: inputs are q, k, v and those of `_scores`, outputs are out and lse."""
+    graph = Graph(kind)
+    query, key, value, result, stats = (graph.array(*x) for x in (q, k, v, out, lse))
+    scores, more = _scores(graph, query, key, (*q.shape[:-1], k.shape[-2]), causal, mask)
+    weights = graph.array(q.dtype, (*q.shape[:-1], k.shape[-2]))
+    graph.op("softmax", (scores,), weights, stats, axis=-1, mode="inf_as_zero")  # zeros for a query that sees no key
+    graph.op("matmul", (weights, value), result)
+    return graph, [query, key, value, *more], [result, stats]
+
+
+def backward_graph(
+    kind: int,
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    out: Spec,
+    dout: Spec,
+    lse: Spec,
+    dq: Spec,
+    dk: Spec,
+    dv: Spec,
+    *,
+    causal: bool,
+    mask: Spec | None,
+) -> Built:
+    """The gradient: inputs are q, k, v, out, dout, lse and those of `_scores`, outputs are dq, dk, dv, of every query head."""
+    graph = Graph(kind)
+    inputs = query, key, value, result, cotangent, stats = [graph.array(*x) for x in (q, k, v, out, dout, lse)]
+    outputs = dquery, dkey, dvalue = [graph.array(*x) for x in (dq, dk, dv)]
+    shape = (*q.shape[:-1], k.shape[-2])
+
+    def op(kind: str, *inputs: LogicalTensor, **attributes: Any) -> LogicalTensor:
+        return graph.op(kind, inputs, graph.array("float32", shape), **attributes)
+
+    def rounded(x: LogicalTensor) -> LogicalTensor:
+        return x if q.dtype == "float32" else graph.op("type_cast", (x,), graph.array(q.dtype, shape))
+
+    scores, more = _scores(graph, query, key, shape, causal, mask)
+    weights = op("exp", op("subtract", scores, stats))
+    graph.op("matmul", (rounded(weights), cotangent), dvalue, transpose_a=True)
+    dweights = op("matmul", cotangent, value, transpose_b=True)
+    product = graph.op("multiply", (result, cotangent), graph.array("float32", out.shape))
+    delta = graph.op("reduce_sum", (product,), graph.array("float32", lse.shape), axes=(len(shape) - 1,), keep_dims=True)
+    dscores = op("multiply", weights, op("subtract", dweights, delta))
+    dscores = rounded(op("multiply", dscores, more[0]))
+    graph.op("matmul", (dscores, key), dquery)
+    graph.op("matmul", (dscores, query), dkey, transpose_a=True)
+    return graph, [*inputs, *more], outputs
+
+
+def _scores(
+    graph: Graph, q: LogicalTensor, k: LogicalTensor, shape: tuple[int, ...], causal: bool, mask: Spec | None
+) -> tuple[LogicalTensor, list[LogicalTensor]]:
+    """The masked scores; and their inputs besides q and k: the scale, then seq_k, seq_q and -inf, or else the mask."""
+
+    def op(kind: str, *inputs: LogicalTensor, dtype: str = "float32", **attributes: Any) -> LogicalTensor:
+        return graph.op(kind, inputs, graph.array(dtype, shape), **attributes)
+
+    inputs = [graph.scalar("float32")]
+    scores = op("multiply", op("matmul", q, k, transpose_b=True), inputs[0])
+    if causal:
+        seq_k, seq_q, minus_infinity = graph.scalar("int32"), graph.scalar("int32"), graph.scalar("float32")
+        row, column = (op("gen_index", scores, dtype="int32", axis=axis) for axis in (-2, -1))
+        last = op("subtract", op("add", row, seq_k, dtype="int32"), seq_q, dtype="int32")  # key that the row sees
+        scores = op("select", op("greater_equal", last, column, dtype="bool"), scores, minus_infinity)
+        inputs += [seq_k, seq_q, minus_infinity]
+    elif mask is not None:
+        inputs.append(graph.array(*mask))
+        scores = op("add", scores, inputs[-1])
+    return scores, inputs
+
+
+@lru_cache(maxsize=64)
+def partitions_of(
+    kind: int, dtype: str, head_dim: int, group: int = 1, *, causal: bool = False, masked: bool = False, backward: bool = False
+) -> list[Handle]:
+    """What oneDNN makes of a small problem with these properties, for a kind of engine. Needs no device."""
+
+    def spec(dtype: str, *shape: int) -> Spec:
+        shape = (shape[0], *shape[1 + (group == 1) :]) if len(shape) == 5 else shape
+        return Spec(dtype, shape, dense_strides(shape))
+
+    rows, keys = spec(dtype, 1, 2, group, 16, head_dim), spec(dtype, 1, 2, 1, 16, head_dim)
+    lse, mask = spec("float32", 1, 2, group, 16, 1), spec(dtype, 1, 1, 1, 16, 16) if masked else None
+    if backward:
+        graph, *_ = backward_graph(kind, rows, keys, keys, rows, rows, lse, rows, rows, rows, causal=causal, mask=mask)
+    else:
+        graph, *_ = forward_graph(kind, rows, keys, keys, rows, lse, causal=causal, mask=mask)
+    return graph.partitions()
+
+
+def is_fused(partitions: Sequence[Handle]) -> bool:
+    """Whether there is one partition, and oneDNN can run it."""
+    return len(partitions) == 1 and _onednn.is_supported(partitions[0])
+
+
+@lru_cache(maxsize=64)
+def _compiled(
+    build: Callable[..., Built], engine: Engine, arrays: tuple[Spec, ...], causal: bool, mask: Spec | None
+) -> Compiled:
+    graph, inputs, outputs = build(engine.kind, *arrays, causal=causal, mask=mask)
+    partitions = graph.partitions()
+    if not is_fused(partitions):  # `check` asks for the same, but for a small problem
+        raise RuntimeError(f"oneDNN makes {len(partitions)} partitions of attention with {arrays}")
+    return Compiled(partitions[0], engine, inputs, outputs)
+
+
+def _run(
+    build: Callable[..., Built], reads: Sequence[Any], writes: Sequence[Any], mask: Any, share: int, options: Options
+) -> None:
+    """Compute with a graph; `share` query heads read a kv head."""
+    queue, kv_heads = reads[0].sycl_queue, reads[1].shape[2]
+    arrays = tuple(_spec(x, kv_heads, share) for x in (*reads, *writes))
+    causal = mask is None and options.causal
+    engine = _onednn.engine_of(queue)
+    compiled = _compiled(build, engine, arrays, causal, None if mask is None else _spec(mask, kv_heads, share))
+    inputs: list[Any] = [*(x._pointer for x in reads), c_float(options.softmax_scale)]
+    if causal:
+        inputs += [c_int32(reads[1].shape[1]), c_int32(reads[0].shape[1]), c_float(-math.inf)]
+    elif mask is not None:
+        inputs.append(mask._pointer)
+    memory = scratch(queue, "oneDNN", (compiled.scratch_bytes,), np.dtype("u1"))
+    compiled.run(inputs, [x._pointer for x in writes], memory._pointer, after=queue)
+
+
+def _spec(x: Any, kv_heads: int, share: int) -> Spec:
+    """How a graph sees an array (batch, rows, heads, columns), of which the heads are query heads, kv heads, or one for all."""
+    batch, rows, heads, columns = x.shape
+    of_batch, of_row, of_head, of_column = x.strides
+    dtype = DTYPES[str(x.dtype)]
+    if share == 1:
+        return Spec(dtype, (batch, heads, rows, columns), (of_batch, of_head, of_row, of_column))
+    each = share if heads > kv_heads else 1
+    return Spec(dtype, (batch, heads // each, each, rows, columns), (of_batch, of_head * each, of_head, of_row, of_column))
+
+
+def _as_rows(x: Any) -> Any:
+    """An array (batch, heads, rows) as (batch, rows, heads, 1)."""
+    return tensor.permute_dims(x, (0, 2, 1))[..., None]
+
+
+def _is_usable(x: Any) -> bool:
+    return x.strides[3] == 1 and min(x.strides) > 0 and x._pointer % ALIGNMENT == 0
+
+
+def _usable(x: Any, slot: str) -> Any:
+    """The array, or a copy if it has strides that oneDNN does not take or starts where it does not read."""
+    if _is_usable(x):
+        return x
+    copy = scratch(x.sycl_queue, slot, x.shape, x.dtype)
+    copy_arrays((x,), (copy,))
+    return copy
+
+
+def _regular(k: Any, v: Any, query_heads: int, heads: HeadMap) -> tuple[Any, Any, int]:
+    """k and v with the same number of query heads for every kv head, and that number.
+
+    Where a rank has but some of the query heads of a kv head, every query head gets its copy.
+    """
+    kv_heads = k.shape[2]
+    if kv_heads == 1 or (heads.shift == 0 and query_heads == kv_heads * heads.group):
+        return k, v, query_heads // kv_heads
+    kv = tensor.asarray((np.arange(query_heads) + heads.shift) // heads.group, sycl_queue=k.sycl_queue)
+    return tensor.take(k, kv, axis=2), tensor.take(v, kv, axis=2), 1
+
+
+def _add_up(parts: Any, grad: Any, heads: HeadMap) -> None:
+    """Add the gradients of query heads up to those of kv heads, in the order of the query heads."""
+    (parts,) = readable((parts,), "oneDNN exact parts", np.dtype("float32"), by_head=False)
+    total = grad if grad.dtype == parts.dtype else scratch(grad.sycl_queue, "oneDNN sum", grad.shape, parts.dtype)
+    total[...] = 0
+    for number in range(heads.group):  # the query head with this number of every kv head that has it
+        start = (number - heads.shift) % heads.group
+        mine = parts[:, :, start :: heads.group]
+        first = (start + heads.shift) // heads.group
+        total[:, :, first : first + mine.shape[2]] += mine
+    if total is not grad:
+        copy_arrays((total,), (grad,))
+
+
+def _projection(dout: Any, delta: Any) -> Any:
+    """The component of out along dout, row by row.
+
+    Of out the pattern takes the sum of out * dout alone, of which delta is all that we have. The component along dout has the
+    same, and is not longer than out, so that it fits into 16 bits, too.
+    """
+    queue, delta = dout.sycl_queue, _as_rows(delta)
+    (exact,) = readable((dout,), "oneDNN exact dout", delta.dtype, by_head=False)
+    size = tensor.max(tensor.abs(exact), axis=-1, keepdims=True)
+    size = tensor.where(size > 0, size, 1)
+    unit = exact / size  # squares of tiny gradients would be 0
+    square = scratch(queue, "oneDNN square", (dout.shape[0], dout.shape[2], dout.shape[1]), delta.dtype)
+    row_dot(unit, unit, square)  # not `tensor.sum`, which adds in any order
+    square = _as_rows(square)
+    result = unit * (delta / size / tensor.where(square > 0, square, 1))
+    if dout.dtype == result.dtype:
+        return result
+    rounded = scratch(queue, "oneDNN projection", dout.shape, dout.dtype)
+    copy_arrays((result,), (rounded,))
+    return rounded
+
+
+def _mask(options: Options, lse: Any, seq_k: int, heads: HeadMap, dtype: Any) -> tuple[Any, Any]:
+    """What is added to the scores, (1 or batch, 1 or seq_q, 1 or heads, seq_k); and which queries of lse see no key.
+
+    None and None where nothing but the causal mask is wanted. If all numbers are 0 or -inf, they come in the dtype of q, which
+    the fused gradient of GPUs needs, else in float32.
+    """
+    extras = options.extras(_as_rows(lse), seq_k, heads.first)
+    if extras is None:
+        return None, None
+    queue, table = lse.sycl_queue, extras.spans
+    if extras.slopes is None and (table[:, :2] == table[:1, :2]).all():
+        table = table[:1]
+    first, end, diagonal = (tensor.asarray(x[:, None], sycl_queue=queue) for x in table.T)
+    key = tensor.arange(seq_k, dtype=first.dtype, sycl_queue=queue)
+    hidden = ((key < first) | (key >= end))[None, None]  # the axes of lse, and the keys
+    added = tensor.zeros((1, 1, 1, 1), dtype=lse.dtype, sycl_queue=queue)
+    if extras.padding is not None:
+        hidden = hidden | tensor.asarray(~extras.padding[:, None, None, :], sycl_queue=queue)
+    if extras.slopes is not None:
+        slopes = tensor.asarray(extras.slopes[..., None, None], dtype=lse.dtype, sycl_queue=queue)
+        added = added - slopes * tensor.astype(tensor.abs(key - diagonal), lse.dtype)
+    if extras.bias is not None:
+        added = added + extras.bias[tuple(slice(None if stride else 1) for stride in extras.bias.strides)]
+    mask = tensor.where(hidden, -np.inf, added, order="C")
+    blind = tensor.all(mask == -np.inf, axis=-1)
+    mask = tensor.permute_dims(mask, (0, 2, 1, 3))
+    if dtype != mask.dtype and extras.slopes is None and extras.bias is None:
+        exact, mask = mask, scratch(queue, "oneDNN mask", mask.shape, dtype)
+        copy_arrays((exact,), (mask,))
+    return mask, blind

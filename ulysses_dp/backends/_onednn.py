@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 VERSION = "3.13"  # of the library
 INSTALL = "pip install 'onednn==2026.1.*'"  # the wheel that holds it, for libsycl.so.9 of dpctl 0.22
 
+# What the library needs besides the SYCL runtime; wheels put it beside the library, where the linker does not look.
+DEPENDENCIES = ("libintlc.so.5", "libimf.so", "libsvml.so", "libtbb.so.12")
+
 MAX_AXES = 12
 STATUS = (
     *("success", "out_of_memory", "invalid_arguments", "unimplemented", "last_impl_reached", "runtime_error"),
@@ -46,7 +49,7 @@ OPS = {  # dnnl_graph_op_kind_t
     **{"select": 81, "softmax": 64, "subtract": 74, "type_cast": 77},
 }
 ATTRIBUTES = {"axis": 0x30, "axes": 0x40, "keep_dims": 0x61, "transpose_a": 0x65, "transpose_b": 0x66, "mode": 0x84}
-STRIDED, HOST_SCALAR, FUSION = 2, 3, 1  # of dnnl_graph_layout_type_t, dnnl_graph_tensor_property_t, ..._partition_policy_t
+PROPERTY, FUSION = 0, 1  # of dnnl_graph_tensor_property_t: undefined; of dnnl_graph_partition_policy_t
 
 
 class _Version(ctypes.Structure):
@@ -74,7 +77,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "dnnl_sycl_interop_stream_create": (_OUT, _HANDLE, _QUEUE),
     "dnnl_stream_wait": (_HANDLE,),
     "dnnl_stream_destroy": (_HANDLE,),
-    "dnnl_graph_logical_tensor_init": (_TENSOR, c_size_t, c_int, c_int32, c_int, c_int),
     "dnnl_graph_logical_tensor_init_with_strides": (_TENSOR, c_size_t, c_int, c_int32, c_int64 * 12, c_int64 * 12, c_int),
     "dnnl_graph_op_create": (_OUT, c_size_t, c_int, _TEXT),
     "dnnl_graph_op_add_input": (_HANDLE, _TENSOR),
@@ -97,7 +99,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "dnnl_graph_compiled_partition_get_scratchpad_logical_tensor": (_HANDLE, _TENSOR),
     "dnnl_graph_compiled_partition_destroy": (_HANDLE,),
     "dnnl_graph_tensor_create": (_OUT, _TENSOR, _HANDLE, c_void_p),
-    "dnnl_graph_tensor_create_scalar": (_OUT, _TENSOR, c_void_p),
     "dnnl_graph_tensor_destroy": (_HANDLE,),
     "dnnl_graph_sycl_interop_compiled_partition_execute_v2": (
         *(_HANDLE, _HANDLE, c_size_t, _LIST, c_size_t, _LIST, _HANDLE),
@@ -142,7 +143,13 @@ def library() -> ctypes.CDLL:
             f"attn_type INTEL_ONEDNN: {path} is built for {_runtime(theirs)}, dpctl {dpctl.__version__} for {_runtime(ours)}; "
             f"{INSTALL} with dpctl>=0.22"
         )
-    loaded = ctypes.CDLL(str(path))
+    try:
+        for name in DEPENDENCIES:
+            if (path.parent / name).exists():
+                ctypes.CDLL(str(path.parent / name))
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"attn_type INTEL_ONEDNN: {error}; {INSTALL} brings what is needed") from error
     loaded.dnnl_version.restype = POINTER(_Version)
     version = loaded.dnnl_version().contents
     found = f"{version.major}.{version.minor}"
@@ -203,15 +210,8 @@ class Graph:
             strides = dense_strides(shape)
         self._tensors += 1
         tensor, dims, steps = LogicalTensor(), (c_int64 * MAX_AXES)(*shape), (c_int64 * MAX_AXES)(*strides)
-        arguments = self._tensors, DTYPES[dtype], len(shape), dims, steps, 0
+        arguments = self._tensors, DTYPES[dtype], len(shape), dims, steps, PROPERTY
         call("dnnl_graph_logical_tensor_init_with_strides", tensor, *arguments)
-        return tensor
-
-    def scalar(self, dtype: str) -> LogicalTensor:
-        """A number that comes from the host with every execution."""
-        self._tensors += 1
-        tensor = LogicalTensor()
-        call("dnnl_graph_logical_tensor_init", tensor, self._tensors, DTYPES[dtype], 0, STRIDED, HOST_SCALAR)
         return tensor
 
     def op(self, kind: str, inputs: Iterable[LogicalTensor], *outputs: LogicalTensor, **attributes: Any) -> LogicalTensor:
@@ -263,8 +263,8 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
 class Engine:
     """A device in a context, as oneDNN sees it, and an in-order queue of its own.
 
-    On an out-of-order queue oneDNN 3.13 loses track of what depends on what within a partition: with the lengths of the causal
-    mask as scalars, 30 to 98 of 100 results were wrong, and on an in-order queue none of thousands.
+    On an out-of-order queue oneDNN 3.13.2 can lose track of what depends on what within a partition: with a causal mask whose
+    lengths were scalars from the host, 18 to 98 of 100 results were wrong; on an in-order queue none.
     """
 
     def __init__(self, device: Any, context: Any) -> None:
@@ -302,7 +302,7 @@ class Compiled:
     engine : Engine
         Of the kind of the graph.
     inputs, outputs : sequence of LogicalTensor
-        All the arrays and scalars that enter or leave the partition, in the order in which `run` will get them.
+        All the arrays that enter or leave the partition, in the order in which `run` will get them.
     """
 
     def __init__(
@@ -316,13 +316,13 @@ class Compiled:
         call("dnnl_graph_compiled_partition_get_scratchpad_logical_tensor", self._handle, self._scratchpad)
         self.scratch_bytes = self._scratchpad.dims[0]
 
-    def run(self, inputs: Sequence[Any], outputs: Sequence[Any], scratchpad: int, *, after: Any) -> None:
+    def run(self, inputs: Sequence[int], outputs: Sequence[int], scratchpad: int, *, after: Any) -> None:
         """Execute after all work of a queue, and wait.
 
         Parameters
         ----------
-        inputs, outputs : sequence of int or ctypes numbers
-            The USM addresses of the arrays, and the values of the scalars.
+        inputs, outputs : sequence of int
+            The USM addresses of the arrays.
         scratchpad : int
             USM address of `scratch_bytes` bytes.
         after : dpctl.SyclQueue
@@ -336,12 +336,9 @@ class Compiled:
         call(execute, self._handle, stream, *_list(ins), *_list(outs), scratch, None, None)
         call("dnnl_stream_wait", stream)  # also what keeps the handles alive for as long as they are needed
 
-    def _bind(self, tensor: LogicalTensor, value: Any) -> Handle:
-        """An array at an address, or the value of a scalar."""
-        destroy = "dnnl_graph_tensor_destroy"
-        if tensor.property == HOST_SCALAR:
-            return Handle.create("dnnl_graph_tensor_create_scalar", destroy, tensor, byref(value))
-        return Handle.create("dnnl_graph_tensor_create", destroy, tensor, self._engine.handle, value)
+    def _bind(self, tensor: LogicalTensor, address: int) -> Handle:
+        create, destroy = "dnnl_graph_tensor_create", "dnnl_graph_tensor_destroy"
+        return Handle.create(create, destroy, tensor, self._engine.handle, address)
 
 
 def _list(handles: Sequence[Handle]) -> tuple[int, Any]:

@@ -8,13 +8,12 @@ other options that hide keys or add to scores, and the causal mask with them.
 
 from __future__ import annotations
 
-import math
-from ctypes import c_float, c_int32
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ulysses_dp.kernels.launch import upload
 from ulysses_dp.kernels.row_dot import row_dot
 
 from .._arrays import tensor
@@ -53,6 +52,7 @@ class IntelOneDnn(Backend):
             ("sinks", options.sinks is not None),
             ("dropout_p", options.dropout_p),
             (geometry.dtype, geometry.dtype not in DTYPES.values()),
+            ("the gradient for head_dim 1", backward and geometry.head_dim == 1),  # the library would end the process
         ):
             if given:
                 self.refuse(option)
@@ -67,23 +67,28 @@ class IntelOneDnn(Backend):
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         if not k.size:
-            out[...], lse[...] = 0, -np.inf
+            out[...] = 0
+            if lse is not None:
+                lse[...] = -np.inf
             return
-        queue, seq_q, seq_k = q.sycl_queue, q.shape[1], k.shape[1]
-        k, v, share = _regular(k, v, q.shape[2], heads)
+        queue, seq_k, (batch, seq_q, query_heads, _) = q.sycl_queue, k.shape[1], q.shape
+        k, v, share = _regular(q, k, v, heads)
         reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v))]
         result = out if _is_usable(out) else scratch(queue, "oneDNN out", out.shape, out.dtype)
-        stats = scratch(queue, "oneDNN lse", lse.shape, lse.dtype)
-        mask, blind = _mask(options, lse, seq_k, heads, q.dtype)
-        _run(forward_graph, reads, (result, _as_rows(stats)), mask, share, options)
+        stats = scratch(queue, "oneDNN lse", (batch, query_heads, seq_q), np.dtype(np.float32))
+        mask, blind = _mask(options, stats, seq_k, heads, q.dtype)
+        writes = (result,) if lse is None else (result, _as_rows(stats))
+        _run(forward_graph, reads, writes, mask, share, options)
+        if result is not out:
+            copy_arrays((result,), (out,))
+        if lse is None:
+            return
         # of a query that sees no key, the kernels give the result of zeros, but not this lse
         if blind is None:
             lse[...] = stats
             lse[:, :, : max(0, -options.diagonal(seq_q, seq_k))] = -np.inf
         else:
             lse[...] = tensor.where(blind, -np.inf, stats)
-        if result is not out:
-            copy_arrays((result,), (out,))
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
@@ -91,15 +96,14 @@ class IntelOneDnn(Backend):
             for grad in grads:
                 grad[...] = 0
             return
-        queue, (batch, seq_k, kv_heads, _), (query_heads, head_dim) = q.sycl_queue, k.shape, q.shape[2:]
+        queue, seq_k = q.sycl_queue, k.shape[1]
         parts = list(grads)
-        if query_heads > kv_heads or heads.shift:  # dk and dv of every query head
-            parts[1:] = [
-                scratch(queue, f"oneDNN {name}", (batch, seq_k, query_heads, head_dim), k.dtype) for name in ("dk", "dv")
-            ]
+        if q.shape[2] > k.shape[2]:  # dk and dv of every query head
+            shape = (*k.shape[:2], *q.shape[2:])
+            parts[1:] = [scratch(queue, f"oneDNN {name} of query heads", shape, k.dtype) for name in ("dk", "dv")]
         results = [x if _is_usable(x) else scratch(queue, f"oneDNN grad {n}", x.shape, x.dtype) for n, x in enumerate(parts)]
         mask, _ = _mask(options, lse, seq_k, heads, q.dtype)
-        k, v, share = _regular(k, v, query_heads, heads)
+        k, v, share = _regular(q, k, v, heads)
         reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v, _projection(dout, delta), dout))]
         # of a query that sees no key, the weights are exp(-inf - 0), and not exp(-inf + inf)
         stats = tensor.where(lse == -np.inf, 0, lse)
@@ -126,15 +130,18 @@ class Spec(NamedTuple):
 Built = tuple[Graph, list[LogicalTensor], list[LogicalTensor]]  # a graph, its inputs, its outputs
 
 
-def forward_graph(kind: int, q: Spec, k: Spec, v: Spec, out: Spec, lse: Spec, *, causal: bool, mask: Spec | None) -> Built:
-    """Attention: inputs are q, k, v and those of `_scores`, outputs are out and lse."""
-    graph = Graph(kind)
-    query, key, value, result, stats = (graph.array(*x) for x in (q, k, v, out, lse))
-    scores, more = _scores(graph, query, key, (*q.shape[:-1], k.shape[-2]), causal, mask)
-    weights = graph.array(q.dtype, (*q.shape[:-1], k.shape[-2]))
-    graph.op("softmax", (scores,), weights, stats, axis=-1, mode="inf_as_zero")  # zeros for a query that sees no key
-    graph.op("matmul", (weights, value), result)
-    return graph, [query, key, value, *more], [result, stats]
+def forward_graph(
+    kind: int, q: Spec, k: Spec, v: Spec, out: Spec, lse: Spec | None = None, *, causal: bool, mask: Spec | None
+) -> Built:
+    """Attention: inputs are q, k, v and those of `_scores`, outputs are out and, if it is wanted, lse."""
+    graph, shape = Graph(kind), (*q.shape[:-1], k.shape[-2])
+    inputs = query, key, value = [graph.array(*x) for x in (q, k, v)]
+    outputs = [graph.array(*x) for x in (out, lse) if x is not None]
+    scores, more = _scores(graph, query, key, shape, causal, mask)
+    weights = graph.array(q.dtype, shape)
+    graph.op("softmax", (scores,), weights, *outputs[1:], axis=-1, mode="inf_as_zero")  # zeros for a query that sees no key
+    graph.op("matmul", (weights, value), outputs[0])
+    return graph, [*inputs, *more], outputs
 
 
 def backward_graph(
@@ -185,14 +192,13 @@ def _scores(
     def op(kind: str, *inputs: LogicalTensor, dtype: str = "float32", **attributes: Any) -> LogicalTensor:
         return graph.op(kind, inputs, graph.array(dtype, shape), **attributes)
 
-    inputs = [graph.scalar("float32")]
+    inputs = [graph.array("float32", (1,))]
     scores = op("multiply", op("matmul", q, k, transpose_b=True), inputs[0])
     if causal:
-        seq_k, seq_q, minus_infinity = graph.scalar("int32"), graph.scalar("int32"), graph.scalar("float32")
-        row, column = (op("gen_index", scores, dtype="int32", axis=axis) for axis in (-2, -1))
-        last = op("subtract", op("add", row, seq_k, dtype="int32"), seq_q, dtype="int32")  # key that the row sees
-        scores = op("select", op("greater_equal", last, column, dtype="bool"), scores, minus_infinity)
-        inputs += [seq_k, seq_q, minus_infinity]
+        inputs += [graph.array(dtype, (1,)) for dtype in ("int32", "int32", "float32")]
+        row, column = (op("gen_index", scores, dtype="int32", axis=len(shape) - n) for n in (2, 1))
+        last = op("subtract", op("add", row, inputs[1], dtype="int32"), inputs[2], dtype="int32")  # key that the row sees
+        scores = op("select", op("greater_equal", last, column, dtype="bool"), scores, inputs[3])
     elif mask is not None:
         inputs.append(graph.array(*mask))
         scores = op("add", scores, inputs[-1])
@@ -243,13 +249,25 @@ def _run(
     causal = mask is None and options.causal
     engine = _onednn.engine_of(queue)
     compiled = _compiled(build, engine, arrays, causal, None if mask is None else _spec(mask, kv_heads, share))
-    inputs: list[Any] = [*(x._pointer for x in reads), c_float(options.softmax_scale)]
+    numbers = _numbers(queue, options.softmax_scale, reads[1].shape[1], reads[0].shape[1])
+    inputs = [*(x._pointer for x in reads), numbers._pointer]
     if causal:
-        inputs += [c_int32(reads[1].shape[1]), c_int32(reads[0].shape[1]), c_float(-math.inf)]
+        inputs += [numbers._pointer + n * ALIGNMENT for n in (1, 2, 3)]
     elif mask is not None:
         inputs.append(mask._pointer)
     memory = scratch(queue, "oneDNN", (compiled.scratch_bytes,), np.dtype("u1"))
     compiled.run(inputs, [x._pointer for x in writes], memory._pointer, after=queue)
+
+
+def _numbers(queue: Any, scale: float, seq_k: int, seq_q: int) -> Any:
+    """Device memory with these numbers and -inf, `ALIGNMENT` bytes apart.
+
+    oneDNN takes numbers from the host, too, but with them has no fast matrix product on CPUs: 200 times slower, measured.
+    """
+    table = np.zeros((4, ALIGNMENT // 4), np.float32)
+    table[:, 0] = scale, 0, 0, -np.inf
+    table.view(np.int32)[1:3, 0] = seq_k, seq_q
+    return upload(queue, table)
 
 
 def _spec(x: Any, kv_heads: int, share: int) -> Spec:
@@ -281,15 +299,18 @@ def _usable(x: Any, slot: str) -> Any:
     return copy
 
 
-def _regular(k: Any, v: Any, query_heads: int, heads: HeadMap) -> tuple[Any, Any, int]:
+def _regular(q: Any, k: Any, v: Any, heads: HeadMap) -> tuple[Any, Any, int]:
     """k and v with the same number of query heads for every kv head, and that number.
 
-    Where a rank has but some of the query heads of a kv head, every query head gets its copy.
+    Where this rank has but some of the query heads of a kv head, every query head gets its copy; and for a single score, which
+    oneDNN 3.13.2 gets wrong on CPUs in the gradient of grouped heads.
     """
-    kv_heads = k.shape[2]
-    if kv_heads == 1 or (heads.shift == 0 and query_heads == kv_heads * heads.group):
-        return k, v, query_heads // kv_heads
-    kv = tensor.asarray((np.arange(query_heads) + heads.shift) // heads.group, sycl_queue=k.sycl_queue)
+    query_heads, single = q.shape[2], q.shape[1] == k.shape[1] == 1
+    share = query_heads // k.shape[2]
+    kv = (np.arange(query_heads) + heads.shift) // heads.group
+    if not single and (kv == np.arange(query_heads) // share).all():
+        return k, v, share
+    kv = tensor.asarray(kv, sycl_queue=k.sycl_queue)
     return tensor.take(k, kv, axis=2), tensor.take(v, kv, axis=2), 1
 
 

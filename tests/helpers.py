@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from ulysses_dp import AttnType
 from ulysses_dp._arrays import tensor
 
 WORLD = MPI.COMM_WORLD
 KINDS = ("numpy", "dpnp", "usm")
 LAYOUTS = ("C", "swapped", "padded", "reversed", "strided")
+COMPLETE = (AttnType.INTEL_SYCL, AttnType.NUMPY)  # the backends that have all options
 SPLITS = ("even", "uneven", "gaps", "first", "last")
 
 needs_ranks = pytest.mark.skipif(WORLD.size == 1, reason="one rank has nobody to disagree with")

@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
+    COMPLETE,
     KINDS,
     LAYOUTS,
     SPLITS,
@@ -27,7 +28,7 @@ from mpi4py import MPI
 from oracle import TOLERANCE
 
 import ulysses_dp.backends.intel_sycl
-from ulysses_dp import AttnType, attention, free_workspace, ulysses_attention
+from ulysses_dp import attention, free_workspace, ulysses_attention
 
 DTYPES = ("float32", "float64")
 # heads and kv_heads: MHA, GQA, MQA; fewer than ranks, multiples of their number, and not
@@ -126,7 +127,7 @@ def test_splits(comm, how, how_k):
     check(comm, random_qkv(1, 1, 31, 6, 3, 16, seq_k=47), rows=rows, rows_k=split(47, comm.size, how_k), causal=True)
 
 
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("softmax_scale", [None, 0, -0.3, np.float32(0.4)])
 def test_options(comm, function, attn_type, return_lse, softmax_scale):
@@ -138,7 +139,7 @@ def test_options(comm, function, attn_type, return_lse, softmax_scale):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 def test_kinds_and_layouts(comm, function, kind, layout, attn_type):
     options = {"kind": kind, "layout": layout, "attn_type": attn_type, "causal": True, "function": function}
     check(comm, random_qkv(2, 2, 24, 4, 2, 16), **options)
@@ -196,7 +197,7 @@ def configurations(draw):
         "kind": draw(st.sampled_from(KINDS)),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "exchange": draw(st.sampled_from(["auto", "device", "host"])),
-        "attn_type": draw(st.sampled_from(AttnType)),
+        "attn_type": draw(st.sampled_from(COMPLETE)),
     }
 
 

@@ -22,6 +22,7 @@ from checks import (
 )
 from gradients import dense_gradient
 from helpers import (
+    COMPLETE,
     KINDS,
     LAYOUTS,
     SPLITS,
@@ -41,7 +42,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ulysses_dp import (
-    AttnType,
     attention,
     attention_backward,
     free_workspace,
@@ -187,7 +187,7 @@ def assert_equal(results, expected):
 
 
 @pytest.mark.parametrize("names", [(), *((name,) for name in OPTIONS), ("alibi of batch",), *COMBINATIONS], ids=" ".join)
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 def test_options(comm, function, names, attn_type):
     for seq, seq_k in ((19, 19), (13, 22)):
         whole = random_qkv(seq, 2, seq, 4, 2, 16, seq_k=seq_k)
@@ -601,7 +601,7 @@ def configurations(draw):
         # the gaps of other strides are filled with nan, which bit patterns have no room for
         "strides": draw(st.sampled_from(("C", "swapped", "reversed") if form == "bits" else LAYOUTS)),
         "exchange": draw(st.sampled_from(["auto", "device", "host"])),
-        "attn_type": draw(st.sampled_from(AttnType)),
+        "attn_type": draw(st.sampled_from(COMPLETE)),
     }
 
 
@@ -862,7 +862,7 @@ def test_forward_and_backward_at_once(comm):
     assert outcomes(comm, lambda: call(False)) == [None] * comm.size
 
 
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 def test_ranks_without_heads(comm, attn_type):
     """Found by test_any_configuration: the reference failed on them alone, and the other ranks waited."""
     check(comm, random_qkv(3, 1, 16, 1, 1, 3, seq_k=1), rows=split(16, comm.size, "last"), attn_type=attn_type)

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import oracle
 import pytest
-from helpers import KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
+from helpers import COMPLETE, KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
 from oracle import TOLERANCE
 
-from ulysses_dp import AttnType, UlyssesAttention, attention, ulysses_attention, ulysses_flash_attn_func
+from ulysses_dp import UlyssesAttention, attention, ulysses_attention, ulysses_flash_attn_func
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_axes(comm, problem, kind, heads_axis, seq_axis):
     assert_near(lse, expected_lse)
 
 
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 def test_layer(comm, problem, attn_type):
     arrays, expected, _ = problem
     layer = UlyssesAttention(sequence_process_group=comm, use_sync=True, attn_type=attn_type)

@@ -16,11 +16,11 @@ from checks import (
     made,
     some_options,
 )
-from helpers import KINDS, LAYOUTS, SPLITS, WORLD, as_kind, as_numpy, needs_ranks, part, random_qkv, split
+from helpers import COMPLETE, KINDS, LAYOUTS, SPLITS, WORLD, as_kind, as_numpy, needs_ranks, part, random_qkv, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ulysses_dp import AttnType, attention, merge_attention, ulysses_attention
+from ulysses_dp import attention, merge_attention, ulysses_attention
 
 # the queries and the keys of every sequence: one row, none, queries without keys and the reverse, more keys and fewer
 LENGTHS = {
@@ -132,7 +132,7 @@ def test_window(comm, function, window_size, causal):
 
 @pytest.mark.parametrize("names", [(name,) for name in OPTIONS] + COMBINATIONS, ids=" ".join)
 @pytest.mark.parametrize("lengths", SHORT.values(), ids=SHORT)
-@pytest.mark.parametrize("attn_type", AttnType)
+@pytest.mark.parametrize("attn_type", COMPLETE)
 def test_options(comm, function, names, lengths, attn_type):
     whole, packing = packed(lengths)
     options = some_options(names, 1, 4, *map(sum, lengths))
@@ -272,7 +272,7 @@ def configurations(draw):
         "form": form,
         "kind": draw(st.sampled_from(kinds_of(form))),
         "exchange": draw(st.sampled_from(["auto", "device", "host"])),
-        "attn_type": draw(st.sampled_from(AttnType)),
+        "attn_type": draw(st.sampled_from(COMPLETE)),
     }
 
 

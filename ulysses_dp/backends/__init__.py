@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Any
 
 from ._base import Backend
+from .intel_onednn import IntelOneDnn
 from .intel_sycl import IntelSycl
 from .numpy_dense import NumpyDense
 
@@ -18,7 +19,8 @@ __all__ = ["AttnType", "Backend", "backend_for"]
 class AttnType(enum.Enum):
     """Which implementation computes attention on one rank.
 
-    ``INTEL_SYCL`` is the numba-dpex kernel of this package, on any SYCL device. ``NUMPY`` is the dense float64 reference on
+    ``INTEL_SYCL`` is the numba-dpex kernel of this package, on any SYCL device. ``INTEL_ONEDNN`` is oneDNN, which uses the
+    matrix engines of Intel GPUs; it needs the extra ``onednn``. ``NUMPY`` is the dense float64 reference on
     the host, for comparison: its memory grows with seq_q x seq_k.
 
     Examples
@@ -29,10 +31,15 @@ class AttnType(enum.Enum):
     """
 
     INTEL_SYCL = "intel_sycl"
+    INTEL_ONEDNN = "intel_onednn"
     NUMPY = "numpy"
 
 
-_BACKENDS = {AttnType.INTEL_SYCL: IntelSycl(), AttnType.NUMPY: NumpyDense()}
+_BACKENDS = {
+    AttnType.INTEL_SYCL: IntelSycl(),
+    AttnType.INTEL_ONEDNN: IntelOneDnn(),
+    AttnType.NUMPY: NumpyDense(),
+}
 
 
 def backend_for(attn_type: Any, q: Any, geometry: Geometry) -> Backend:

@@ -175,7 +175,11 @@ def call(name: str, *arguments: Any) -> None:
     RuntimeError
         Any other failure, by the name of the function and what it returned.
     """
-    status = getattr(library(), name)(*arguments)
+    check(name, getattr(library(), name)(*arguments))
+
+
+def check(name: str, status: int) -> None:
+    """Raise what a status of a function stands for."""
     if status:
         reason = STATUS[status] if status < len(STATUS) else status
         raise (NotImplementedError if reason == "unimplemented" else RuntimeError)(f"oneDNN: {name} returned {reason}")

@@ -29,7 +29,7 @@ from ulysses_dp.kernels import flash_backward, flash_forward
 ONEDNN = AttnType.INTEL_ONEDNN
 HAS = ("causal", "window", "alibi", "alibi of batch", "bias", "mask")
 COMBINATIONS = [("causal", "mask"), ("window", "alibi"), ("causal", "window", "alibi", "bias", "mask")]
-FEATURES = [{}, {"causal": True}, {"masked": True}, {"group": 4}, {"group": 4, "causal": True}, {"group": 4, "masked": True}]
+FEATURES = [{}, {"causal": True}, {"mask": "float32"}, {"mask": "of q"}]
 
 
 def obstacle():
@@ -229,6 +229,17 @@ def test_repeated_calls_among_other_work(options):
 
 @needs_library
 @pytest.mark.single
+def test_executions_are_waited_for(monkeypatch):
+    names, call = [], _onednn.call
+    monkeypatch.setattr(_onednn, "call", lambda name, *arguments: (names.append(name), call(name, *arguments)))
+    q, k, v = random_qkv(7, 1, 8, 2, 2, 8)
+    attention_backward(q, q, k, v, *attention(q, k, v, return_lse=True, attn_type=ONEDNN), attn_type=ONEDNN)
+    executions = [n for n, name in enumerate(names) if "execute" in name]
+    assert [names[n + 1] for n in executions] == 2 * ["dnnl_stream_wait"]
+
+
+@needs_library
+@pytest.mark.single
 def test_threads():
     """They share what is compiled, and the queue of the engine."""
     problems = [random_qkv(n, 1, 16, 2, 2, 16) for n in range(4)]
@@ -266,10 +277,12 @@ def test_compiled_once():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_partition_for_gpus(dtype, backward, features, head_dim):
+def test_one_partition_for_gpus(dtype, backward, features, group, head_dim):
     """What the matrix engines need, and can be asked without a GPU: all operations in one partition that oneDNN can run."""
-    partitions = intel_onednn.partitions_of(_onednn.GPU, dtype, head_dim, backward=backward, **features)
+    features = {name: dtype if value == "of q" else value for name, value in features.items()}
+    partitions = intel_onednn.partitions_of(_onednn.GPU, dtype, head_dim, group, backward=backward, **features)
     assert [_onednn.is_supported(x) for x in partitions] == [True]
 
 

@@ -21,7 +21,7 @@ import importlib.metadata
 import mmap
 import re
 import weakref
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint, c_uint8, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint8, c_void_p
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,18 +53,18 @@ PROPERTY, FUSION = 0, 1  # of dnnl_graph_tensor_property_t: undefined; of dnnl_g
 
 
 class _Version(ctypes.Structure):
-    _fields_ = (
-        *(("major", c_int), ("minor", c_int), ("patch", c_int), ("hash", c_char_p)),
-        *(("cpu_runtime", c_uint), ("gpu_runtime", c_uint)),
-    )
+    _fields_ = (("major", c_int), ("minor", c_int))  # and more
+
+
+_DIMS = c_int64 * MAX_AXES
 
 
 class LogicalTensor(ctypes.Structure):
     """dnnl_graph_logical_tensor_t: what is known of an array of a graph, all but where it is."""
 
     _fields_ = (
-        *(("id", c_size_t), ("ndims", c_int), ("dims", c_int64 * MAX_AXES), ("data_type", c_int)),
-        *(("property", c_int), ("layout_type", c_int), ("strides", c_int64 * MAX_AXES)),
+        *(("id", c_size_t), ("ndims", c_int), ("dims", _DIMS), ("data_type", c_int)),
+        *(("property", c_int), ("layout_type", c_int), ("strides", _DIMS)),
     )
 
 
@@ -77,7 +77,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "dnnl_sycl_interop_stream_create": (_OUT, _HANDLE, _QUEUE),
     "dnnl_stream_wait": (_HANDLE,),
     "dnnl_stream_destroy": (_HANDLE,),
-    "dnnl_graph_logical_tensor_init_with_strides": (_TENSOR, c_size_t, c_int, c_int32, c_int64 * 12, c_int64 * 12, c_int),
+    "dnnl_graph_logical_tensor_init_with_strides": (_TENSOR, c_size_t, c_int, c_int32, _DIMS, _DIMS, c_int),
     "dnnl_graph_op_create": (_OUT, c_size_t, c_int, _TEXT),
     "dnnl_graph_op_add_input": (_HANDLE, _TENSOR),
     "dnnl_graph_op_add_output": (_HANDLE, _TENSOR),
@@ -114,8 +114,9 @@ def library_path() -> Path:
     except importlib.metadata.PackageNotFoundError:
         files = ()
     for file in files:
-        if file.name == "libdnnl.so.3":
-            return Path(str(file.locate()))
+        path = Path(str(file.locate()))
+        if path.name == "libdnnl.so.3" and path.exists():
+            return path
     raise ImportError(f"attn_type INTEL_ONEDNN needs the oneDNN library: {INSTALL}")
 
 
@@ -213,7 +214,7 @@ class Graph:
         if strides is None:
             strides = dense_strides(shape)
         self._tensors += 1
-        tensor, dims, steps = LogicalTensor(), (c_int64 * MAX_AXES)(*shape), (c_int64 * MAX_AXES)(*strides)
+        tensor, dims, steps = LogicalTensor(), _DIMS(*shape), _DIMS(*strides)
         arguments = self._tensors, DTYPES[dtype], len(shape), dims, steps, PROPERTY
         call("dnnl_graph_logical_tensor_init_with_strides", tensor, *arguments)
         return tensor

@@ -38,9 +38,11 @@ class IntelOneDnn(Backend):
     """float32, and 16 bits where oneDNN has them on the device; not softcap, sinks, dropout.
 
     Padding costs a mask of (batch, 1, 1, seq_k); windows, packed sequences, ALiBi and bias cost one of (1 or batch, 1 or heads,
-    seq_q, seq_k). A hidden key has to be finite: oneDNN multiplies it by a weight of 0. The score matrix is in memory, too,
-    where there is no fused kernel: on CPUs, and on GPUs in float32 without the causal mask. The fused gradient on GPUs adds dq
-    up in any order: its last bits may change from call to call.
+    seq_q, seq_k). A hidden key has to be finite: oneDNN multiplies it by a weight of 0. On CPUs there is no fused kernel: the
+    score matrix is in memory, and a causal mask and the gradient are slow.
+
+    Never run on a GPU: there was none. By oneDNN's source there are fused kernels for 16 bits, and for float32 forward with the
+    causal mask; and the gradient adds dq up in any order, so that its last bits may change from call to call.
     """
 
     name = "INTEL_ONEDNN"
@@ -56,10 +58,10 @@ class IntelOneDnn(Backend):
         ):
             if given:
                 self.refuse(option)
-        kind, masked = _onednn.kind_of(device), not options.plain
-        causal = options.causal and not masked
+        mask = None if options.plain else geometry.dtype if _only_hides(options) else "float32"
+        causal, kind = options.causal and mask is None, _onednn.kind_of(device)
         partitions = partitions_of(
-            kind, geometry.dtype, geometry.head_dim, geometry.group, causal=causal, masked=masked, backward=backward
+            kind, geometry.dtype, geometry.head_dim, geometry.group, causal=causal, mask=mask, backward=backward
         )
         if not is_fused(partitions):
             reason = f"of which oneDNN {_onednn.VERSION} makes {len(partitions)} partitions instead of one it can run"
@@ -207,20 +209,27 @@ def _scores(
 
 @lru_cache(maxsize=64)
 def partitions_of(
-    kind: int, dtype: str, head_dim: int, group: int = 1, *, causal: bool = False, masked: bool = False, backward: bool = False
+    kind: int,
+    dtype: str,
+    head_dim: int,
+    group: int = 1,
+    *,
+    causal: bool = False,
+    mask: str | None = None,
+    backward: bool = False,
 ) -> list[Handle]:
-    """What oneDNN makes of a small problem with these properties, for a kind of engine. Needs no device."""
+    """What oneDNN makes of a small problem of this kind, with a mask of this dtype, on this kind of engine. Needs no device."""
 
     def spec(dtype: str, *shape: int) -> Spec:
-        shape = (shape[0], *shape[1 + (group == 1) :]) if len(shape) == 5 else shape
         return Spec(dtype, shape, dense_strides(shape))
 
-    rows, keys = spec(dtype, 1, 2, group, 16, head_dim), spec(dtype, 1, 2, 1, 16, head_dim)
-    lse, mask = spec("float32", 1, 2, group, 16, 1), spec(dtype, 1, 1, 1, 16, 16) if masked else None
+    of_q, of_k, of_mask = ((1, 2, group), (1, 2, 1), (1, 1, 1)) if group > 1 else ((1, 2), (1, 2), (1, 1))
+    q, k, lse = spec(dtype, *of_q, 16, head_dim), spec(dtype, *of_k, 16, head_dim), spec("float32", *of_q, 16, 1)
+    added = spec(mask, *of_mask, 16, 16) if mask else None
     if backward:
-        graph, *_ = backward_graph(kind, rows, keys, keys, rows, rows, lse, rows, rows, rows, causal=causal, mask=mask)
+        graph, *_ = backward_graph(kind, q, k, k, q, q, lse, q, q, q, causal=causal, mask=added)
     else:
-        graph, *_ = forward_graph(kind, rows, keys, keys, rows, lse, causal=causal, mask=mask)
+        graph, *_ = forward_graph(kind, q, k, k, q, lse, causal=causal, mask=added)
     return graph.partitions()
 
 
@@ -350,11 +359,16 @@ def _projection(dout: Any, delta: Any) -> Any:
     return rounded
 
 
+def _only_hides(options: Options) -> bool:
+    """Whether the numbers of the mask are all 0 or -inf, which 16 bits hold."""
+    return options.alibi_slopes is None and options.bias is None
+
+
 def _mask(options: Options, lse: Any, seq_k: int, heads: HeadMap, dtype: Any) -> tuple[Any, Any]:
     """What is added to the scores, (1 or batch, 1 or seq_q, 1 or heads, seq_k); and which queries of lse see no key.
 
-    None and None where nothing but the causal mask is wanted. If all numbers are 0 or -inf, they come in the dtype of q, which
-    the fused gradient of GPUs needs, else in float32.
+    None and None where nothing but the causal mask is wanted. It has the dtype of q if that holds it, which the fused gradient
+    of GPUs needs, else float32.
     """
     extras = options.extras(_as_rows(lse), seq_k, heads.first)
     if extras is None:
@@ -376,7 +390,7 @@ def _mask(options: Options, lse: Any, seq_k: int, heads: HeadMap, dtype: Any) ->
     mask = tensor.where(hidden, -np.inf, added, order="C")
     blind = tensor.all(mask == -np.inf, axis=-1)
     mask = tensor.permute_dims(mask, (0, 2, 1, 3))
-    if dtype != mask.dtype and extras.slopes is None and extras.bias is None:
+    if dtype != mask.dtype and _only_hides(options):
         exact, mask = mask, scratch(queue, "oneDNN mask", mask.shape, dtype)
         copy_arrays((exact,), (mask,))
     return mask, blind

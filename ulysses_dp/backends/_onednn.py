@@ -95,6 +95,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "dnnl_graph_partition_is_supported": (_HANDLE, POINTER(c_uint8)),
     "dnnl_graph_partition_compile": (_HANDLE, _HANDLE, c_size_t, POINTER(_TENSOR), c_size_t, POINTER(_TENSOR), _HANDLE),
     "dnnl_graph_partition_destroy": (_HANDLE,),
+    "dnnl_graph_set_compiled_partition_cache_capacity": (c_int,),
     "dnnl_graph_compiled_partition_create": (_OUT, _HANDLE),
     "dnnl_graph_compiled_partition_get_scratchpad_logical_tensor": (_HANDLE, _TENSOR),
     "dnnl_graph_compiled_partition_destroy": (_HANDLE,),
@@ -159,6 +160,9 @@ def library() -> ctypes.CDLL:
     for name, arguments in _PROTOTYPES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, c_int
+    # it would keep 1024 partitions besides those that we keep: 1.5 GB for as many shapes
+    forget = "dnnl_graph_set_compiled_partition_cache_capacity"
+    check(forget, getattr(loaded, forget)(0))
     return loaded
 
 

@@ -102,6 +102,7 @@ setup(
     install_requires=["dpctl>=0.21", "dpnp>=0.19", "mpi4py>=4", "numpy"],
     extras_require={
         "mpi": ["impi-rt>=2021.16"],
+        "onednn": ["onednn==2026.1.*", "dpctl>=0.22"],  # of one SYCL runtime
         "demo": ["matplotlib", "safetensors", "scikit-image>=0.25", "tqdm"],
         "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8"],
         "torch": ["torch>=2.5"],

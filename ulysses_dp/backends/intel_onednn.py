@@ -1,0 +1,396 @@
+"""AttnType.INTEL_ONEDNN: the attention patterns of oneDNN Graph, one kernel of the matrix engines on GPUs that have them.
+
+oneDNN matches a pattern operation by operation; of a graph that differs, it makes a partition of every operation. So the graphs
+here are those of its documentation ("Scaled Dot-Product Attention" and "Grouped Query Attention"), for training. They have one
+mask at most: the causal one, which the library makes itself, or an array that is added to the scores. Such an array serves all
+other options that hide keys or add to scores, and the causal mask with them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ulysses_dp.kernels.launch import upload
+from ulysses_dp.kernels.row_dot import row_dot
+
+from .._arrays import tensor
+from .._copies import copy_arrays, readable
+from .._workspace import scratch
+from . import _onednn
+from ._base import Backend
+from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .._options import Options
+    from .._partition import HeadMap
+    from .._validate import Geometry
+
+DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}  # by the dtype of a USM array
+ALIGNMENT = 64  # bytes: GPU kernels read blocks, which must not start between
+
+
+class IntelOneDnn(Backend):
+    """float32, and 16 bits where oneDNN has them on the device; not softcap, sinks, dropout.
+
+    Padding costs a mask of (batch, 1, 1, seq_k); windows, packed sequences, ALiBi and bias cost one of (1 or batch, 1 or heads,
+    seq_q, seq_k). A hidden key has to be finite: oneDNN multiplies it by a weight of 0. On CPUs there is no fused kernel: the
+    score matrix is in memory, and a causal mask and the gradient are slow.
+
+    Never run on a GPU: there was none. By oneDNN's source there are fused kernels for 16 bits, and for float32 forward with the
+    causal mask; and the gradient adds dq up in any order, so that its last bits may change from call to call.
+    """
+
+    name = "INTEL_ONEDNN"
+
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+        _onednn.library()
+        for option, given in (
+            ("softcap", options.softcap),
+            ("sinks", options.sinks is not None),
+            ("dropout_p", options.dropout_p),
+            (geometry.dtype, geometry.dtype not in DTYPES.values()),
+            ("the gradient for head_dim 1", backward and geometry.head_dim == 1),  # the library would end the process
+        ):
+            if given:
+                self.refuse(option)
+        mask = None if options.plain else geometry.dtype if _only_hides(options) else "float32"
+        causal, kind = options.causal and mask is None, _onednn.kind_of(device)
+        partitions = partitions_of(
+            kind, geometry.dtype, geometry.head_dim, geometry.group, causal=causal, mask=mask, backward=backward
+        )
+        if not is_fused(partitions):
+            reason = f"of which oneDNN {_onednn.VERSION} makes {len(partitions)} partitions instead of one it can run"
+            self.refuse(f"{geometry.dtype} on {device.name.strip()}, {reason}")
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        if not k.size:
+            out[...] = 0
+            if lse is not None:
+                lse[...] = -np.inf
+            return
+        queue, seq_k, (batch, seq_q, query_heads, _) = q.sycl_queue, k.shape[1], q.shape
+        k, v, share = _regular(q, k, v, heads)
+        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v))]
+        result = out if _is_usable(out) else scratch(queue, "oneDNN out", out.shape, out.dtype)
+        stats = scratch(queue, "oneDNN lse", (batch, query_heads, seq_q), np.dtype(np.float32))
+        mask, blind = _mask(options, stats, seq_k, heads, q.dtype)
+        writes = (result,) if lse is None else (result, _as_rows(stats))
+        _run(forward_graph, reads, writes, mask, share, options)
+        if result is not out:
+            copy_arrays((result,), (out,))
+        if lse is None:
+            return
+        # of a query that sees no key, the kernels give the result of zeros, but not this lse
+        if blind is None:
+            lse[...] = stats
+            lse[:, :, : max(0, -options.diagonal(seq_q, seq_k))] = -np.inf
+        else:
+            lse[...] = tensor.where(blind, -np.inf, stats)
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        dout, q, k, v, lse, delta = arrays
+        if not (q.size and k.size):
+            for grad in grads:
+                grad[...] = 0
+            return
+        queue, seq_k = q.sycl_queue, k.shape[1]
+        parts = list(grads)
+        if q.shape[2] > k.shape[2]:  # dk and dv of every query head
+            shape = (*k.shape[:2], *q.shape[2:])
+            parts[1:] = [scratch(queue, f"oneDNN {name} of query heads", shape, k.dtype) for name in ("dk", "dv")]
+        results = [x if _is_usable(x) else scratch(queue, f"oneDNN grad {n}", x.shape, x.dtype) for n, x in enumerate(parts)]
+        mask, _ = _mask(options, lse, seq_k, heads, q.dtype)
+        k, v, share = _regular(q, k, v, heads)
+        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v, _projection(dout, delta), dout))]
+        # of a query that sees no key, the weights are exp(-inf - 0), and not exp(-inf + inf)
+        stats = tensor.where(lse == -np.inf, 0, lse)
+        _run(backward_graph, (*reads, _as_rows(stats)), results, mask, share, options)
+        for result, part in zip(results, parts, strict=True):
+            if result is not part:
+                copy_arrays((result,), (part,))
+        for part, grad in zip(parts, grads, strict=True):
+            if part is not grad:
+                _add_up(part, grad, heads)
+
+
+class Spec(NamedTuple):
+    """An array of a graph: the arguments of `Graph.array`.
+
+    The axes are (batch, heads, rows, columns); with grouped heads (batch, kv_heads, query heads of each, rows, columns).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+Built = tuple[Graph, list[LogicalTensor], list[LogicalTensor]]  # a graph, its inputs, its outputs
+
+
+def forward_graph(
+    kind: int, q: Spec, k: Spec, v: Spec, out: Spec, lse: Spec | None = None, *, causal: bool, mask: Spec | None
+) -> Built:
+    """Attention: inputs are q, k, v and those of `_scores`, outputs are out and, if it is wanted, lse."""
+    graph, shape = Graph(kind), (*q.shape[:-1], k.shape[-2])
+    inputs = query, key, value = [graph.array(*x) for x in (q, k, v)]
+    outputs = [graph.array(*x) for x in (out, lse) if x is not None]
+    scores, more = _scores(graph, query, key, shape, causal, mask)
+    weights = graph.array(q.dtype, shape)
+    graph.op("softmax", (scores,), weights, *outputs[1:], axis=-1, mode="inf_as_zero")  # zeros for a query that sees no key
+    graph.op("matmul", (weights, value), outputs[0])
+    return graph, [*inputs, *more], outputs
+
+
+def backward_graph(
+    kind: int,
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    out: Spec,
+    dout: Spec,
+    lse: Spec,
+    dq: Spec,
+    dk: Spec,
+    dv: Spec,
+    *,
+    causal: bool,
+    mask: Spec | None,
+) -> Built:
+    """The gradient: inputs are q, k, v, out, dout, lse and those of `_scores`, outputs are dq, dk, dv, of every query head."""
+    graph = Graph(kind)
+    inputs = query, key, value, result, cotangent, stats = [graph.array(*x) for x in (q, k, v, out, dout, lse)]
+    outputs = dquery, dkey, dvalue = [graph.array(*x) for x in (dq, dk, dv)]
+    shape = (*q.shape[:-1], k.shape[-2])
+
+    def op(kind: str, *inputs: LogicalTensor, **attributes: Any) -> LogicalTensor:
+        return graph.op(kind, inputs, graph.array("float32", shape), **attributes)
+
+    def rounded(x: LogicalTensor) -> LogicalTensor:
+        return x if q.dtype == "float32" else graph.op("type_cast", (x,), graph.array(q.dtype, shape))
+
+    scores, more = _scores(graph, query, key, shape, causal, mask)
+    weights = op("exp", op("subtract", scores, stats))
+    graph.op("matmul", (rounded(weights), cotangent), dvalue, transpose_a=True)
+    dweights = op("matmul", cotangent, value, transpose_b=True)
+    product = graph.op("multiply", (result, cotangent), graph.array("float32", out.shape))
+    delta = graph.op("reduce_sum", (product,), graph.array("float32", lse.shape), axes=(len(shape) - 1,), keep_dims=True)
+    dscores = op("multiply", weights, op("subtract", dweights, delta))
+    dscores = rounded(op("multiply", dscores, more[0]))
+    graph.op("matmul", (dscores, key), dquery)
+    graph.op("matmul", (dscores, query), dkey, transpose_a=True)
+    return graph, [*inputs, *more], outputs
+
+
+def _scores(
+    graph: Graph, q: LogicalTensor, k: LogicalTensor, shape: tuple[int, ...], causal: bool, mask: Spec | None
+) -> tuple[LogicalTensor, list[LogicalTensor]]:
+    """The masked scores; and their inputs besides q and k: the scale, then seq_k, seq_q and -inf, or else the mask."""
+
+    def op(kind: str, *inputs: LogicalTensor, dtype: str = "float32", **attributes: Any) -> LogicalTensor:
+        return graph.op(kind, inputs, graph.array(dtype, shape), **attributes)
+
+    inputs = [graph.array("float32", (1,))]
+    scores = op("multiply", op("matmul", q, k, transpose_b=True), inputs[0])
+    if causal:
+        inputs += [graph.array(dtype, (1,)) for dtype in ("int32", "int32", "float32")]
+        row, column = (op("gen_index", scores, dtype="int32", axis=len(shape) - n) for n in (2, 1))
+        last = op("subtract", op("add", row, inputs[1], dtype="int32"), inputs[2], dtype="int32")  # key that the row sees
+        scores = op("select", op("greater_equal", last, column, dtype="bool"), scores, inputs[3])
+    elif mask is not None:
+        inputs.append(graph.array(*mask))
+        scores = op("add", scores, inputs[-1])
+    return scores, inputs
+
+
+@lru_cache(maxsize=64)
+def partitions_of(
+    kind: int,
+    dtype: str,
+    head_dim: int,
+    group: int = 1,
+    *,
+    causal: bool = False,
+    mask: str | None = None,
+    backward: bool = False,
+) -> list[Handle]:
+    """What oneDNN makes of a small problem of this kind, with a mask of this dtype, on this kind of engine. Needs no device."""
+
+    def spec(dtype: str, *shape: int) -> Spec:
+        return Spec(dtype, shape, dense_strides(shape))
+
+    of_q, of_k, of_mask = ((1, 2, group), (1, 2, 1), (1, 1, 1)) if group > 1 else ((1, 2), (1, 2), (1, 1))
+    q, k, lse = spec(dtype, *of_q, 16, head_dim), spec(dtype, *of_k, 16, head_dim), spec("float32", *of_q, 16, 1)
+    added = spec(mask, *of_mask, 16, 16) if mask else None
+    if backward:
+        graph, *_ = backward_graph(kind, q, k, k, q, q, lse, q, q, q, causal=causal, mask=added)
+    else:
+        graph, *_ = forward_graph(kind, q, k, k, q, lse, causal=causal, mask=added)
+    return graph.partitions()
+
+
+def is_fused(partitions: Sequence[Handle]) -> bool:
+    """Whether there is one partition, and oneDNN can run it."""
+    return len(partitions) == 1 and _onednn.is_supported(partitions[0])
+
+
+@lru_cache(maxsize=64)
+def _compiled(
+    build: Callable[..., Built], engine: Engine, arrays: tuple[Spec, ...], causal: bool, mask: Spec | None
+) -> Compiled:
+    graph, inputs, outputs = build(engine.kind, *arrays, causal=causal, mask=mask)
+    partitions = graph.partitions()
+    if not is_fused(partitions):  # `check` asks for the same, but for a small problem
+        raise RuntimeError(f"oneDNN makes {len(partitions)} partitions of attention with {arrays}")
+    return Compiled(partitions[0], engine, inputs, outputs)
+
+
+def _run(
+    build: Callable[..., Built], reads: Sequence[Any], writes: Sequence[Any], mask: Any, share: int, options: Options
+) -> None:
+    """Compute with a graph; `share` query heads read a kv head."""
+    queue, kv_heads = reads[0].sycl_queue, reads[1].shape[2]
+    arrays = tuple(_spec(x, kv_heads, share) for x in (*reads, *writes))
+    causal = mask is None and options.causal
+    engine = _onednn.engine_of(queue)
+    compiled = _compiled(build, engine, arrays, causal, None if mask is None else _spec(mask, kv_heads, share))
+    numbers = _numbers(queue, options.softmax_scale, reads[1].shape[1], reads[0].shape[1])
+    inputs = [*(x._pointer for x in reads), numbers._pointer]
+    if causal:
+        inputs += [numbers._pointer + n * ALIGNMENT for n in (1, 2, 3)]
+    elif mask is not None:
+        inputs.append(mask._pointer)
+    memory = scratch(queue, "oneDNN", (compiled.scratch_bytes,), np.dtype("u1"))
+    compiled.run(inputs, [x._pointer for x in writes], memory._pointer, after=queue)
+
+
+def _numbers(queue: Any, scale: float, seq_k: int, seq_q: int) -> Any:
+    """Device memory with these numbers and -inf, `ALIGNMENT` bytes apart.
+
+    oneDNN takes numbers from the host, too, but with them has no fast matrix product on CPUs: 200 times slower, measured.
+    """
+    table = np.zeros((4, ALIGNMENT // 4), np.float32)
+    table[:, 0] = scale, 0, 0, -np.inf
+    table.view(np.int32)[1:3, 0] = seq_k, seq_q
+    return upload(queue, table)
+
+
+def _spec(x: Any, kv_heads: int, share: int) -> Spec:
+    """How a graph sees an array (batch, rows, heads, columns), of which the heads are query heads, kv heads, or one for all."""
+    batch, rows, heads, columns = x.shape
+    of_batch, of_row, of_head, of_column = x.strides
+    dtype = DTYPES[str(x.dtype)]
+    if share == 1:
+        return Spec(dtype, (batch, heads, rows, columns), (of_batch, of_head, of_row, of_column))
+    each = share if heads > kv_heads else 1
+    return Spec(dtype, (batch, heads // each, each, rows, columns), (of_batch, of_head * each, of_head, of_row, of_column))
+
+
+def _as_rows(x: Any) -> Any:
+    """An array (batch, heads, rows) as (batch, rows, heads, 1)."""
+    return tensor.permute_dims(x, (0, 2, 1))[..., None]
+
+
+def _is_usable(x: Any) -> bool:
+    return x.strides[3] == 1 and min(x.strides) > 0 and x._pointer % ALIGNMENT == 0
+
+
+def _usable(x: Any, slot: str) -> Any:
+    """The array, or a copy if it has strides that oneDNN does not take or starts where it does not read."""
+    if _is_usable(x):
+        return x
+    copy = scratch(x.sycl_queue, slot, x.shape, x.dtype)
+    copy_arrays((x,), (copy,))
+    return copy
+
+
+def _regular(q: Any, k: Any, v: Any, heads: HeadMap) -> tuple[Any, Any, int]:
+    """k and v with the same number of query heads for every kv head, and that number.
+
+    Where this rank has but some of the query heads of a kv head, every query head gets its copy; and for a single score, which
+    oneDNN 3.13.2 gets wrong on CPUs in the gradient of grouped heads.
+    """
+    query_heads, single = q.shape[2], q.shape[1] == k.shape[1] == 1
+    share = query_heads // k.shape[2]
+    kv = (np.arange(query_heads) + heads.shift) // heads.group
+    if not single and (kv == np.arange(query_heads) // share).all():
+        return k, v, share
+    kv = tensor.asarray(kv, sycl_queue=k.sycl_queue)
+    return tensor.take(k, kv, axis=2), tensor.take(v, kv, axis=2), 1
+
+
+def _add_up(parts: Any, grad: Any, heads: HeadMap) -> None:
+    """Add the gradients of query heads up to those of kv heads, in the order of the query heads."""
+    (parts,) = readable((parts,), "oneDNN exact parts", np.dtype("float32"), by_head=False)
+    total = grad if grad.dtype == parts.dtype else scratch(grad.sycl_queue, "oneDNN sum", grad.shape, parts.dtype)
+    total[...] = 0
+    for number in range(heads.group):  # the query head with this number of every kv head that has it
+        start = (number - heads.shift) % heads.group
+        mine = parts[:, :, start :: heads.group]
+        first = (start + heads.shift) // heads.group
+        total[:, :, first : first + mine.shape[2]] += mine
+    if total is not grad:
+        copy_arrays((total,), (grad,))
+
+
+def _projection(dout: Any, delta: Any) -> Any:
+    """The component of out along dout, row by row.
+
+    Of out the pattern takes the sum of out * dout alone, of which delta is all that we have. The component along dout has the
+    same, and is not longer than out, so that it fits into 16 bits, too.
+    """
+    queue, delta = dout.sycl_queue, _as_rows(delta)
+    (exact,) = readable((dout,), "oneDNN exact dout", delta.dtype, by_head=False)
+    size = tensor.max(tensor.abs(exact), axis=-1, keepdims=True)
+    size = tensor.where(size > 0, size, 1)
+    unit = exact / size  # squares of tiny gradients would be 0
+    square = scratch(queue, "oneDNN square", (dout.shape[0], dout.shape[2], dout.shape[1]), delta.dtype)
+    row_dot(unit, unit, square)  # not `tensor.sum`, which adds in any order
+    square = _as_rows(square)
+    result = unit * (delta / size / tensor.where(square > 0, square, 1))
+    if dout.dtype == result.dtype:
+        return result
+    rounded = scratch(queue, "oneDNN projection", dout.shape, dout.dtype)
+    copy_arrays((result,), (rounded,))
+    return rounded
+
+
+def _only_hides(options: Options) -> bool:
+    """Whether the numbers of the mask are all 0 or -inf, which 16 bits hold."""
+    return options.alibi_slopes is None and options.bias is None
+
+
+def _mask(options: Options, lse: Any, seq_k: int, heads: HeadMap, dtype: Any) -> tuple[Any, Any]:
+    """What is added to the scores, (1 or batch, 1 or seq_q, 1 or heads, seq_k); and which queries of lse see no key.
+
+    None and None where nothing but the causal mask is wanted. It has the dtype of q if that holds it, which the fused gradient
+    of GPUs needs, else float32.
+    """
+    extras = options.extras(_as_rows(lse), seq_k, heads.first)
+    if extras is None:
+        return None, None
+    queue, table = lse.sycl_queue, extras.spans
+    if extras.slopes is None and (table[:, :2] == table[:1, :2]).all():
+        table = table[:1]
+    first, end, diagonal = (tensor.asarray(x[:, None], sycl_queue=queue) for x in table.T)
+    key = tensor.arange(seq_k, dtype=first.dtype, sycl_queue=queue)
+    hidden = ((key < first) | (key >= end))[None, None]  # the axes of lse, and the keys
+    added = tensor.zeros((1, 1, 1, 1), dtype=lse.dtype, sycl_queue=queue)
+    if extras.padding is not None:
+        hidden = hidden | tensor.asarray(~extras.padding[:, None, None, :], sycl_queue=queue)
+    if extras.slopes is not None:
+        slopes = tensor.asarray(extras.slopes[..., None, None], dtype=lse.dtype, sycl_queue=queue)
+        added = added - slopes * tensor.astype(tensor.abs(key - diagonal), lse.dtype)
+    if extras.bias is not None:
+        added = added + extras.bias[tuple(slice(None if stride else 1) for stride in extras.bias.strides)]
+    mask = tensor.where(hidden, -np.inf, added, order="C")
+    blind = tensor.all(mask == -np.inf, axis=-1)
+    mask = tensor.permute_dims(mask, (0, 2, 1, 3))
+    if dtype != mask.dtype and _only_hides(options):
+        exact, mask = mask, scratch(queue, "oneDNN mask", mask.shape, dtype)
+        copy_arrays((exact,), (mask,))
+    return mask, blind

@@ -17,6 +17,7 @@ from test_backward import check as check_gradient
 from test_backward import distributed as gradient_distributed
 from test_backward import local as gradient_local
 from test_varlen import LENGTHS, packed
+from ulysses_dp.kernels import flash_backward, flash_forward
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention
 from ulysses_dp._arrays import tensor
@@ -24,7 +25,6 @@ from ulysses_dp._options import check_attention
 from ulysses_dp._partition import HeadMap
 from ulysses_dp.backends import _onednn, intel_onednn
 from ulysses_dp.device import default_queue
-from ulysses_dp.kernels import flash_backward, flash_forward
 
 ONEDNN = AttnType.INTEL_ONEDNN
 HAS = ("causal", "window", "alibi", "alibi of batch", "bias", "mask")

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 

@@ -49,7 +49,7 @@ from mpi4py import MPI
 import ulysses_dp
 from ulysses_dp import _trace
 from ulysses_dp._arrays import tensor
-from ulysses_dp._exchange import choose_route
+from ulysses_dp._exchange import choose_route, wire
 from ulysses_dp._partition import blocks_of, split
 from ulysses_dp._redistribution import Redistribution
 from ulysses_dp.device import default_queue
@@ -127,14 +127,14 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         function = ulysses_dp.scatter_heads if job.scatter else ulysses_dp.gather_heads
         return lambda: [function(x, comm=comm)]
 
-    route = choose_route(queue, "auto")
+    link = wire(comm, choose_route(queue, "auto"), 1)
     shares = [blocks_of(split(heads, comm.size)) for heads in job.heads]
     rows, width = (sources if job.scatter else results)[0].shape[1::2]
     arrays = [tensor.asarray(x, sycl_queue=queue) for x in sources]
 
     def redistribution(gathered: Any = None) -> Redistribution:
         widths = [width] * len(shares)
-        return Redistribution(comm, route, arrays[0], shares, widths, (rows,) * comm.size, 1, gathered=gathered)
+        return Redistribution(link, arrays[0], shares, widths, (rows,) * comm.size, 1, gathered=gathered)
 
     def scatter() -> list[Any]:
         with _trace.call(job.name):

@@ -18,8 +18,8 @@ from ._arrays import tensor
 from ._mask import spans
 from ._trace import note
 
-POOLED_BYTES = 16 * 2**20
 POOLED_RESULTS = 8
+POOLED_SHARE = 4  # of the limit, this part may be memory of results
 LIMIT = "ULYSSES_DP_WORKSPACE"  # bytes that a thread keeps; by default a quarter of the device's memory
 
 
@@ -75,10 +75,16 @@ def _allocate(queue: Any, nbytes: int, usm_type: str) -> Any:
 def _bound(queue: Any) -> None:
     """Let go of what was not used for the longest time, above the limit. What the current call still uses lives on with it."""
     store = _store()
-    limit = int(os.environ.get(LIMIT, queue.sycl_device.global_mem_size // 4))
-    while len(store.memories) > 1 and sum(memory.nbytes for memory in store.memories.values()) > limit:
+    while len(store.memories) > 1 and sum(memory.nbytes for memory in store.memories.values()) > _limit(queue):
         store.memories.popitem(last=False)
         store.prepared.clear()
+
+
+def _limit(queue: Any) -> int:
+    wish = os.environ.get(LIMIT, "")
+    if wish and not wish.isdigit():
+        raise ValueError(f"{LIMIT} must be a number of bytes, not {wish!r}")
+    return int(wish) if wish else queue.sycl_device.global_mem_size // 4
 
 
 def prepared(key: tuple[int, str]) -> tuple[int, Any]:
@@ -104,9 +110,10 @@ _REFERENCES_OF_POOL = _references((None, object()))
 def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
     """A new, uninitialised USM array with the queue, kind of USM memory and, if none is given, dtype of x.
 
-    A small one may get memory that an earlier result gave back: fresh memory is mapped page by page on first use, which took
-    two fifths of the time of a short call. Memory is given back when nothing but the pool refers to it any more. Work of the
-    queue that still reads it is no danger: it is waited for before anything is launched.
+    It may get memory that an earlier result gave back: fresh memory is mapped page by page on first use, which took two fifths
+    of the time of a short call of attention, and two thirds of that of a long exchange. Memory is given back when nothing but
+    the pool refers to it any more. Work of the queue that still reads it is no danger: it is waited for before anything is
+    launched.
     """
     dtype = np.dtype(dtype or x.dtype)
     nbytes = math.prod(shape) * dtype.itemsize
@@ -117,9 +124,10 @@ def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
             pool.append(pool.pop(place))  # the least recently used one is dropped first
             return tensor.usm_ndarray(shape, dtype=dtype, buffer=entry[1])
     memory = _allocate(x.sycl_queue, max(nbytes, 1), x.usm_type)
-    if 0 < nbytes <= POOLED_BYTES:
+    if nbytes:
         pool.append((key, memory))
-        del pool[:-POOLED_RESULTS]
+        while len(pool) > POOLED_RESULTS or POOLED_SHARE * sum(size for (_, _, size), _ in pool) > _limit(x.sycl_queue):
+            pool.pop(0)
     return tensor.usm_ndarray(shape, dtype=dtype, buffer=memory)
 
 
@@ -137,8 +145,8 @@ def free_workspace() -> None:
 
     Not collective. Calls keep their buffers for the next call on the same communicator and queue, until the communicator is
     freed: as large as the largest call so far needed, but not more than ``ULYSSES_DP_WORKSPACE`` bytes in all, an environment
-    variable, by default a quarter of the device's memory. They also keep the memory of up to eight small results (16 MiB), to
-    use it again after these are gone, and small tables on the device. The next call allocates anew.
+    variable, by default a quarter of the device's memory. They also keep the memory of up to eight results, a quarter as much
+    at most, to use it again after these are gone, and small tables on the device. The next call allocates anew.
 
     Examples
     --------

@@ -370,3 +370,13 @@ def test_bad_descriptions(text, tmp_path):
 def test_machines_are_checked(changes, error, message):
     with pytest.raises(error, match=message):
         replace(UNIT, **changes)
+
+
+@pytest.mark.single
+def test_node_size_is_advised_where_messages_are_many_and_short():
+    def advice(seq, ranks, machine="aurora"):
+        notes = plan(seq, 32, 8, 128, ranks=ranks, machine=machine).notes
+        return [note.split()[0] for note in notes if "node_size" in note]
+
+    assert advice(4096, 384) == ["node_size=12"]
+    assert advice(4096, 24) == advice(131072, 12) == advice(4096, 385) == advice(4096, 384, "cpu-2-cores") == []

@@ -152,14 +152,15 @@ _GPU_LEVEL = Level(2, 10e-6, 269e9 / 2)
 _NODE_LEVEL = Level(12, 10e-6, 143e9 / 12)
 _GROUP_LEVEL = Level(64 * 12, 10e-6, 8 * 25e9 / 12)
 _SYSTEM_LEVEL = Level(10624 * 12, 10e-6, 165 * 2 * 25e9 / 2 / (64 * 12))
-_CPU_KERNEL_ON_GPU = 0.07  # share of multiply-adds in its hot loop
+# shares of multiply-adds in hot loops
+_CPU_KERNEL_ON_GPU, _GRADIENT_ON_GPU = 0.07, 0.82
 _AURORA: dict[str, Any] = {
     "device": "gpu",
     "shared": False,
     "measured": False,
     "memory": 64 * 2**30,
     "flops": dict.fromkeys(("float32", "float16", "bfloat16"), 0.77 * 21e12) | {"float64": _CPU_KERNEL_ON_GPU * 17e12},
-    "backward_flops": dict.fromkeys(("float32", "float16", "bfloat16"), 5 / 7 * _CPU_KERNEL_ON_GPU * 21e12)
+    "backward_flops": dict.fromkeys(("float32", "float16", "bfloat16"), 5 / 7 * _GRADIENT_ON_GPU * 21e12)
     | {"float64": 5 / 7 * _CPU_KERNEL_ON_GPU * 17e12},
     "copy_bandwidth": 1e12,
     "stage_seconds": 1e-4,
@@ -167,7 +168,7 @@ _AURORA: dict[str, Any] = {
     "sources": {
         "memory": "ALCF user guides: 768 GiB per node",
         "flops": "estimate: ALCF's peak of a tile, times the share of multiply-adds in the hot loop (scripts/gpu_report.py)",
-        "backward_flops": "estimate: the same, for the CPU's kernels, which compute seven products where five would do",
+        "backward_flops": "estimate: the same, for kernels that compute seven products where five would do",
         "copy_bandwidth": "ALCF user guides: triad of a tile; that a relayout reaches it is assumed",
         "stage_seconds": "assumed: about what it is on the CPU",
         "call_seconds": "assumed: about what it is on the CPU",
@@ -185,13 +186,13 @@ MACHINES = {
             shared=True,
             measured=True,
             memory=25276502016,
-            flops={"float32": 1.71e11, "float64": 8.05e10, "float16": 1.19e11, "bfloat16": 1.76e11},
-            backward_flops={"float32": 1.28e11, "float64": 4e10, "float16": 1.08e11, "bfloat16": 1.28e11},
-            copy_bandwidth=1.11e10,
-            stage_seconds=5.65e-05,
-            call_seconds=0.000208,
-            levels=(Level(ranks=None, latency=1e-06, bandwidth=5.85e9),),
-            sources={"all": "best of five runs of scripts/plan.py --measure, 2 ranks, AMD EPYC, beside other work: too slow"},
+            flops={"float32": 3.59e11, "float64": 1.71e11, "float16": 3.86e11, "bfloat16": 3.91e11},
+            backward_flops={"float32": 2.74e11, "float64": 8.83e10, "float16": 2.93e11, "bfloat16": 2.99e11},
+            copy_bandwidth=3.07e10,
+            stage_seconds=3.64e-05,
+            call_seconds=0.000239,
+            levels=(Level(ranks=None, latency=1e-06, bandwidth=1.37e10),),
+            sources={"all": "scripts/plan.py --measure, 2 ranks, AMD EPYC (Zen 5, AVX-512)"},
         ),
         Machine(name="aurora-node", levels=(_GPU_LEVEL, _NODE_LEVEL), **_AURORA),
         Machine(name="aurora", levels=(_GPU_LEVEL, _NODE_LEVEL, _GROUP_LEVEL, _SYSTEM_LEVEL), **_AURORA),

@@ -302,6 +302,9 @@ def _notes(problem: _Problem, machine: Machine, memory: int, largest_seq: int) -
     if problem.seq > largest_seq:
         available = machine.memory / _parts(machine, problem.ranks)
         notes.append(f"does not fit: {memory / 1e9:.3g} GB, a rank has {available / 1e9:.3g}; at most {largest_seq} rows do")
+    best, direct, two_steps = _best_node_size(problem, machine)
+    if best > 1:
+        notes.append(f"node_size={best} would take {two_steps:.2g} s for the forward exchanges instead of {direct:.2g} s")
     if problem.gpu and problem.head_dim not in GPU_TILES:
         notes.append(f"head_dim {problem.head_dim} has no kernel for GPUs: attention takes longer than predicted")
     if not machine.measured:
@@ -375,8 +378,14 @@ def _exchange(
     """An all-to-all: a rank deals with its peers one after the other, those of the same level at the level's speed."""
     counts = np.array([send, receive], dtype=np.int64) * itemsize
     counts[:, rank] = 0  # what stays
-    seconds = machine.stage_seconds
-    inner = slice(rank, rank + 1)
+    seconds = machine.stage_seconds + _wire_seconds(problem, machine, rank, counts)
+    sent, messages = int(counts[0].sum()), int(np.count_nonzero(counts[0]))
+    return Stage(name, bytes_sent=sent, messages=messages, route="device", seconds=seconds, exchange=True)
+
+
+def _wire_seconds(problem: _Problem, machine: Machine, rank: int, counts: np.ndarray) -> float:
+    """Time for bytes to (first row) and from (second row) all ranks."""
+    seconds, inner = 0.0, slice(rank, rank + 1)
     for level in machine.levels:
         size = level.ranks or problem.ranks
         outer = slice(rank // size * size, min((rank // size + 1) * size, problem.ranks))
@@ -385,8 +394,35 @@ def _exchange(
         time += peers.sum(axis=1) * _parts(machine, problem.ranks) / level.bandwidth
         seconds += time.max()  # links carry both directions at once
         inner = outer
-    sent, messages = int(counts[0].sum()), int(np.count_nonzero(counts[0]))
-    return Stage(name, bytes_sent=sent, messages=messages, route="device", seconds=float(seconds), exchange=True)
+    return float(seconds)
+
+
+def _best_node_size(problem: _Problem, machine: Machine) -> tuple[int, float, float]:
+    """The number of ranks for `node_size` with the fastest exchanges of the first rank, and its times directly and with that.
+
+    In two steps, rank k of node n gets what its node has for those with its number, and sends it to them.
+    """
+    ranks, copied = problem.ranks, 0
+    exchanges = []
+    for trade, there in zip(problem.trades(0), (True, False), strict=True):
+        sides = (trade.local_counts, trade.gathered_counts)
+        counts = np.array(sides if there else sides[::-1], dtype=np.int64) * problem.itemsize
+        counts[:, 0] = 0
+        exchanges.append(counts)
+        copied += int(counts[0].sum()) * 2
+    times = {1: sum(_wire_seconds(problem, machine, 0, counts) for counts in exchanges)}
+    for level in machine.levels:
+        size = level.ranks or 1
+        if 1 < size < ranks and ranks % size == 0:
+            seconds = 2 * _copy(problem, machine, "turn", copied // 2).seconds
+            for counts in exchanges:
+                within, between = np.zeros_like(counts), np.zeros_like(counts)
+                within[:, 1:size] = counts.reshape(2, -1, size).sum(axis=1)[:, 1:]
+                between[:, size::size] = counts[:, size::size] * size
+                seconds += sum(_wire_seconds(problem, machine, 0, step) for step in (within, between))
+            times[size] = seconds
+    best = min(times, key=lambda size: times[size])
+    return best, times[1], times[best]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------
@@ -476,8 +512,10 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
             need("lse of all rows", lse_size, compute)
     if not q_size:
         return slots
-    copies("dout, q", 2, q_size, share.q_count, by_head=walks_far)
-    copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far)
+    copies("dout, q", 2, q_size, share.q_count, by_head=walks_far and not on_gpu)
+    copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
+    if on_gpu:
+        need("panels of rows", 2 * max(q_size, kv_size) // seq * math.ceil(seq / SUB_GROUP) * SUB_GROUP, compute)
     if wire != compute:
         for number, size in enumerate((q_size, kv_size, kv_size)):
             need(f"gradient {number}", size, compute)

@@ -27,7 +27,7 @@ lint: .venv/installed
 .venv/installed: setup.py pyproject.toml $(wildcard kernels/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[mpi,demo,test]'
+	$(BIN)/pip install --editable '.[mpi,demo,test,onednn]'
 	touch $@
 
 # For work on the kernels: compile them again without pip, in a lasting environment.

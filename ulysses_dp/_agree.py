@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from . import _exchange
 from ._trace import stage
-from ._workspace import prepared, set_prepared
+from ._workspace import evictions, prepared, set_prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,10 +100,12 @@ class Course:
         """
         if agreement.repeated and not fresh:
             return allocate()
+        before = evictions()
         with stage("prepare"):
             result = self.run(allocate)
         self.confirm()
-        set_prepared((self._comm.handle, self._function), agreement.call)
+        if evictions() == before:  # otherwise the next call has to ask for memory again
+            set_prepared((self._comm.handle, self._function), agreement.call)
         return result  # type: ignore[return-value]  # all ranks have it, or confirm has raised
 
     def run(self, step: Callable[..., _T], *arguments: Any, **options: Any) -> _T | None:

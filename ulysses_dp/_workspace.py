@@ -30,6 +30,7 @@ class _Store:
         # scratch by owner, queue and slot, the least recently used first
         self.memories: OrderedDict[tuple[int, Any, str], Any] = OrderedDict()
         self.results: list[tuple[Any, Any]] = []  # of results, in use or given back, with what they are good for
+        self.evictions = 0
         self.prepared: dict[tuple[int, str], tuple[int, Any]] = {}  # by owner and function: the last call
 
 
@@ -78,6 +79,7 @@ def _bound(queue: Any) -> None:
     while len(store.memories) > 1 and sum(memory.nbytes for memory in store.memories.values()) > _limit(queue):
         store.memories.popitem(last=False)
         store.prepared.clear()
+        store.evictions += 1
 
 
 def _limit(queue: Any) -> int:
@@ -90,6 +92,11 @@ def _limit(queue: Any) -> int:
 def prepared(key: tuple[int, str]) -> tuple[int, Any]:
     """The call of a function on a communicator for which this thread has all memory: its digest, or 0; and its place."""
     return _store().prepared.get(key, (0, None))
+
+
+def evictions() -> int:
+    """How often this thread has let go of memory above the limit."""
+    return _store().evictions
 
 
 def set_prepared(key: tuple[int, str], call: tuple[int, Any]) -> None:

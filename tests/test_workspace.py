@@ -1,0 +1,99 @@
+"""The memory that calls keep: whose it is, how much, and when it goes."""
+
+import numpy as np
+import pytest
+from checks import outcomes
+from helpers import as_kind, new_queue, part, random_qkv, split
+
+from ulysses_dp import _workspace, free_workspace, trace, ulysses_attention
+from ulysses_dp._exchange import resolve_comm
+from ulysses_dp._workspace import empty_like, scratch
+
+BYTES = np.dtype("u1")
+
+
+def kept():
+    return sum(memory.nbytes for memory in _workspace._store().memories.values())
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    free_workspace()
+    yield
+    free_workspace()
+
+
+@pytest.mark.single
+def test_slots_are_used_again_and_grow():
+    queue = new_queue()
+    first = scratch(queue, "a", (100,), BYTES)
+    assert scratch(queue, "a", (50,), BYTES)._pointer == first._pointer
+    assert scratch(queue, "b", (100,), BYTES)._pointer != first._pointer
+    assert scratch(queue, "a", (100,), BYTES, owner=1)._pointer != first._pointer
+    assert scratch(new_queue(), "a", (100,), BYTES)._pointer != first._pointer
+    assert scratch(queue, "a", (101,), BYTES).shape == (101,)
+    assert kept() == 100 + 100 + 100 + 101
+
+
+@pytest.mark.single
+def test_limit(monkeypatch):
+    """What was not used for the longest time goes first; what a call still holds stays usable."""
+    monkeypatch.setenv(_workspace.LIMIT, "250")
+    queue = new_queue()
+    a = scratch(queue, "a", (100,), BYTES)
+    a[...] = 7
+    scratch(queue, "b", (100,), BYTES)
+    scratch(queue, "a", (100,), BYTES)
+    scratch(queue, "c", (100,), BYTES)
+    assert [slot for _, _, slot in _workspace._store().memories] == ["a", "c"]
+    scratch(queue, "d", (1000,), BYTES)  # more than the limit by itself, but the call needs it
+    assert [slot for _, _, slot in _workspace._store().memories] == ["d"]
+    assert int(a[99]) == 7
+    results = [empty_like(a, (n,)) for n in (20, 30, 40)]  # a quarter of the limit may be of results
+    assert sum(size for (_, _, size), _ in _workspace._store().results) <= 62
+    assert [x.size for x in results] == [20, 30, 40]
+
+
+@pytest.mark.parametrize("limit", ["1", "1000000"])
+def test_calls_are_right_with_any_limit(comm, monkeypatch, limit):
+    monkeypatch.setenv(_workspace.LIMIT, limit)
+    mine = [part(x, split(26, comm.size), comm.rank) for x in random_qkv(3, 2, 26, 8, 4, 16)]
+    results = [ulysses_attention(*mine, overlap=parts) for parts in (1, 3, 1)]
+    monkeypatch.delenv(_workspace.LIMIT)
+    assert (_workspace.prepared((resolve_comm("test", comm).handle, "ulysses_attention"))[0] == 0) == (
+        comm.size == 1 or limit == "1"
+    )
+    for result in results:
+        np.testing.assert_array_equal(result, ulysses_attention(*mine))
+
+
+def test_bad_limit(comm, monkeypatch):
+    monkeypatch.setenv(_workspace.LIMIT, "1 GB")
+    q = np.ones((1, 4, 4, 8), np.float32)
+    results = outcomes(comm, lambda: ulysses_attention(q, q, q))
+    assert len(set(results)) == 1
+    assert results[0][0] is ValueError
+    assert "ULYSSES_DP_WORKSPACE must be a number of bytes, not '1 GB'" in results[0][1]
+    monkeypatch.delenv(_workspace.LIMIT)
+    assert outcomes(comm, lambda: ulysses_attention(q, q, q)) == [None] * comm.size
+
+
+def test_memory_goes_with_its_communicator(comm):
+    pieces = [comm.Dup(), comm.Dup()]
+    mine = [as_kind(part(x, split(26, comm.size), comm.rank), "dpnp") for x in random_qkv(3, 2, 26, 8, 4, 16)]
+    for piece in pieces:
+        ulysses_attention(*mine, comm=piece)
+    handles = [resolve_comm("test", piece).handle for piece in pieces]
+
+    def owners():
+        return {owner for owner, _, _ in _workspace._store().memories} - {0}
+
+    assert owners() == (set(handles) if comm.size > 1 else set())
+    pieces[0].Free()
+    assert owners() == ({handles[1]} if comm.size > 1 else set())
+    with trace() as record:
+        ulysses_attention(*mine, comm=pieces[1])
+    assert record.calls[0].allocations == 0
+    free_workspace()
+    assert kept() == 0
+    pieces[1].Free()

@@ -68,7 +68,7 @@ def test_names(built):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    folders = {"ulysses_dp": "ulysses_dp", "kernels": "ulysses_dp/kernels"}
+    folders = {x: x for x in ("ulysses_dp", "ulysses_dp/backends")} | {"kernels": "ulysses_dp/kernels"}
     expected = {f"{to}/{path.name}" for start, to in folders.items() for path in (ROOT / start).glob("*.py")}
     expected |= {f"ulysses_dp/kernels/spirv/{path.name}" for path in manifest.FOLDER.iterdir()} | {"ulysses_dp/py.typed"}
     assert {name for name in wheel if ".dist-info/" not in name} == expected

@@ -484,7 +484,7 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
         for way, trade in (("0 there", there), ("0 back", back)):
             need(f"local {way}", trade.local_size, problem.itemsize)
             need(f"gathered {way}", trade.gathered_size, problem.itemsize)
-    if not problem.backward or (several and problem.converts):
+    if (several and problem.converts) if problem.backward else q_size:
         need("lse", lse_size, compute)
     if q_size:
         copies("q", 1, q_size, share.q_count, by_head=False)

@@ -71,8 +71,8 @@ class Redistribution:
     ) -> None:
         shares, widths = tuple(shares), tuple(widths)
         comm = wire.comm
-        self._shares, self._widths, self._blocking = shares, widths, wire.blocking
-        self._trade = trade = trade_of(comm.rank, rows, shares, widths, batch)
+        self._blocking = wire.blocking
+        trade = trade_of(comm.rank, rows, shares, widths, batch)
         dtype, queue = np.dtype(dtype or like.dtype), like.sycl_queue
 
         def memory(name: str, size: int, usm_type: str = "device") -> Any:
@@ -89,28 +89,29 @@ class Redistribution:
         self._levels = levels_of(trade, wire.node_size) if wire.levels else None
         if self._levels is None:
             local, everyone = side("local", self._local, trade.local), side("gathered", gathered, trade.gathered)
-            self._steps, self._places = [(comm, local, everyone)], trade.local.places
+            self._steps, bases = [(comm, local, everyone)], trade.local.places
         else:
             there = self._levels
             within, between = wire.levels
             self._members, self._groups = memory("members", there.members.size), memory("groups", there.groups.size)
             local, members = side("local", self._local, there.local), side("members", self._members, there.members)
             groups, everyone = side("groups", self._groups, there.groups), side("gathered", gathered, there.gathered)
-            self._steps, self._places = [(within, local, members), (between, groups, everyone)], there.local_places
+            self._steps, bases = [(within, local, members), (between, groups, everyone)], there.local_places
+        self._layout = _Layout(trade, bases, shares, widths)
         self._rest: list[Callable[[], None]] = []
 
     @property
     def count(self) -> int:
         """The number of arrays."""
-        return len(self._widths)
+        return len(self._layout.widths)
 
     @property
     def views(self) -> list[Any]:
         """The arrays on the gathered side, each (batch, all rows, heads of this rank, width)."""
-        trade = self._trade
+        trade, _, shares, widths = self._layout
         size = trade.sizes[trade.rank]
         views, first = [], 0
-        for share, width in zip(self._shares, self._widths, strict=True):
+        for share, width in zip(shares, widths, strict=True):
             count = share[trade.rank][1]
             shape, strides = (trade.batch, sum(trade.rows), count, width), (size, trade.batch * size, width, 1)
             views.append(view(self.gathered, first, shape, strides))
@@ -120,7 +121,7 @@ class Redistribution:
     def pack(self, arrays: Sequence[Any]) -> None:
         """Copy arrays of the local side, (batch, rows of this rank, heads, width), to where they travel from."""
         with stage("pack"):
-            panels = _pack_panels(self._trade, self._places, self._shares, self._widths, tuple(map(place, arrays)))
+            panels = _pack_panels(self._layout, tuple(map(place, arrays)))
             self._relayout(arrays, [self._local, self.gathered], panels)
 
     def unpack(self, targets: Sequence[Any]) -> None:
@@ -128,12 +129,13 @@ class Redistribution:
 
         What several ranks have of one head is added up in rank order.
         """
-        panels = _unpack_panels(self._trade, self._places, self._shares, self._widths, tuple(map(place, targets)))
+        panels = _unpack_panels(self._layout, tuple(map(place, targets)))
         with stage("unpack"):
             self._relayout([self._local, self.gathered], targets, panels)
 
     def _relayout(self, sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel]) -> None:
-        relayout(sources, targets, panels, rows=self._trade.rows[self._trade.rank], batch=self._trade.batch)
+        trade = self._layout.trade
+        relayout(sources, targets, panels, rows=trade.rows[trade.rank], batch=trade.batch)
         note(passes=1)
 
     def start_to_gathered(self) -> None:
@@ -188,8 +190,18 @@ class _Block(NamedTuple):
     place: tuple[int, int, int, int, int]  # buffer, local or gathered; offset, strides of rows, batch and heads
 
 
-def _blocks(trade: Trade, bases: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...]) -> Iterator[_Block]:
-    """What there is of every array for or from every rank, in rank order; on the local side, the ranks have these bases."""
+class _Layout(NamedTuple):
+    """Where arrays lie in the two buffers."""
+
+    trade: Trade
+    bases: tuple[int, ...]  # where the blocks of the ranks start on the local side
+    shares: tuple[Share, ...]
+    widths: tuple[int, ...]
+
+
+def _blocks(layout: _Layout) -> Iterator[_Block]:
+    """What there is of every array for or from every rank, in rank order."""
+    trade, bases, shares, widths = layout
     for peer, base in enumerate(bases):
         own = peer == trade.rank
         size, start = trade.sizes[peer], trade.gathered.own.start if own else base
@@ -200,31 +212,19 @@ def _blocks(trade: Trade, bases: tuple[int, ...], shares: tuple[Share, ...], wid
 
 
 @lru_cache(maxsize=256)
-def _pack_panels(
-    trade: Trade,
-    bases: tuple[int, ...],
-    shares: tuple[Share, ...],
-    widths: tuple[int, ...],
-    places: tuple[tuple[int, ...], ...],
-) -> tuple[Panel, ...]:
+def _pack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
     """From arrays at these places to the two buffers."""
     return tuple(
         Panel(*source_at(block.array, places[block.array], block.first), *block.place, block.heads, block.width)
-        for block in _blocks(trade, bases, shares, widths)
+        for block in _blocks(layout)
     )
 
 
 @lru_cache(maxsize=256)
-def _unpack_panels(
-    trade: Trade,
-    bases: tuple[int, ...],
-    shares: tuple[Share, ...],
-    widths: tuple[int, ...],
-    places: tuple[tuple[int, ...], ...],
-) -> tuple[Panel, ...]:
+def _unpack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
     """From the two buffers to arrays at these places."""
     panels, covered = [], [0] * len(places)  # heads of each array that the ranks so far have brought
-    for block in _blocks(trade, bases, shares, widths):
+    for block in _blocks(layout):
         number, first = block.array, block.first
         buffer, start, row, batch, head = block.place
         again = min(max(covered[number] - first, 0), block.heads)

@@ -427,7 +427,7 @@ class _Part:
         course = self._path.course
         course.run(self._pack)
         for there in self._there:
-            self._path.course.share(there.start_to_gathered)
+            course.share(there.start_to_gathered)
 
     def _pack(self) -> None:
         dout, q, k, v, _, _ = self._path.arrays

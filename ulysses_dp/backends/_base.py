@@ -47,6 +47,16 @@ class Backend:
         """Say that there is no such thing here, and where there is."""
         raise NotImplementedError(f"attn_type {self.name} does not support {what}; {alternative} does")
 
+    def refuse_rare_options(self, options: Options) -> None:
+        """Refuse what the attention of other libraries has no place for."""
+        for name, given in (
+            ("softcap", options.softcap),
+            ("sinks", options.sinks is not None),
+            ("dropout_p", options.dropout_p),
+        ):
+            if given:
+                self.refuse(name)
+
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         """Write `out`, which is dense in the last axis, and `lse`, which is None if nobody wants it."""
         raise NotImplementedError

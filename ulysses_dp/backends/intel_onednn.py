@@ -49,15 +49,11 @@ class IntelOneDnn(Backend):
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         _onednn.library()
-        for option, given in (
-            ("softcap", options.softcap),
-            ("sinks", options.sinks is not None),
-            ("dropout_p", options.dropout_p),
-            (geometry.dtype, geometry.dtype not in DTYPES.values()),
-            ("the gradient for head_dim 1", backward and geometry.head_dim == 1),  # the library would end the process
-        ):
-            if given:
-                self.refuse(option)
+        self.refuse_rare_options(options)
+        if geometry.dtype not in DTYPES.values():
+            self.refuse(geometry.dtype)
+        if backward and geometry.head_dim == 1:  # the library would end the process
+            self.refuse("the gradient for head_dim 1")
         mask = None if options.plain else geometry.dtype if _only_hides(options) else "float32"
         causal, kind = options.causal and mask is None, _onednn.kind_of(device)
         partitions = partitions_of(

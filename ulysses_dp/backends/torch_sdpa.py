@@ -39,10 +39,7 @@ class TorchSdpa(Backend):
             import torch  # noqa: F401
         except ImportError as error:
             raise ImportError("attn_type TORCH needs PyTorch: pip install 'ulysses_dp[torch]'") from error
-        wanted = (("softcap", options.softcap), ("sinks", options.sinks is not None), ("dropout_p", options.dropout_p))
-        for what, is_wanted in wanted:
-            if is_wanted:
-                self.refuse(what)
+        self.refuse_rare_options(options)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         import torch

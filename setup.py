@@ -95,7 +95,14 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=["ulysses_dp", "ulysses_dp.backends", "ulysses_dp.kernels"],
+    packages=[
+        "ulysses_dp",
+        "ulysses_dp._call",
+        "ulysses_dp._device",
+        "ulysses_dp._ranks",
+        "ulysses_dp.backends",
+        "ulysses_dp.kernels",
+    ],
     # a top-level module named `kernels` would clash with another distribution
     package_dir={"ulysses_dp.kernels": "kernels"},
     package_data={"ulysses_dp": ["py.typed"], "ulysses_dp.kernels": ["spirv/*"]},

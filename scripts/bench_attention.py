@@ -192,7 +192,7 @@ def peak_call() -> Callable[[], Any]:
     """The sgemm that stands for the peak of the machine."""
     import dpnp
 
-    from ulysses_dp.device import default_queue
+    from ulysses_dp._device.queue import default_queue
 
     a = dpnp.ones((PEAK_SIZE, PEAK_SIZE), dtype=np.float32, sycl_queue=default_queue())
 

@@ -47,12 +47,12 @@ import numpy as np
 from mpi4py import MPI
 
 import ulysses_dp
-from ulysses_dp import _trace
-from ulysses_dp._arrays import tensor
-from ulysses_dp._exchange import choose_route, wire
-from ulysses_dp._partition import blocks_of, split
-from ulysses_dp._redistribution import Redistribution
-from ulysses_dp.device import default_queue
+from ulysses_dp._device import trace
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.queue import default_queue
+from ulysses_dp._ranks.mpi import choose_route, wire
+from ulysses_dp._ranks.partition import blocks_of, split
+from ulysses_dp._ranks.redistribution import Redistribution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +137,7 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         return Redistribution(link, arrays[0], shares, widths, (rows,) * comm.size, 1, gathered=gathered)
 
     def scatter() -> list[Any]:
-        with _trace.call(job.name):
+        with trace.call(job.name):
             move = redistribution()
             move.pack(arrays)
             move.start_to_gathered()
@@ -154,7 +154,7 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
     queue.wait()
 
     def gather() -> list[Any]:
-        with _trace.call(job.name):
+        with trace.call(job.name):
             move = redistribution(gathered)
             move.start_to_local()
             move.wait()

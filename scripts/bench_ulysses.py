@@ -26,7 +26,7 @@ from bench_exchange import as_numpy, check, gloo, interleave, machine, median_ra
 from mpi4py import MPI
 
 import ulysses_dp
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -116,8 +116,8 @@ def inputs(comm: Any, call: dict[str, Any]) -> list[Any]:
     """q, k, v and dout of this rank, on the device; on the host if that has no float16."""
     import dpnp
 
-    from ulysses_dp._partition import split
-    from ulysses_dp.device import default_queue
+    from ulysses_dp._device.queue import default_queue
+    from ulysses_dp._ranks.partition import split
 
     rng = np.random.default_rng(comm.rank)
     rows, (heads, kv_heads) = split(call["seq"], comm.size)[comm.rank], (call["heads"], call["kv_heads"] or call["heads"])
@@ -170,7 +170,7 @@ def run(comm: Any, call: dict[str, Any], repeats: int) -> list[tuple[dict[str, f
 
 def measure(comm: Any, repeats: int, name: str) -> Machine:
     """Describe this machine by calls of two sizes: the small one tells the constants, the large one the speeds."""
-    from ulysses_dp.device import default_queue
+    from ulysses_dp._device.queue import default_queue
 
     device = default_queue().sycl_device
     shared, ranks = device.is_cpu, comm.size

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import ulysses_dp
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,8 +25,8 @@ import numpy as np
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS
 
 from ulysses_dp import AttnType, attention, schedule
+from ulysses_dp._device.queue import default_queue
 from ulysses_dp.backends import usable
-from ulysses_dp.device import default_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 from helpers import as_kind, as_numpy, as_view, assert_like, outcomes, part, split
 
 from ulysses_dp import attention, ulysses_attention
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
 
 try:
     import ml_dtypes

@@ -10,7 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from ulysses_dp import AttnType
-from ulysses_dp._arrays import tensor
+from ulysses_dp._device.arrays import tensor
 
 WORLD = MPI.COMM_WORLD
 KINDS = ("numpy", "dpnp", "usm")

@@ -20,16 +20,16 @@ from mpi4py import MPI
 from oracle import TOLERANCE, dense_attention
 
 from ulysses_dp import (
-    _exchange,
-    _workspace,
     free_workspace,
     gather_heads,
     scatter_heads,
     ulysses_attention,
     ulysses_attention_backward,
 )
-from ulysses_dp._arrays import tensor
-from ulysses_dp._redistribution import Redistribution
+from ulysses_dp._device import workspace
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._ranks import mpi
+from ulysses_dp._ranks.redistribution import Redistribution
 from ulysses_dp.backends.intel_sycl import IntelSycl
 
 
@@ -109,7 +109,7 @@ def test_no_memory_on_one_rank(comm, monkeypatch, mine, name):
     free_workspace()
     with monkeypatch.context() as patch:
         if comm.rank == 0:
-            patch.setattr(_workspace, "_allocate", failing_on(0, comm, MemoryError("no memory")))
+            patch.setattr(workspace, "_allocate", failing_on(0, comm, MemoryError("no memory")))
         results = outcomes(comm, lambda: call(mine, comm))
     assert len(set(results)) == 1, results
     assert results[0][0] is MemoryError
@@ -136,7 +136,7 @@ def test_memory_is_agreed_upon_once(comm, mine):
     """Who comes back with the same call brings the memory for it; every other call has to get it, on all ranks together."""
     rows, piece = split(26, comm.size, "uneven"), comm.Dup()
     counted = []
-    original = _exchange.any_rank
+    original = mpi.any_rank
 
     def any_rank(*arguments):
         counted.append(1)
@@ -148,7 +148,7 @@ def test_memory_is_agreed_upon_once(comm, mine):
         return len(counted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_exchange, "any_rank", any_rank)
+        patch.setattr(mpi, "any_rank", any_rank)
         assert [rounds(), rounds(), rounds()] == [2, 1, 1]
         assert [rounds(causal=True), rounds(causal=True)] == [2, 1]
         assert [rounds(exchange="host"), rounds(exchange="host"), rounds()] == [2, 1, 2]
@@ -188,16 +188,16 @@ def test_a_thousand_calls_leave_nothing_behind(comm):
         one()
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memories = sum(memory.nbytes for memory in _workspace._store().memories.values())
+    memories = sum(memory.nbytes for memory in workspace._store().memories.values())
     for _ in range(800):
         one()
     gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is _exchange.AllToAll]
-    assert sum(memory.nbytes for memory in _workspace._store().memories.values()) <= 2 * memories
+    assert not [x for x in gc.get_objects() if type(x) is mpi.AllToAll]
+    assert sum(memory.nbytes for memory in workspace._store().memories.values()) <= 2 * memories
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KiB: compiled kernels and small tables
-    handle = _exchange.resolve_comm("test", piece).handle
+    handle = mpi.resolve_comm("test", piece).handle
     piece.Free()
-    assert not [key for key in _workspace._store().memories if key[0] == handle]
+    assert not [key for key in workspace._store().memories if key[0] == handle]
 
 
 @needs_ranks

@@ -27,10 +27,10 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
-from ulysses_dp._arrays import Kind, dtype_of, kind_of, tensor
-from ulysses_dp._partition import share_heads
+from ulysses_dp._device.arrays import Kind, dtype_of, kind_of, tensor
+from ulysses_dp._device.queue import default_queue
+from ulysses_dp._ranks.partition import share_heads
 from ulysses_dp.backends import torch_sdpa
-from ulysses_dp.device import default_queue
 
 
 def like(x, given, dtype=None):

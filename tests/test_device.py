@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ulysses_dp.kernels import manifest
 
-from ulysses_dp.device import local_rank
+from ulysses_dp._device.queue import local_rank
 
 pytestmark = pytest.mark.single
 
@@ -25,7 +25,9 @@ def python(*arguments, **environment):
 
 
 def test_a_device_is_found_without_any_setting():
-    code = "import ulysses_dp; from ulysses_dp.device import default_queue; print(default_queue().sycl_device.device_type)"
+    code = (
+        "import ulysses_dp; from ulysses_dp._device.queue import default_queue; print(default_queue().sycl_device.device_type)"
+    )
     assert python("-c", code) in ("device_type.cpu", "device_type.gpu")
 
 
@@ -47,9 +49,9 @@ def test_one_rank_does_not_start_mpi(use):
 
 def test_no_device():
     code = """if True:
-        import ulysses_dp.device
+        import ulysses_dp._device.queue
         try:
-            ulysses_dp.device.default_queue()
+            ulysses_dp._device.queue.default_queue()
         except RuntimeError as error:
             print(error)
     """

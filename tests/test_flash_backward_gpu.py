@@ -15,10 +15,10 @@ from ulysses_dp.kernels.flash_backward import reference
 from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP, flash_backward_gpu
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
-from ulysses_dp._arrays import tensor
-from ulysses_dp._workspace import scratch
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.queue import default_queue
+from ulysses_dp._device.workspace import scratch
 from ulysses_dp.backends import intel_sycl
-from ulysses_dp.device import default_queue
 
 pytestmark = [
     pytest.mark.single,

@@ -7,8 +7,8 @@ from helpers import as_view, random_qkv
 from oracle import TOLERANCE
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS, TILES, TILES_OF, flash_forward, reference
 
-from ulysses_dp._arrays import tensor
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
 

@@ -14,8 +14,8 @@ from ulysses_dp.kernels.flash_forward import reference
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
 
 from ulysses_dp import attention, trace
-from ulysses_dp._workspace import scratch
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
+from ulysses_dp._device.workspace import scratch
 
 pytestmark = [
     pytest.mark.single,

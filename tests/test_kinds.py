@@ -20,8 +20,8 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_flash_attn_func,
 )
-from ulysses_dp._arrays import Kind, dtype_of, from_usm, kind_of, permute, to_usm
-from ulysses_dp._arrays import tensor as usm
+from ulysses_dp._device.arrays import Kind, dtype_of, from_usm, kind_of, permute, to_usm
+from ulysses_dp._device.arrays import tensor as usm
 
 ALL_KINDS = (*KINDS, "torch", "array_api_strict")
 DTYPES = ("float32", "float64")

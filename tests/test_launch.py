@@ -16,7 +16,7 @@ from ulysses_dp.kernels import (
 )
 from ulysses_dp.kernels.launch import _kernel, launch
 
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
 

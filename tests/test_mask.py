@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ulysses_dp.kernels.flash_backward import spans_of_keys
 
-from ulysses_dp._mask import spans, trim
+from ulysses_dp._call.spans import spans, trim
 
 pytestmark = pytest.mark.single
 

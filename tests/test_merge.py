@@ -8,7 +8,8 @@ import oracle
 import pytest
 from helpers import KINDS, as_kind, as_numpy, as_view, assert_like, new_queue, random_qkv
 
-from ulysses_dp import _validate, attention, merge_attention
+from ulysses_dp import attention, merge_attention
+from ulysses_dp._call import checks
 
 pytestmark = pytest.mark.single
 
@@ -267,7 +268,7 @@ def test_bad_dtype(dtype, error, message):
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_devices_without_a_dtype(monkeypatch, dtype):
     device = SimpleNamespace(name="small", has_aspect_fp64=False, has_aspect_fp16=False)
-    monkeypatch.setattr(_validate, "device_of", lambda x: device)
+    monkeypatch.setattr(checks, "device_of", lambda x: device)
     with pytest.raises(TypeError, match=f"{dtype} is not supported by the device small"):
         merge_attention(*arguments(dtype=dtype).values())
     merge_attention(*arguments().values())

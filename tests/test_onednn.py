@@ -20,11 +20,11 @@ from test_varlen import LENGTHS, packed
 from ulysses_dp.kernels import flash_backward, flash_forward
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention
-from ulysses_dp._arrays import tensor
-from ulysses_dp._options import check_attention
-from ulysses_dp._partition import HeadMap
+from ulysses_dp._call.options import check_attention
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.queue import default_queue
+from ulysses_dp._ranks.partition import HeadMap
 from ulysses_dp.backends import _onednn, intel_onednn
-from ulysses_dp.device import default_queue
 
 ONEDNN = AttnType.INTEL_ONEDNN
 HAS = ("causal", "window", "alibi", "alibi of batch", "bias", "mask")

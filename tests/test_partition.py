@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_dp._partition import HeadMap, Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
+from ulysses_dp._ranks.partition import HeadMap, Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
 
 pytestmark = pytest.mark.single
 

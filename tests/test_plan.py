@@ -10,8 +10,9 @@ from helpers import part, random_qkv, split
 from mpi4py import MPI
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
-from ulysses_dp import Machine, _workspace, free_workspace, plan, trace, ulysses_attention, ulysses_attention_backward
-from ulysses_dp.device import default_queue
+from ulysses_dp import Machine, free_workspace, plan, trace, ulysses_attention, ulysses_attention_backward
+from ulysses_dp._device import workspace
+from ulysses_dp._device.queue import default_queue
 from ulysses_dp.machine import MACHINES, Level
 from ulysses_dp.plan import _memory, _Problem
 
@@ -61,7 +62,7 @@ def run(comm, sizes, form, backward):
             out, lse = results
             ulysses_attention_backward(out, q, k, v, out, lse, comm=comm, **dtype_option(form))
     # what goes through the host is not on the device
-    slots = {slot: x.nbytes for (_, _, slot), x in _workspace._store().memories.items() if not slot.startswith("host")}
+    slots = {slot: x.nbytes for (_, _, slot), x in workspace._store().memories.items() if not slot.startswith("host")}
     free_workspace()
     return forward, gradient, slots
 

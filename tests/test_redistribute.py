@@ -18,7 +18,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
-from ulysses_dp._redistribution import Redistribution
+from ulysses_dp._ranks.redistribution import Redistribution
 
 # whole arrays: batch, seq, heads, head_dim
 SHAPES = [(1, 12, 12, 4), (2, 13, 5, 3), (3, 7, 1, 16), (1, 2, 3, 1), (2, 24, 12, 64), (1, 0, 4, 2), (0, 6, 4, 2), (2, 5, 0, 3)]

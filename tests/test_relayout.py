@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, reference, relayout
 
-from ulysses_dp._arrays import tensor
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
 

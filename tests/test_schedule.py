@@ -13,7 +13,7 @@ from ulysses_dp.kernels.flash_forward import HEAD_DIMS, TILES
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
 from ulysses_dp import attention, schedule
-from ulysses_dp.device import default_queue
+from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
 

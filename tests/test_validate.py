@@ -13,7 +13,6 @@ from ulysses_dp.kernels import manifest
 from ulysses_dp import (
     AttnType,
     UlyssesAttention,
-    _validate,
     all_to_all_4d,
     attention,
     gather_heads,
@@ -21,6 +20,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_flash_attn_func,
 )
+from ulysses_dp._call import checks
 
 
 def ones(*shape, dtype=np.float32):
@@ -342,7 +342,7 @@ def no_use(*_):
 @pytest.mark.parametrize(
     "run", [lambda comm: call(ulysses_attention, arguments(comm=comm)), lambda comm: scatter_heads(GOOD_X)]
 )
-@pytest.mark.parametrize(("module", "name"), [(manifest, "read"), (_validate, "default_queue")])
+@pytest.mark.parametrize(("module", "name"), [(manifest, "read"), (checks, "default_queue")])
 def test_no_device_or_kernels_on_one_rank(comm, monkeypatch, run, module, name):
     """What is found out on one rank alone, and late if nobody asks, stops all ranks too."""
     with monkeypatch.context() as patch:

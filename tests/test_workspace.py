@@ -5,15 +5,16 @@ import pytest
 from checks import outcomes
 from helpers import as_kind, new_queue, part, random_qkv, split
 
-from ulysses_dp import _workspace, free_workspace, trace, ulysses_attention
-from ulysses_dp._exchange import resolve_comm
-from ulysses_dp._workspace import empty_like, scratch
+from ulysses_dp import free_workspace, trace, ulysses_attention
+from ulysses_dp._device import workspace
+from ulysses_dp._device.workspace import empty_like, scratch
+from ulysses_dp._ranks.mpi import resolve_comm
 
 BYTES = np.dtype("u1")
 
 
 def kept():
-    return sum(memory.nbytes for memory in _workspace._store().memories.values())
+    return sum(memory.nbytes for memory in workspace._store().memories.values())
 
 
 @pytest.fixture(autouse=True)
@@ -38,29 +39,29 @@ def test_slots_are_used_again_and_grow():
 @pytest.mark.single
 def test_limit(monkeypatch):
     """What was not used for the longest time goes first; what a call still holds stays usable."""
-    monkeypatch.setenv(_workspace.LIMIT, "250")
+    monkeypatch.setenv(workspace.LIMIT, "250")
     queue = new_queue()
     a = scratch(queue, "a", (100,), BYTES)
     a[...] = 7
     scratch(queue, "b", (100,), BYTES)
     scratch(queue, "a", (100,), BYTES)
     scratch(queue, "c", (100,), BYTES)
-    assert [slot for _, _, slot in _workspace._store().memories] == ["a", "c"]
+    assert [slot for _, _, slot in workspace._store().memories] == ["a", "c"]
     scratch(queue, "d", (1000,), BYTES)  # more than the limit by itself, but the call needs it
-    assert [slot for _, _, slot in _workspace._store().memories] == ["d"]
+    assert [slot for _, _, slot in workspace._store().memories] == ["d"]
     assert int(a[99]) == 7
     results = [empty_like(a, (n,)) for n in (20, 30, 40)]  # a quarter of the limit may be of results
-    assert sum(size for (_, _, size), _ in _workspace._store().results) <= 62
+    assert sum(size for (_, _, size), _ in workspace._store().results) <= 62
     assert [x.size for x in results] == [20, 30, 40]
 
 
 @pytest.mark.parametrize("limit", ["1", "1000000"])
 def test_calls_are_right_with_any_limit(comm, monkeypatch, limit):
-    monkeypatch.setenv(_workspace.LIMIT, limit)
+    monkeypatch.setenv(workspace.LIMIT, limit)
     mine = [part(x, split(26, comm.size), comm.rank) for x in random_qkv(3, 2, 26, 8, 4, 16)]
     results = [ulysses_attention(*mine, overlap=parts) for parts in (1, 3, 1)]
-    monkeypatch.delenv(_workspace.LIMIT)
-    assert (_workspace.prepared((resolve_comm("test", comm).handle, "ulysses_attention"))[0] == 0) == (
+    monkeypatch.delenv(workspace.LIMIT)
+    assert (workspace.prepared((resolve_comm("test", comm).handle, "ulysses_attention"))[0] == 0) == (
         comm.size == 1 or limit == "1"
     )
     for result in results:
@@ -68,13 +69,13 @@ def test_calls_are_right_with_any_limit(comm, monkeypatch, limit):
 
 
 def test_bad_limit(comm, monkeypatch):
-    monkeypatch.setenv(_workspace.LIMIT, "1 GB")
+    monkeypatch.setenv(workspace.LIMIT, "1 GB")
     q = np.ones((1, 4, 4, 8), np.float32)
     results = outcomes(comm, lambda: ulysses_attention(q, q, q))
     assert len(set(results)) == 1
     assert results[0][0] is ValueError
     assert "ULYSSES_DP_WORKSPACE must be a number of bytes, not '1 GB'" in results[0][1]
-    monkeypatch.delenv(_workspace.LIMIT)
+    monkeypatch.delenv(workspace.LIMIT)
     assert outcomes(comm, lambda: ulysses_attention(q, q, q)) == [None] * comm.size
 
 
@@ -86,7 +87,7 @@ def test_memory_goes_with_its_communicator(comm):
     handles = [resolve_comm("test", piece).handle for piece in pieces]
 
     def owners():
-        return {owner for owner, _, _ in _workspace._store().memories} - {0}
+        return {owner for owner, _, _ in workspace._store().memories} - {0}
 
     assert owners() == (set(handles) if comm.size > 1 else set())
     pieces[0].Free()

@@ -1,16 +1,15 @@
 """Ulysses sequence-parallel attention for dpnp, dpctl and NumPy arrays over MPI."""
 
-from .device import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_the_wheels
+from ._device.queue import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_the_wheels
 
 _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
 
-from ._trace import trace  # noqa: E402
-from ._workspace import free_workspace  # noqa: E402
-from .attention import ulysses_attention  # noqa: E402
+from ._device.trace import trace  # noqa: E402
+from ._device.workspace import free_workspace  # noqa: E402
+from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
-from .local import attention  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .plan import plan  # noqa: E402

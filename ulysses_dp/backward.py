@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _exchange
-from ._agree import Checked, Course, agree
-from ._arrays import dtype_of, from_usm, kind_of, tensor, to_usm
-from ._copies import copy_arrays
-from ._layout import PACKED, from_bshd, to_bshd
-from ._options import Options, check_attention
-from ._partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
-from ._redistribution import Redistribution, pipeline
-from ._trace import call, stage
-from ._validate import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
-from ._workspace import empty_like, scratch
+from ._call.checks import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
+from ._call.layout import PACKED, from_bshd, to_bshd
+from ._call.options import Options, check_attention
+from ._device.arrays import dtype_of, from_usm, kind_of, tensor, to_usm
+from ._device.copies import copy_arrays
+from ._device.trace import call, stage
+from ._device.workspace import empty_like, scratch
+from ._local import empty_out
+from ._ranks import mpi
+from ._ranks.agree import Checked, Course, agree
+from ._ranks.partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
+from ._ranks.redistribution import Redistribution, pipeline
 from .attention import Context, as_columns
 from .backends import AttnType, LocalAttention
-from .local import empty_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._partition import Share
+    from ._ranks.partition import Share
 
 
 def attention_backward(
@@ -216,7 +216,7 @@ def ulysses_attention_backward(
     (1, 16, 4, 8)
     """
     function = "ulysses_attention_backward"
-    comm = _exchange.resolve_comm(function, comm)
+    comm = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[list[Any], Geometry, Options]]:
@@ -260,13 +260,13 @@ def ulysses_attention_backward(
         if comm.size == 1:
             grads, dsinks = _differentiate_whole(arrays, geometry, options)
         else:
-            course, route = Course(comm, function), _exchange.choose_route(arrays[0].sycl_queue, exchange)
+            course, route = Course(comm, function), mpi.choose_route(arrays[0].sycl_queue, exchange)
             heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             shared = kv_heads_are_shared(heads)
             wanted = len(ctx.parts) if ctx else 1 if shared else check_overlap(overlap)
             shares = part_heads(heads, geometry.group, wanted)
-            wire = _exchange.wire(comm, route, node_size, blocking=len(shares) == 1)
+            wire = mpi.wire(comm, route, node_size, blocking=len(shares) == 1)
             path = _Path(course, wire, arrays, q_rows, k_rows, geometry, options, shared)
             parts = course.prepare(agreement, lambda: [_Part(path, ctx, *x) for x in enumerate(shares)])
             course.run(path.start)
@@ -274,7 +274,7 @@ def ulysses_attention_backward(
             grads, dsinks = course.run(path.finish) or ([], None)
             course.confirm()
             if options.sinks is not None:
-                dsinks = tensor.asarray(_exchange.join(comm, dsinks), sycl_queue=arrays[0].sycl_queue)
+                dsinks = tensor.asarray(mpi.join(comm, dsinks), sycl_queue=arrays[0].sycl_queue)
         return _to_user(grads, dsinks, options, q)
 
 
@@ -357,7 +357,7 @@ class _Path:
     """What all parts of a call have in common, and the memory for their results."""
 
     course: Course
-    wire: _exchange.Wire
+    wire: mpi.Wire
     arrays: Sequence[Any]  # dout, q, k, v, out, lse
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]

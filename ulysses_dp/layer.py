@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._layout import axes_to_bshd
-from ._validate import Names, check_axes
+from ._call.checks import Names, check_axes
+from ._call.layout import axes_to_bshd
 from .attention import distributed
 from .backends import AttnType, LocalAttention
 

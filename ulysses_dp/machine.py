@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ._validate import check_flag, check_integer
+from ._call.checks import check_flag, check_integer
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import dtype_of, from_usm, tensor, to_usm
-from ._validate import COMPUTE_DTYPES, check_aspects, check_kind, check_places
+from ._call.checks import COMPUTE_DTYPES, check_aspects, check_kind, check_places
+from ._device.arrays import dtype_of, from_usm, tensor, to_usm
 
 NAMES = ("out_a", "lse_a", "out_b", "lse_b")
 

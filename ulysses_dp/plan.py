@@ -16,9 +16,9 @@ import numpy as np
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 
-from ._partition import Heads, Trade, kv_shares, query_shares, share_heads, split, trade_of
-from ._trace import Call, Stage
-from ._validate import COMPUTE_DTYPES, check_flag, check_integer
+from ._call.checks import COMPUTE_DTYPES, check_flag, check_integer
+from ._device.trace import Call, Stage
+from ._ranks.partition import Heads, Trade, kv_shares, query_shares, share_heads, split, trade_of
 from .backends.intel_sycl import HEAD_MAJOR_FROM
 from .machine import Machine, find
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _exchange
-from ._agree import Checked, Course, agree
-from ._arrays import dtype_of, from_usm, permute, to_usm, view
-from ._copies import copy_arrays
-from ._layout import axes_to_bshd, inverse
-from ._partition import blocks_of, column, split
-from ._redistribution import Redistribution
-from ._trace import call, stage
-from ._validate import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
-from ._workspace import empty_like
+from ._call.checks import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
+from ._call.layout import axes_to_bshd, inverse
+from ._device.arrays import dtype_of, from_usm, permute, to_usm, view
+from ._device.copies import copy_arrays
+from ._device.trace import call, stage
+from ._device.workspace import empty_like
+from ._ranks import mpi
+from ._ranks.agree import Checked, Course, agree
+from ._ranks.partition import blocks_of, column, split
+from ._ranks.redistribution import Redistribution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +174,7 @@ def _trade(
     seq_local: int | None = None,
 ) -> Any:
     """Do what the public functions above say. `direction` tells whether rows are joined, and which axes are bshd."""
-    comm = _exchange.resolve_comm(function, comm)
+    comm = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
@@ -211,8 +211,8 @@ def _trade(
         # Delegate.
         result = usm
         if comm.size > 1:
-            course, route = Course(comm, function), _exchange.choose_route(usm.sycl_queue, exchange)
-            wire = _exchange.wire(comm, route, node_size)
+            course, route = Course(comm, function), mpi.choose_route(usm.sycl_queue, exchange)
+            wire = mpi.wire(comm, route, node_size)
             shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
             rows = column(sizes, 0 if joins_rows else 1)
             # a result that is received in place, or x, which is sent from its place
@@ -287,4 +287,4 @@ def order_ranks(comm: Any = None) -> Any:
     True
     >>> ordered.Free()
     """
-    return _exchange.ordered(_exchange.resolve_comm("order_ranks", comm))
+    return mpi.ordered(mpi.resolve_comm("order_ranks", comm))

@@ -8,8 +8,8 @@ import numpy as np
 
 from ulysses_dp.kernels.flash_forward import Extras, reference
 
-from ._mask import spans
-from ._partition import group_size
+from ._call.spans import spans
+from ._ranks.partition import group_size
 
 
 def dense_attention(

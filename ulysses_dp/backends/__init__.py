@@ -15,8 +15,8 @@ from .torch_sdpa import TorchSdpa
 from .user import UserAttention
 
 if TYPE_CHECKING:
-    from .._options import Options
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
 
 __all__ = [
     "AttnType",

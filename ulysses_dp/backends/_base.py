@@ -8,15 +8,15 @@ import numpy as np
 
 from ulysses_dp.kernels.row_dot import row_dot
 
-from .._copies import readable
+from .._device.copies import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-    from .._options import Options
-    from .._partition import HeadMap
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 
 class Backend:

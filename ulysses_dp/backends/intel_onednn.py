@@ -16,9 +16,9 @@ import numpy as np
 from ulysses_dp.kernels.launch import upload
 from ulysses_dp.kernels.row_dot import row_dot
 
-from .._arrays import tensor
-from .._copies import copy_arrays, readable
-from .._workspace import scratch
+from .._device.arrays import tensor
+from .._device.copies import copy_arrays, readable
+from .._device.workspace import scratch
 from . import _onednn
 from ._base import Backend
 from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strides
@@ -26,9 +26,9 @@ from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strid
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .._options import Options
-    from .._partition import HeadMap
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}  # by the dtype of a USM array
 ALIGNMENT = 64  # bytes: GPU kernels read blocks, which must not start between

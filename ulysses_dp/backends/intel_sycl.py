@@ -10,17 +10,17 @@ from ulysses_dp.kernels.flash_backward_gpu import flash_backward_gpu
 from ulysses_dp.kernels.flash_forward import flash_forward
 from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
 
-from .._copies import copy_arrays, readable
-from .._workspace import scratch
+from .._device.copies import copy_arrays, readable
+from .._device.workspace import scratch
 from ..schedule import choose, fastest
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._options import Options
-    from .._partition import HeadMap
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 # Query rows times head_dim from which the CPU kernels get copies in which the rows of a head follow each other. With the heads
 # in between, the rows of one head fall into an eighth of the cache sets. Measured for 8 heads of 64 and 128: 1.15 to 1.35

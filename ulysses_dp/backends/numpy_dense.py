@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels import flash_backward, flash_forward, row_dot
 
-from .._arrays import tensor
-from .._copies import copy_arrays, readable
-from .._workspace import scratch
+from .._device.arrays import tensor
+from .._device.copies import copy_arrays, readable
+from .._device.workspace import scratch
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .._options import Options
-    from .._partition import HeadMap
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 
 class NumpyDense(Backend):

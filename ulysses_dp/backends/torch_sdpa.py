@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arrays import tensor
-from .._copies import copy_arrays
-from .._mask import UNLIMITED, spans
-from .._workspace import empty_like
+from .._call.spans import UNLIMITED, spans
+from .._device.arrays import tensor
+from .._device.copies import copy_arrays
+from .._device.workspace import empty_like
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._options import Options
-    from .._partition import HeadMap
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 BLOCK = 2**22  # scores that are in memory at once where lse is computed
 

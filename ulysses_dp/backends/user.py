@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
-from .._copies import copy_arrays
-from .._mask import UNLIMITED
-from .._workspace import empty_like
+from .._call.spans import UNLIMITED
+from .._device.arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
+from .._device.copies import copy_arrays
+from .._device.workspace import empty_like
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .._options import Options
-    from .._partition import HeadMap
-    from .._validate import Geometry
+    from .._call.checks import Geometry
+    from .._call.options import Options
+    from .._ranks.partition import HeadMap
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from . import _exchange
-from ._trace import stage
-from ._workspace import evictions, prepared, set_prepared
+from .._device.trace import stage
+from .._device.workspace import evictions, prepared, set_prepared
+from . import mpi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def agree(comm: Any, function: str, check: Callable[[], Checked[_T]]) -> Agreeme
         last_call, last_place = prepared((comm.handle, function))
         last_call *= last_place == place
         record = (error is not None, _digest(repr(common).encode()), *sizes, *(_SIZES - len(sizes)) * (0,), last_call)
-        records = _exchange.share_record(comm, record)
+        records = mpi.share_record(comm, record)
     if records[:, 0].any() or (records[:, 1] != records[0, 1]).any():
         _raise_everywhere(comm, function, error, common)
     call = _digest(records[:, :-1].tobytes())
@@ -127,7 +127,7 @@ class Course:
     def confirm(self) -> None:
         """Raise on all ranks what a step raised on the lowest rank where one did. Collective."""
         with stage("confirm"):
-            failed = _exchange.any_rank(self._comm, self._error is not None)
+            failed = mpi.any_rank(self._comm, self._error is not None)
         if failed:
             _raise_everywhere(self._comm, self._function, self._error, {})
 
@@ -138,7 +138,7 @@ def _as_ours(message: str, error: Exception) -> Exception:
 
 def _raise_everywhere(comm: Any, function: str, error: Exception | None, common: dict[str, str]) -> None:
     """Raise the error of the lowest rank that has one, or say what differs; the same on every rank."""
-    verdicts = _exchange.share_object(comm, (type(error).__name__, str(error), common) if error else (None, "", common))
+    verdicts = mpi.share_object(comm, (type(error).__name__, str(error), common) if error else (None, "", common))
     for rank, (name, message, _) in enumerate(verdicts):
         if name is not None:
             raise _EXCEPTIONS.get(name, RuntimeError)(f"{function}: rank {rank}: {message}") from error

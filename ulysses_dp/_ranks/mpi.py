@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._trace import stage
-from ._workspace import release
-from .device import local_rank
+from .._device.queue import local_rank
+from .._device.trace import stage
+from .._device.workspace import release
 
 
 @cache

@@ -16,14 +16,14 @@ import numpy as np
 
 from ulysses_dp.kernels.flash_forward import Extras
 
-from ._arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
-from ._layout import PACKED, Layout
-from ._mask import UNLIMITED, spans, trim
-from ._validate import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
-from .backends import backend_for
+from .._device.arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
+from ..backends import backend_for
+from .checks import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
+from .layout import PACKED, Layout
+from .spans import UNLIMITED, spans, trim
 
 if TYPE_CHECKING:
-    from .backends import Backend
+    from ..backends import Backend
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 BIAS_DTYPES = ("float32", "float64", "float16", "bfloat16")

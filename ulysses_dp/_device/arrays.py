@@ -16,7 +16,7 @@ except ImportError:
     import dpctl.tensor as tensor
 
 
-from .device import default_queue
+from .queue import default_queue
 
 
 class Kind(enum.Enum):

@@ -12,10 +12,10 @@ import numpy as np
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
-from ._arrays import Kind, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
-from ._layout import LAYOUTS, PACKED, Layout, to_bshd
-from ._partition import group_size
-from .device import default_queue
+from .._device.arrays import Kind, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
+from .._device.queue import default_queue
+from .._ranks.partition import group_size
+from .layout import LAYOUTS, PACKED, Layout, to_bshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,16 +12,16 @@ import numpy as np
 from ulysses_dp.kernels.launch import place
 from ulysses_dp.kernels.relayout import Panel, relayout, source_at, target_at
 
-from . import _exchange
-from ._arrays import view
-from ._partition import Counts, levels_of, trade_of
-from ._trace import note, stage
-from ._workspace import empty_like, scratch
+from .._device.arrays import view
+from .._device.trace import note, stage
+from .._device.workspace import empty_like, scratch
+from . import mpi
+from .partition import Counts, levels_of, trade_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ._partition import Share, Trade
+    from .partition import Share, Trade
 
 
 class Redistribution:
@@ -57,7 +57,7 @@ class Redistribution:
 
     def __init__(
         self,
-        wire: _exchange.Wire,
+        wire: mpi.Wire,
         like: Any,
         shares: Sequence[Share],
         widths: Sequence[int],
@@ -78,8 +78,8 @@ class Redistribution:
         def memory(name: str, size: int, usm_type: str = "device") -> Any:
             return scratch(queue, f"{name} {slot}", (size,), dtype, usm_type, owner=comm.handle)
 
-        def side(name: str, array: Any, counts: Counts) -> _exchange.Side:
-            return _exchange.Side(array, *counts[:3], memory(f"host {name}", counts.size, "host") if by_host else None)
+        def side(name: str, array: Any, counts: Counts) -> mpi.Side:
+            return mpi.Side(array, *counts[:3], memory(f"host {name}", counts.size, "host") if by_host else None)
 
         by_host, size = wire.route.name == "host", trade.gathered_size
         if gathered is None:
@@ -146,8 +146,8 @@ class Redistribution:
         """Send the gathered side, receive what `unpack` needs."""
         self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], forth=False)
 
-    def _start(self, name: str, steps: list[tuple[Any, _exchange.Side, _exchange.Side]], *, forth: bool) -> None:
-        first, *others = (_exchange.AllToAll(name, *step) for step in steps)
+    def _start(self, name: str, steps: list[tuple[Any, mpi.Side, mpi.Side]], *, forth: bool) -> None:
+        first, *others = (mpi.AllToAll(name, *step) for step in steps)
         self._rest = [first.wait]
         for other in others:
             self._rest += [partial(self._turn, forth=forth), partial(other.start, blocking=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._arrays import permute
+from .._device.arrays import permute
 
 Layout = str | tuple[int, ...]  # a name, or which axes are batch, seq, heads and head_dim
 LAYOUTS: dict[str, tuple[int, ...]] = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}

@@ -73,14 +73,14 @@ class Trace:
         comm : mpi4py.MPI.Intracomm, optional
             The ranks.
         """
-        from . import _exchange
+        from .._ranks import mpi
 
         rank = 0
         if comm is None:
             events = self._events(rank, time.perf_counter())
         else:
-            rank = _exchange.meet(comm)
-            everyone = _exchange.share_object(comm, self._events(rank, time.perf_counter()))
+            rank = mpi.meet(comm)
+            everyone = mpi.share_object(comm, self._events(rank, time.perf_counter()))
             events = [event for of_rank in everyone for event in of_rank]
         if rank == 0:
             first = min((event["ts"] for event in events if "ts" in event), default=0.0)

@@ -14,9 +14,9 @@ import numpy as np
 
 from ulysses_dp.kernels.launch import free_uploads
 
-from ._arrays import tensor
-from ._mask import spans
-from ._trace import note
+from .._call.spans import spans
+from .arrays import tensor
+from .trace import note
 
 POOLED_RESULTS = 8
 POOLED_SHARE = 4  # of the limit, this part may be memory of results

@@ -1,4 +1,4 @@
-"""Find the SYCL runtime, choose the device of this rank, and say what was found."""
+"""Find the SYCL runtime, and choose the device of this rank."""
 
 from __future__ import annotations
 
@@ -72,45 +72,3 @@ def default_queue() -> Any:
         "first; otherwise check ONEAPI_DEVICE_SELECTOR and OCL_ICD_FILENAMES, and that intel-opencl-rt or a GPU driver is "
         "installed."
     )
-
-
-def report() -> str:
-    """What ``python -m ulysses_dp`` prints: devices, the choice of this process, MPI, the exchange, kernels, backends.
-
-    Returns
-    -------
-    str
-        A few lines of text.
-
-    Raises
-    ------
-    RuntimeError
-        SYCL offers no device, or the kernels are not built.
-
-    Examples
-    --------
-    >>> from ulysses_dp.device import report
-    >>> print(report().splitlines()[0].split()[0])
-    ulysses_dp
-    """
-    import dpctl
-    import dpnp
-
-    from ulysses_dp.kernels import manifest
-
-    from ._exchange import choose_route, library_version
-    from .backends import describe
-
-    lines = [f"ulysses_dp {importlib.metadata.version('ulysses_dp')} · dpctl {dpctl.__version__} · dpnp {dpnp.__version__}"]
-    queue = default_queue()
-    for device in dpctl.get_devices():
-        chosen = "this process" if device == queue.sycl_device else ""
-        backend, kind = device.backend.name, device.device_type.name
-        lines.append(f"device   {backend}:{kind} {device.name.strip()} · {device.max_compute_units} units  {chosen}")
-    lines.append(f"process  number {local_rank()} on this node")
-    lines.append(f"MPI      {library_version()}")
-    route = choose_route(queue, "auto")
-    lines.append(f"exchange {route.name}: {route.reason}")
-    lines.append(f"kernels  {len(manifest.read())} in {manifest.FOLDER}")
-    lines.append(f"backends {describe(queue.sycl_device)}")
-    return "\n".join(lines)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 
-from ._arrays import view
-from ._trace import note
-from ._workspace import empty_like, scratch
+from .arrays import view
+from .trace import note
+from .workspace import empty_like, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

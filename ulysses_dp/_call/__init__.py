@@ -1,0 +1,1 @@
+"""What a call is: its arrays, its options, and their checks."""

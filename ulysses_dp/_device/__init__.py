@@ -1,0 +1,1 @@
+"""Arrays, their dtypes, queues and memory on this rank's device."""

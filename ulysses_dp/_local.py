@@ -1,0 +1,53 @@
+"""Attention on one rank: of all rows and heads, or of some heads of a call that is split over ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._call.layout import Layout, axes_of, from_bshd, inverse, lse_to_user
+from ._device.arrays import from_usm, tensor
+from ._device.trace import stage
+from ._device.workspace import empty_like
+from ._ranks.partition import HeadMap
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._call.checks import Geometry
+    from ._call.options import Options
+
+
+def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[Any, Any]:
+    """Attention of USM arrays with all rows and all heads, into new arrays; out is C-contiguous in the order of the layout."""
+    q, k, v = arrays
+    out = empty_out(q, options.layout)
+    lse = None
+    if options.return_lse:
+        lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), geometry.compute_dtype)
+    attend(q, k, v, out, lse, options, HeadMap(geometry.group))
+    return out, lse
+
+
+def empty_out(q: Any, layout: Layout) -> Any:
+    """A new USM array for the result, (batch, seq, heads, head_dim), that is C-contiguous in the order of the layout.
+
+    Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd.
+    """
+    axes = axes_of(layout)
+    if axes[3] != 3 or axes == (0, 1, 2, 3):
+        return empty_like(q, q.shape)
+    order = inverse(axes)
+    return tensor.permute_dims(empty_like(q, tuple(q.shape[axis] for axis in order)), axes)
+
+
+def results_to_user(out: Any, lse: Any, options: Options, like: Any) -> Any:
+    """The results of USM arrays as the user wants them: the axes of the layout, and the kind of `like`."""
+    out = from_usm(from_bshd(out, options.layout), like)
+    return (out, from_usm(lse_to_user(lse, options.layout), like)) if options.return_lse else out
+
+
+def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+    """Compute attention of USM arrays into `out`, which is dense in the last axis, and `lse`, if that is not None."""
+    with stage("attention"):
+        if out.size:
+            options.backend.forward(q, k, v, out, lse, options, heads)

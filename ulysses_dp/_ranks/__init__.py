@@ -1,0 +1,1 @@
+"""The ranks: MPI, who owns what, and the two redistributions."""

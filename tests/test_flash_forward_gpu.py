@@ -1,9 +1,6 @@
-"""The GPU schedule: right on the CPU, which runs the same SPIR-V, and free of spills in the machine code for a GPU."""
+"""The GPU schedule: right on the CPU, which runs the same SPIR-V."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -69,14 +66,3 @@ def test_through_the_public_function(monkeypatch, head_dim):
         results = attention(q, k, v, causal=True, return_lse=True)
     compare(results, oracle.dense_attention(q, k, v, causal=True), "float32")
     assert len(record.stages) == 1
-
-
-def test_machine_code():
-    """No spills, no private memory, and the share of multiply-adds that scripts/gpu_report.py demands."""
-    script = Path(__file__).parents[1] / "scripts/gpu_report.py"
-    command = [sys.executable, script, "--device", "pvc", "--kernel", "flash_forward_gpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if "ocloc is not installed" in done.stderr:
-        pytest.skip("no ocloc")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("met") == 2

@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Nothing that uses MPI can hang: one rank that is lost would leave the others waiting for ever.
 MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 
-.PHONY: demo test lint kernels clean
+.PHONY: demo test fuzz lint kernels clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
@@ -16,6 +16,10 @@ test: .venv/installed
 	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,5) $(BIN)/python -m pytest -m "not single" tests/test_options.py tests/test_varlen.py
+
+# Random calls of everything against a dense oracle, on 1 to 5 ranks in turns, for as long as you like.
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10)
 
 lint: .venv/installed
 	$(BIN)/pip install --quiet ruff mypy

@@ -110,8 +110,8 @@ setup(
     extras_require={
         "mpi": ["impi-rt>=2021.16"],
         "onednn": ["onednn==2026.1.*", "dpctl>=0.22"],  # of one SYCL runtime
-        "demo": ["matplotlib", "safetensors", "scikit-image>=0.25", "tqdm"],
-        "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8"],
+        "demo": ["matplotlib", "scikit-image>=0.25", "tqdm"],
+        "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"],
         "torch": ["torch>=2.5"],
         "peers": ["torch==2.13.0", "yunchang==0.6.4"],
         "dev": ["mypy", "numpydoc>=1.8", "ruff"],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from oracle import dense_attention
@@ -62,17 +66,26 @@ def test_run_attention(ranks, arrays, tmp_path):
     assert "FAILED" not in text
 
 
-def test_run_attention_in_steps_reads_safetensors(arrays, tmp_path, monkeypatch):
-    save_file = pytest.importorskip("safetensors.numpy").save_file
-    for name, x in arrays.items():
-        save_file({name: x}, tmp_path / f"{name}.safetensors")
+def test_run_attention_in_steps_of_safetensors(arrays, tmp_path, monkeypatch):
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    numpy_files.save_file({name: x.astype(ml_dtypes.bfloat16) for name, x in arrays.items()}, tmp_path / "all.safetensors")
     # a script of two lines lowers the bar from which a run goes in steps
     (tmp_path / "steps.py").write_text("import run_attention\nrun_attention.LONG_RUN = 1\nrun_attention.main()\n")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"))
-    text = mpiexec(2, "steps.py", *arguments(".safetensors"), "--out", "out.npy", "--check", cwd=tmp_path)
-    expected, _ = dense_attention(**arrays)
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+    inputs = [part for name in "qkv" for part in (f"--{name}", "all.safetensors")]
+    text = mpiexec(2, "steps.py", *inputs, "--out", "out.safetensors", "--check", cwd=tmp_path)
+    expected, _ = dense_attention(**{name: x.astype(ml_dtypes.bfloat16).astype(float) for name, x in arrays.items()})
+    out = numpy_files.load_file(tmp_path / "out.safetensors")["out"]
+    np.testing.assert_allclose(out.astype(float), expected, atol=1e-2)
     assert "step" in text
+
+
+def test_run_attention_checks_16_bits(arrays, tmp_path):
+    for name, x in arrays.items():
+        np.save(tmp_path / name, np.asfortranarray(x.astype(">f2")))
+    mpiexec(2, ROOT / "scripts/run_attention.py", *arguments(), "--out", "out.npy", "--check", cwd=tmp_path)
+    expected, _ = dense_attention(**{name: x.astype(np.float16).astype(float) for name, x in arrays.items()})
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=2e-3)
 
 
 def test_run_attention_by_another_backend(arrays, tmp_path):
@@ -83,14 +96,133 @@ def test_run_attention_by_another_backend(arrays, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
 
 
-def test_run_attention_says_what_is_wrong(arrays, tmp_path):
-    script = ROOT / "scripts/run_attention.py"
-    text = mpiexec(2, script, *arguments()[:-1], "missing.npy", "--out", "out.npy", cwd=tmp_path, code=1)
-    assert "missing.npy" in text
-    np.save(tmp_path / "v", arrays["v"].astype(np.float64))
-    text = mpiexec(2, script, *arguments(), "--out", "out.npy", cwd=tmp_path, code=1)
-    assert "one dtype" in text
+def test_run_attention_fails_on_nan_that_the_reference_has_not(arrays, tmp_path):
+    for name in "qk":
+        np.save(tmp_path / name, arrays[name] * np.float32(1e19))  # whose products are beyond float32
+    text = mpiexec(2, ROOT / "scripts/run_attention.py", *arguments(), "--out", "out.npy", "--check", cwd=tmp_path, code=1)
+    assert re.search(r"largest error +inf .*FAILED", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "out.npy", "--q", "missing.npy"), "No such file or directory: 'missing.npy'"),
+        (("--out", "link.npy"), "--out link.npy is the file of --v v.npy"),
+        (("--out", "out.npy", "--trace", "out.npy"), "--trace out.npy is the file of --out out.npy"),
+        (("--out", "out.npy", "--trace", "no/folder.json"), "No such file or directory: 'no/folder.json'"),
+        (("--out", "out.npy", "--v", "float64.npy"), "one dtype"),
+        (("--out", "out.npy", "--softmax-scale", "nan"), "softmax_scale"),
+        (("--out", "full.npy"), "File too large: 'full.npy'"),
+    ],
+)
+def test_run_attention_is_refused_and_harms_no_file(arrays, tmp_path, monkeypatch, options, message):
+    np.save(tmp_path / "float64", arrays["v"].astype(float))
+    (tmp_path / "link.npy").symlink_to("further.npy")
+    (tmp_path / "further.npy").symlink_to("v.npy")
+    (tmp_path / "out.npy").write_text("an earlier result")
+    limit = "from resource import *\nsetrlimit(RLIMIT_FSIZE, (4096, 4096))\n" if "full.npy" in options else ""
+    (tmp_path / "limited.py").write_text(f"from mpi4py import MPI\nimport run_attention\n{limit}run_attention.main()\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "scripts"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    text = mpiexec(2, "limited.py", *arguments(), *options, cwd=tmp_path, code=1)
+    assert message in text
     assert "Traceback" not in text
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def array_files(monkeypatch):
+    """The module of that name."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("array_files")
+
+
+def npy(x, version=(1, 0)):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, x, version)
+    return file.getvalue()
+
+
+def safetensors(dtype, shape, offsets, numbers=b"", name="q"):
+    text = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    return len(text).to_bytes(8, "little") + text + numbers
+
+
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.txt", b"", "must end in .npy or .safetensors"),
+        ("x.npy", b"", "EOF"),
+        ("x.npy", b"PK\3\4", "EOF|magic"),
+        ("x.npy", npy(X)[:-1], "greater than file size"),
+        ("x.npy", npy(X)[:50], "EOF"),
+        ("x.npy", npy(np.array([None, 1])), "Python objects"),
+        ("x.npy", npy(X.astype(int)), "holds int64"),
+        ("x.npy", npy(X.astype(complex)), "holds complex128"),
+        ("x.npy", npy(X.astype(ml_dtypes.bfloat16)), "holds void16.*--dtype bfloat16"),
+        ("x.npy", npy(X.astype(np.uint16)), "holds uint16.*--dtype bfloat16"),
+        ("x.npy", npy(X.astype(ml_dtypes.float8_e4m3fn)), "holds void8"),
+        ("x.npy", safetensors("F32", [2, 3], [0, 24], X.tobytes()), "magic"),
+        ("x.safetensors", b"", "not a .safetensors file"),
+        ("x.safetensors", b"\xff" * 100, "not a .safetensors file"),
+        ("x.safetensors", npy(X), "not a .safetensors file"),
+        ("x.safetensors", b"\2" + bytes(7) + b"12", "not a .safetensors file"),
+        ("x.safetensors", b"\2" + bytes(7) + b"{}", "holds nothing"),
+        ("x.safetensors", safetensors("F8_E4M3", [2, 3], [0, 6], bytes(6)), "holds F8_E4M3"),
+        ("x.safetensors", safetensors("F32", [2, 3], [0, 24], bytes(23)), "not in the file"),
+        ("x.safetensors", safetensors("F32", [2, 4], [0, 24], bytes(24)), "not an array of shape"),
+        ("x.safetensors", safetensors("F32", [-2, -3], [0, 24], bytes(24)), "not an array of shape"),
+        ("x.safetensors", safetensors("F32", "ab", [0, 24], bytes(24)), "TypeError"),
+    ],
+)
+def test_broken_and_mislabelled_files_are_named(array_files, tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: .*{reason}"):
+        array_files.open_array(str(path), "q")
+
+
+@pytest.mark.parametrize("name", ["pipe.npy", "loop.npy", "folder.npy", "no/folder.npy"])
+def test_what_is_no_file_is_not_opened(array_files, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "loop.npy").symlink_to("loop.npy")
+    (tmp_path / "folder.npy").mkdir()
+    for action in (partial(array_files.open_array, name="q"), importlib.import_module("files").Output):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
+            action(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_files_are_written_as_they_are_read(array_files, tmp_path, suffix, dtype):
+    start = array_files.header(suffix, "q", dtype, X.shape)
+    numbers = X.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(start + numbers.tobytes())
+    if suffix == ".npy":
+        assert np.array_equal(np.load(path).view(numbers.dtype), numbers)
+    else:
+        read = pytest.importorskip("safetensors.numpy").load_file(path)["q"]
+        assert read.dtype == numbers.dtype
+        assert np.array_equal(read, numbers)
+    array = array_files.open_array(str(path), "q", "bfloat16" if dtype == "bfloat16" else None)
+    assert array.dtype == dtype
+    assert np.array_equal(array.part_as_float64(slice(1, 2)), X[1:2])
+    assert array.part(slice(1, 2)).tobytes() == numbers[1:2].tobytes()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("stored", [X, X.astype(">f4"), np.asfortranarray(X), X[:0]])
+def test_npy_files_of_any_kind_are_read(array_files, tmp_path, version, stored):
+    (tmp_path / "x.npy").write_bytes(npy(stored, version))
+    part = array_files.open_array(str(tmp_path / "x.npy"), "q").part(slice(0, 2), slice(1, 3))
+    assert part.dtype == np.float32
+    assert part.dtype.isnative
+    assert part.flags["C_CONTIGUOUS"]
+    assert np.array_equal(part, stored[:2, 1:3])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

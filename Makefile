@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Nothing that uses MPI can hang: one rank that is lost would leave the others waiting for ever.
 MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 
-.PHONY: demo test fuzz lint kernels clean
+.PHONY: demo test fuzz lint kernels nullgpu clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
@@ -44,6 +44,10 @@ kernels: .venv-kernels/installed
 	.venv-kernels/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' > .venv-kernels/requirements.txt
 	.venv-kernels/bin/pip install --quiet --requirement .venv-kernels/requirements.txt
 	touch $@
+
+# The library on Intel's driver for GPUs, without a GPU; scripts/get_ocloc.sh fetches the driver.
+nullgpu: .venv/installed
+	$(BIN)/python tools/gpu/nullgpu.py
 
 clean:
 	rm -rf .venv .venv-kernels build dist kernels/spirv *.egg-info .mypy_cache .pytest_cache .ruff_cache denoise.png

@@ -3,14 +3,15 @@
     pip install '.[peers]'
     python scripts/bench_attention.py --json bench.json --plot bench.png
     python scripts/bench_attention.py --backends
+    python scripts/bench_attention.py --against bench.json
+    python scripts/bench_attention.py --beside ../before/.venv/bin/python
     python scripts/bench_attention.py --memory
 
-Each row of the table is the median over pairs of turns: ours and PyTorch's follow each other, again and again, so that both
-see the same machine, and the ratio is taken pair by pair. A turn is a few calls, of which the first does not count: while it
-runs, threads of the other side may still be spinning on the cores. Ours is the call that users make, `ulysses_dp.attention` on
-bshd dpnp arrays ("bshd"), or on views of the buffer that the exchange receives ("wire"). PyTorch gets its preferred layout,
-contiguous (batch, heads, seq, head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices. With
---backends, the other local backends that are installed take their turns in our process, through the same call.
+All sides take turns (see timing.py). Ours is the call that users make, `ulysses_dp.attention` on bshd dpnp arrays ("bshd"), or
+on views of the buffer that the exchange receives ("wire"). PyTorch gets its preferred layout, contiguous (batch, heads, seq,
+head_dim), in a process of its own. The peak is dpnp.matmul of 2048 x 2048 matrices. With --backends, the other local backends
+that are installed take their turns in our process, through the same call. With --beside, another checkout takes its turns in a
+process of its own Python: for a change that costs or gains a few percent, also on a machine that is not quiet.
 
 With --memory: by how much the first call raises the peak memory of a process, in bytes per element of q. What grows with seq
 squared would double from row to row.
@@ -20,11 +21,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import importlib.util
 import math
 import multiprocessing
+import os
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,10 +33,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from timing import Results, in_turns, machine_line, peer, remote, row, side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
+
+    from timing import Row, Side
 
 HEADS = 8
 HEAD_DIMS = (32, 64, 80, 128, 256)
@@ -43,7 +47,6 @@ WINDOW = 256  # keys to each side
 PADDED = 0.25  # share of the keys that --options pads
 SEQS = (128, 256, 512, 1000, 1024, 2048, 4095, 4096)
 PEAK_SIZE = 2048
-TURN = 0.03  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Case:
     seq: int
     causal: bool = False
     batch: int = 1
+    heads: int = HEADS
     kv_heads: int = HEADS
     layout: str = "bshd"
     option: str = ""
@@ -129,7 +133,7 @@ def cases(full: bool) -> Iterator[Case]:
             for seq in SEQS:
                 yield Case(head_dim, seq, causal)
                 for batch, kv_heads in ((4, HEADS), (1, 2), (4, 2)) if full else ():
-                    yield Case(head_dim, seq, causal, batch, kv_heads)
+                    yield Case(head_dim, seq, causal, batch, kv_heads=kv_heads)
     if not full:
         for causal in (False, True):
             for seq in (256, 1024):
@@ -141,28 +145,40 @@ def cases(full: bool) -> Iterator[Case]:
             yield Case(head_dim, seq, layout="wire")
 
 
-def torch_process(connection: Connection, threads: int) -> None:
-    """Time PyTorch whenever asked to: receives a `Case` to prepare or None to take a turn, answers with seconds."""
+def torch_turns(connection: Connection) -> None:
+    """PyTorch's turns in a process of their own: receives its threads, then cases to prepare, and None for a turn."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(connection.recv())
     attention = torch.nn.functional.scaled_dot_product_attention
+    turn: Side
     for message in iter(connection.recv, "stop"):
         if message is not None:
-            inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in message.arrays()]
-            inputs = [x.requires_grad_(message.backward) for x in inputs]
-            _, mask = option_arguments(message)
+            case = Case(**message)
+            inputs = [torch.from_numpy(x).transpose(1, 2).contiguous() for x in case.arrays()]
+            inputs = [x.requires_grad_(case.backward) for x in inputs]
+            _, mask = option_arguments(case)
             call = partial(
                 attention,
                 *inputs,
                 attn_mask=None if mask is None else torch.from_numpy(mask),
-                is_causal=message.causal and mask is None,
-                enable_gqa=message.kv_heads != HEADS,
+                is_causal=case.causal and mask is None,
+                enable_gqa=case.kv_heads != HEADS,
             )
-            if message.backward:
+            if case.backward:
                 out = call()
                 call = partial(torch.autograd.grad, out, inputs, torch.ones_like(out), retain_graph=True)
-        connection.send(turn(call))
+            turn = side(call)
+        connection.send(turn())
+
+
+def our_turns(connection: Connection) -> None:
+    """The turns of another checkout, in a process of its Python."""
+    turn: Side
+    for message in iter(connection.recv, "stop"):
+        if message is not None:
+            turn = side(our_call(Case(**message)))
+        connection.send(turn())
 
 
 def our_call(case: Case, backend: str = "intel_sycl") -> Callable[[], Any]:
@@ -202,56 +218,30 @@ def peak_call() -> Callable[[], Any]:
     return multiply
 
 
-def turn(call: Callable[[], Any]) -> float:
-    """Median duration of the calls of one turn: at least one after the first, and about 30 ms of them."""
-    durations: list[float] = []
-    while len(durations) < 2 or sum(durations) < TURN:
-        start = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations[1:])
-
-
-def measure(case: Case, peer: Connection, peak: Callable[[], Any], budget: float, backends: Iterable[str]) -> dict[str, Any]:
-    """Time a case for about `budget` seconds, at least five pairs of turns."""
-    ours = our_call(case)
-    ours()
-    others: dict[str, Callable[[], Any]] = {}
+def measure(case: Case, peers: dict[str, Connection], peak: Side, budget: float, backends: Iterable[str]) -> Row:
+    """Time a case for about `budget` seconds, at least five turns of every side."""
+    sides = {"ours": side(our_call(case))}
+    for name, connection in peers.items():
+        connection.send(asdict(case))
+        connection.recv()
+        sides[name] = remote(connection)
     for backend in backends:
         with contextlib.suppress(NotImplementedError):  # it does not have all cases
-            call = our_call(case, backend)
-            call()
-            others[backend] = call
-    peer.send(case)
-    peer.recv()
-    times: dict[str, list[float]] = {name: [] for name in others}
-    pairs, peaks = [], []
-    end = time.perf_counter() + budget
-    while len(pairs) < 5 or time.perf_counter() < end:
-        if len(pairs) % 4 == 0:
-            peaks.append(turn(peak))
-        mine = turn(ours)
-        peer.send(None)
-        pairs.append((mine, peer.recv()))
-        for name, other in others.items():
-            times[name].append(turn(other))
-    mine, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
-    sgemm = 2 * PEAK_SIZE**3 / statistics.median(peaks)
-    return {
-        **asdict(case),
-        "pairs": len(pairs),
-        "microseconds": mine * 1e6,
-        "gflops": case.flops / mine / 1e9,
-        "torch_gflops": case.flops / theirs / 1e9,
-        "ratio": statistics.median(b / a for a, b in pairs),
-        "of_sgemm": case.flops / mine / sgemm,
+            sides[backend] = side(our_call(case, backend))
+    times = in_turns(sides | {"sgemm": peak}, budget, rarely=("sgemm",))
+    result = row(asdict(case), times)
+    sgemm = 2 * PEAK_SIZE**3 / result["seconds"]["sgemm"]
+    speeds = {name: case.flops / result["seconds"][name] for name in sides}
+    return result | {
+        "gflops": {name: speed / 1e9 for name, speed in speeds.items()},
+        "of_sgemm": speeds["ours"] / sgemm,
         "sgemm_gflops": sgemm / 1e9,
-        "backends_gflops": {name: case.flops / statistics.median(turns) / 1e9 for name, turns in times.items()},
     }
 
 
-def memory_process(connection: Connection, case: Case) -> None:
+def memory_of_a_call(connection: Connection) -> None:
     """Answer with the bytes by which a call of this size raises the peak of resident memory; Linux only."""
+    case = Case(**connection.recv())
     our_call(Case(case.head_dim, case.seq // 8, case.causal))()  # what does not depend on the size: the compiled kernels
     call = our_call(case)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
@@ -267,96 +257,91 @@ def resident_peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def print_memory(context: Any) -> None:
+def print_memory() -> None:
     """Print how the memory of a call grows with seq; the result and the head-major copies of k and v are 12 bytes."""
     print("head_dim    seq | bytes per element of q")
     for head_dim in (64, 128):
         for seq in (4096, 8192, 16384, 32768):
-            answer, connection = context.Pipe()
-            process = context.Process(target=memory_process, args=(connection, Case(head_dim, seq, causal=True)))
-            process.start()
-            print(f"{head_dim:8} {seq:6} | {answer.recv() / (HEADS * seq * head_dim):6.2f}", flush=True)
-            process.join()
+            with peer("bench_attention", "memory_of_a_call") as connection:
+                connection.send(asdict(Case(head_dim, seq, causal=True)))
+                print(f"{head_dim:8} {seq:6} | {connection.recv() / (HEADS * seq * head_dim):6.2f}", flush=True)
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw the ratio to PyTorch against seq, a line for each head_dim."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, causal in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-        for head_dim in HEAD_DIMS:
-            plain = Case(head_dim, 0, causal)
-            keys = ("head_dim", "causal", "batch", "kv_heads", "layout")
-            line = [row for row in rows if all(row[key] == getattr(plain, key) for key in keys)]
-            axes.plot([row["seq"] for row in line], [row["ratio"] for row in line], "o-", label=f"head_dim {head_dim}")
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xscale="log", xlabel="seq", title="causal" if causal else "no mask")
-    figure.axes[0].set_ylabel("times as fast as PyTorch SDPA")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+def line(case: Case, result: Row, others: Iterable[str]) -> str:
+    """A row of the table."""
+    speeds = result["gflops"]
+    problem = f"{case.head_dim:8} {case.seq:5}  {'causal' if case.causal else '-':6} {case.batch:5} {case.kv_heads:8}"
+    mine = f"{1e6 * result['seconds']['ours']:8.0f} {speeds['ours']:8.1f} {speeds['pytorch']:8.1f}"
+    ratios = f"{result['times_as_fast_as']['pytorch']:5.2f} {result['of_sgemm']:8.0%}"
+    cells = "".join(f" {speeds[name]:12.1f}" if name in speeds else f" {'-':>12}" for name in others)
+    return f"{problem} {case.option or case.layout:6} | {mine} | {ratios}{cells}"
 
 
-def main() -> None:
-    """Measure, print, save."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
     parser.add_argument("--full", action="store_true", help="every combination of sizes")
     parser.add_argument("--backward", action="store_true", help="the gradient instead of the forward pass")
     parser.add_argument("--options", action="store_true", help="windows, padding, ALiBi and bias instead")
     parser.add_argument("--backends", action="store_true", help="a column for each other backend that is installed")
+    parser.add_argument("--beside", metavar="PYTHON", help="a column for the checkout with this Python")
     parser.add_argument("--head-dim", type=int, nargs="*", help="only these")
     parser.add_argument("--seq", type=int, nargs="*", help="only these")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of PyTorch (all cores)")
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--plot", help="draw the ratios here")
     parser.add_argument("--memory", action="store_true", help="print memory instead of speed")
+    Results.add_options(parser, "the ratios")
     arguments = parser.parse_args()
+    if not arguments.memory and importlib.util.find_spec("torch") is None:
+        parser.error("PyTorch is missing: pip install '.[peers]'")
+    if arguments.beside and not os.access(arguments.beside, os.X_OK):
+        parser.error(f"--beside must name a Python, not {arguments.beside}")
+    return arguments
 
-    context = multiprocessing.get_context("spawn")
+
+def main() -> None:
+    """Measure, print, save."""
+    arguments = parse_arguments()
     if arguments.memory:
-        print_memory(context)
+        print_memory()
         return
-    peer, remote = context.Pipe()
-    process = context.Process(target=torch_process, args=(remote, arguments.threads), daemon=True)
-    process.start()
-    peak = peak_call()
-    rows = []
+    wanted = cases(arguments.full)
+    if arguments.options:
+        wanted = option_cases()
+    elif arguments.backward:
+        wanted = backward_cases()
     backends = []
     if arguments.backends:
         from ulysses_dp.backends import usable
 
         backends = [x.value for x in usable() if x.value not in ("intel_sycl", "numpy")]
-    print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm", end="")
-    print("".join(f" {x:>12}" for x in backends))
-    rows_to_measure = cases(arguments.full)
-    if arguments.options:
-        rows_to_measure = option_cases()
-    elif arguments.backward:
-        rows_to_measure = backward_cases()
-    for case in rows_to_measure:
-        if arguments.head_dim and case.head_dim not in arguments.head_dim:
-            continue
-        if arguments.seq and case.seq not in arguments.seq:
-            continue
-        row = measure(case, peer, peak, arguments.seconds, backends)
-        rows.append(row)
-        print(
-            f"{case.head_dim:8} {case.seq:5}  {'causal' if case.causal else '-':6} {case.batch:5} {case.kv_heads:8} "
-            f"{case.option or case.layout:6} | {row['microseconds']:8.0f} {row['gflops']:8.1f} {row['torch_gflops']:8.1f} | "
-            f"{row['ratio']:5.2f} {row['of_sgemm']:8.0%}",
-            end="",
-        )
-        speeds = (row["backends_gflops"].get(x) for x in backends)
-        print("".join(f" {'-':>12}" if speed is None else f" {speed:12.1f}" for speed in speeds), flush=True)
-    peer.send("stop")
-    process.join()
-    print(f"sgemm {statistics.median(row['sgemm_gflops'] for row in rows):.0f} GFLOP/s, ", end="")
-    print(f"geometric mean of the ratios {math.exp(statistics.fmean(math.log(row['ratio']) for row in rows)):.2f}")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1))
-    if arguments.plot:
-        plot(rows, arguments.plot)
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(Results("bench_attention", arguments))
+        peers = {"pytorch": stack.enter_context(peer("bench_attention", "torch_turns"))}
+        peers["pytorch"].send(arguments.threads)
+        if arguments.beside:
+            peers["before"] = stack.enter_context(peer("bench_attention", "our_turns", arguments.beside))
+        others = [*backends, *(name for name in peers if name != "pytorch")]
+        print(machine_line(results.machine))
+        print("head_dim   seq  mask   batch kv_heads layout |       µs  GFLOP/s  PyTorch | ratio  of sgemm", end="")
+        print("".join(f" {x:>12}" for x in others))
+        peak = side(peak_call())
+        for case in wanted:
+            if case.head_dim in (arguments.head_dim or [case.head_dim]) and case.seq in (arguments.seq or [case.seq]):
+                results.rows.append(measure(case, peers, peak, arguments.seconds, backends))
+                print(line(case, results.rows[-1], others), flush=True)
+        for connection in peers.values():
+            connection.send("stop")
+        if not results.rows:
+            raise SystemExit("bench_attention: no row has this --head-dim and --seq")
+        print(f"sgemm {statistics.median(x['sgemm_gflops'] for x in results.rows):.0f} GFLOP/s, ", end="")
+        print(f"geometric mean of the ratios {geometric_mean(results.rows, 'pytorch'):.2f}", end="")
+        print(f", to the other checkout {geometric_mean(results.rows, 'before'):.2f}" if arguments.beside else "")
+
+
+def geometric_mean(rows: list[Row], other: str) -> float:
+    """Of the ratios to one side."""
+    return math.exp(statistics.fmean(math.log(x["times_as_fast_as"][other]) for x in rows))
 
 
 if __name__ == "__main__":

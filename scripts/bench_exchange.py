@@ -16,9 +16,7 @@ Every job is timed next to
 - NumPy: reshape, transpose, Alltoall, transpose, reshape; one after the other for q, k and v;
 - yunchang: its `SeqAllToAll4D` over gloo, which its attention calls for q, k and v one after the other.
 
-All take turns, again and again, a few calls each, of which the first does not count; before every call there is a barrier. The
-duration of a call is that of the slowest rank, a number of the table is the median over the turns, and ratios are taken turn by
-turn. Before that, every result is compared with the numbers that belong there.
+All take turns (see timing.py). Before that, every result is compared with the numbers that belong there.
 
 Buffers are written before they are used: memory that never was is one page of zeros, which is fast to read. They stay in the
 cache if they fit. With --cold, every call takes the next of several sets of them, together twice as large as the last-level
@@ -32,9 +30,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
-import os
 import statistics
 import tempfile
 from contextlib import contextmanager, nullcontext
@@ -45,6 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dpnp
 import numpy as np
 from mpi4py import MPI
+from timing import Results, clock, in_turns, machine_line, row, side
 
 import ulysses_dp
 from ulysses_dp._device import trace
@@ -57,6 +54,8 @@ from ulysses_dp._ranks.redistribution import Redistribution
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from timing import Row
+
     Call = Callable[[], list[Any]]
 
 WIDTH = 64  # of a head
@@ -65,7 +64,7 @@ ALL_HEADS = sum(QKV)
 PRIME = 8388593  # float32 holds all integers below exactly
 SIZES = tuple(2**power for power in range(10, 29, 2))
 MOST_COPIES = 256
-TURN = 0.005  # seconds
+TURN = {"seconds": 0.005, "most": 20}  # of one side
 STAGES = {"pack": ("pack",), "wire": ("scatter", "gather"), "unpack": ("unpack",), "agree": ("agree", "prepare", "confirm")}
 CONTENDERS = ("ours", "alltoall", "memcpy", "numpy", "yunchang")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -247,13 +246,6 @@ def gloo(comm: Any) -> Iterator[None]:
             comm.Barrier()  # before the folder goes
 
 
-def machine(comm: Any) -> str:
-    """Who takes part: the ranks, and the cores and threads that each of them has."""
-    device = default_queue().sycl_device
-    cores = comm.gather(len(os.sched_getaffinity(0)))
-    return f"{comm.size} ranks, {cores} cores each, {device.max_compute_units} threads each, {device.name.strip()}"
-
-
 def as_numpy(x: Any) -> np.ndarray:
     """Any of the results on the host."""
     if isinstance(x, dpnp.ndarray):
@@ -267,42 +259,6 @@ def check(name: str, right: bool, comm: Any) -> None:
         raise SystemExit(f"{name}: wrong numbers" if comm.rank == 0 else 1)
 
 
-def clock(call: Callable[[], Any], comm: Any) -> float:
-    """How long a call takes on this rank. What it returns is freed after that."""
-    comm.Barrier()
-    start = MPI.Wtime()
-    result = call()
-    seconds = MPI.Wtime() - start
-    del result
-    return seconds
-
-
-def interleave(calls: dict[str, Callable[[], Any]], comm: Any, seconds: float) -> dict[str, list[float]]:
-    """Let all take turns for about so many seconds, at least three times: the duration of a call in every turn.
-
-    A turn is a first call and some that count. A call as long as a turn is its own first call.
-    """
-    counts = {}
-    for name, call in calls.items():
-        usual = comm.allreduce(clock(call, comm), MPI.MAX)
-        if TURN < usual < 1:  # perhaps something else has run
-            usual = min(usual, comm.allreduce(clock(call, comm), MPI.MAX))
-        counts[name] = int(min(TURN / usual, 20))
-    durations: dict[str, list[list[float]]] = {name: [] for name in calls}
-    turns, end = 0, MPI.Wtime() + seconds
-    while comm.bcast(turns < 3 or MPI.Wtime() < end):
-        turns += 1
-        for name, call in calls.items():
-            turn = [clock(call, comm) for _ in range(1 + counts[name])]
-            durations[name].append(turn[1:] or turn)
-    medians = {}
-    for name, mine in durations.items():
-        of_slowest_rank = np.array(mine)
-        comm.Allreduce(MPI.IN_PLACE, of_slowest_rank, MPI.MAX)
-        medians[name] = np.median(of_slowest_rank, axis=1).tolist()
-    return medians
-
-
 def stage_shares(call: Callable[[], Any], comm: Any, count: int = 9) -> dict[str, float]:
     """Shares of the stages in the median call of some, the mean over the ranks; "other" is the Python around them."""
     with ulysses_dp.trace() as record:
@@ -314,11 +270,6 @@ def stage_shares(call: Callable[[], Any], comm: Any, count: int = 9) -> dict[str
         shares[name] = sum(stage.seconds for stage in median.stages if stage.name in stages) / median.seconds
     shares["other"] = 1 - sum(shares.values())
     return {name: comm.allreduce(share) / comm.size for name, share in shares.items()}
-
-
-def median_ratio(theirs: list[float], mine: list[float]) -> float:
-    """How many times as fast mine is, turn by turn."""
-    return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
 
 
 def contenders(job: Job, size: int, comm: Any, peers: bool) -> dict[str, Call]:
@@ -347,40 +298,31 @@ def rotate(calls: list[Call]) -> Call:
     return lambda: next(turns)()
 
 
-def measure(job: Job, size: int, comm: Any, seconds: float, peers: bool, copies: int) -> dict[str, Any]:
+def measure(job: Job, size: int, comm: Any, seconds: float, peers: bool, copies: int) -> Row:
     """Check and time a job at one size, with so many sets of buffers."""
     sets = [contenders(job, size, comm, peers) for _ in range(copies)]
     calls = {name: rotate([calls[name] for calls in sets]) for name in sets[0]}
-    times = interleave(calls, comm, seconds)
+    times = in_turns({name: side(call, comm, **TURN) for name, call in calls.items()}, seconds, comm, least=3)
     shares = stage_shares(calls["ours"], comm)
     ulysses_dp.free_workspace()
-    return {
-        "ranks": comm.size,
-        "job": job.name,
-        "bytes": 4 * ALL_HEADS * math.prod(shape_of(size)),
-        "copies": copies,
-        "turns": len(times["ours"]),
-        "microseconds": {name: 1e6 * statistics.median(x) for name, x in times.items()},
-        "least_microseconds": {name: 1e6 * min(x) for name, x in times.items()},
-        "times_as_fast_as": {name: median_ratio(x, times["ours"]) for name, x in times.items() if name != "ours"},
-        "microseconds_above_alltoall": 1e6
-        * statistics.median(a - b for a, b in zip(times["ours"], times["alltoall"], strict=True)),
-        "shares": shares,
-    }
+    case = {"job": job.name, "bytes": 4 * ALL_HEADS * math.prod(shape_of(size)), "ranks": comm.size, "copies": copies}
+    above = statistics.median(a - b for a, b in zip(times["ours"], times["alltoall"], strict=True))
+    return row(case, times, shares=shares, seconds_above_alltoall=above)
 
 
-def rate(row: dict[str, Any], name: str) -> float:
+def rate(result: Row, name: str) -> float:
     """GB/s: the bytes of a rank's arrays by the duration."""
-    return row["bytes"] / row["microseconds"][name] / 1e3
+    return result["case"]["bytes"] / result["seconds"][name] / 1e9
 
 
-def line(row: dict[str, Any]) -> str:
+def line(result: Row) -> str:
     """A row of the table."""
-    shares = " ".join(f"{share:6.0%}" for share in row["shares"].values())
-    rates = " ".join(f"{rate(row, x):8.3f}" if x in row["microseconds"] else f"{'-':>8}" for x in CONTENDERS[1:])
-    ratios = " ".join(f"{row['times_as_fast_as'].get(x, math.nan):8.2f}" for x in ("alltoall", "numpy", "yunchang"))
-    job = f"{size_text(row['bytes']):>7}  {row['job']:13} | {row['microseconds']['ours']:8.0f} {rate(row, 'ours'):8.3f}"
-    return f"{job} | {shares} | {rates} | {ratios} {row['microseconds_above_alltoall']:8.0f}"
+    seconds, case = result["seconds"], result["case"]
+    shares = " ".join(f"{share:6.0%}" for share in result["shares"].values())
+    rates = " ".join(f"{rate(result, x):8.3f}" if x in seconds else f"{'-':>8}" for x in CONTENDERS[1:])
+    ratios = " ".join(f"{result['times_as_fast_as'].get(x, math.nan):8.2f}" for x in ("alltoall", "numpy", "yunchang"))
+    job = f"{size_text(case['bytes']):>7}  {case['job']:13} | {1e6 * seconds['ours']:8.0f} {rate(result, 'ours'):8.3f}"
+    return f"{job} | {shares} | {rates} | {ratios} {1e6 * result['seconds_above_alltoall']:8.0f}"
 
 
 def size_text(size: int) -> str:
@@ -400,14 +342,15 @@ def size_of(text: str) -> int:
     return size
 
 
-def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+def summary(rows: list[Row]) -> Iterator[str]:
     """What the large and the small sizes come to, job by job."""
     for job in JOBS:
-        large = [row["times_as_fast_as"] for row in rows if row["job"] == job.name and row["bytes"] >= 2**20]
-        small = [row["microseconds_above_alltoall"] for row in rows if row["job"] == job.name and row["bytes"] <= 2**12]
+        of_job = [x for x in rows if x["case"]["job"] == job.name]
+        large = [x["times_as_fast_as"] for x in of_job if x["case"]["bytes"] >= 2**20]
+        small = [1e6 * x["seconds_above_alltoall"] for x in of_job if x["case"]["bytes"] <= 2**12]
         parts = [f"{job.name:13}"]
         for name in ("alltoall", "numpy", "yunchang"):
-            ratios = [row[name] for row in large if name in row]
+            ratios = [x[name] for x in large if name in x]
             if ratios:
                 parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} × {name} from 1M on")
         if small:
@@ -427,36 +370,13 @@ def free_bytes() -> int:
     return int(free.split()[1]) * 1024
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw the rates of all, and the stages of ours, against the size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for column, job in zip(figure.subplots(2, len(JOBS), sharex=True, sharey="row").T, JOBS, strict=True):
-        of_job = [row for row in rows if row["job"] == job.name]
-        for name in CONTENDERS:
-            points = [(row["bytes"], rate(row, name)) for row in of_job if name in row["microseconds"]]
-            column[0].plot(*zip(*points, strict=True), "o-" if name == "ours" else ".-", label=name) if points else None
-        column[0].set(xscale="log", yscale="log", title=job.name)
-        sizes = [row["bytes"] for row in of_job]
-        column[1].stackplot(
-            sizes, *([row["shares"][x] for row in of_job] for x in of_job[0]["shares"]), labels=of_job[0]["shares"]
-        )
-        column[1].set(xlabel="bytes of a rank", ylim=(0, 1))
-    for number, title in ((0, "GB/s"), (len(JOBS), "share of the time")):
-        figure.axes[number].set_ylabel(title)
-        figure.axes[number].legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Check, measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=size_of, nargs="+", default=SIZES, help="of a rank's arrays, 1K or more (1K to 256M)")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
     parser.add_argument("--cold", action="store_true", help="take turns with more buffers than fit the cache")
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--plot", help="draw the rates and shares here")
+    Results.add_options(parser, "the rates and shares")
     arguments = parser.parse_args()
 
     comm = MPI.COMM_WORLD
@@ -464,26 +384,20 @@ def main() -> None:
         raise SystemExit(f"bench_exchange: {QKV[-1]} heads need 2 or 4 ranks, not {comm.size}" if comm.rank == 0 else 1)
     missing = yunchang_missing()
     say = print if comm.rank == 0 else lambda *_, **__: None
-    say(machine(comm), "cold" if arguments.cold else "warm", sep=", ")
-    if missing:
-        say(missing)
-    say(HEADER)
-    rows = []
-    with gloo(comm) if not missing else nullcontext():
+    with Results("bench_exchange", arguments, comm) as results, gloo(comm) if not missing else nullcontext():
+        say(machine_line(results.machine), "cold" if arguments.cold else "warm", sep=", ")
+        if missing:
+            say(missing)
+        say(HEADER)
         for size in arguments.sizes:
             if comm.bcast(comm.size * ROOM * size > free_bytes()):
                 say(f"{size_text(size):>7}  needs more memory than there is")
                 continue
             copies = min(math.ceil(2 * cache_bytes() / size), MOST_COPIES) if arguments.cold else 1
             for job in JOBS:
-                row = measure(job, size, comm, arguments.seconds, not missing, copies)
-                rows.append(row)
-                say(line(row), flush=True)
-    say(*summary(rows), sep="\n")
-    if comm.rank == 0 and arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1))
-    if comm.rank == 0 and arguments.plot and rows:
-        plot(rows, arguments.plot)
+                results.rows.append(measure(job, size, comm, arguments.seconds, not missing, copies))
+                say(line(results.rows[-1]), flush=True)
+        say(*summary(results.rows), sep="\n")
 
 
 if __name__ == "__main__":

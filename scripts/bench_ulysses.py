@@ -3,38 +3,51 @@
     pip install '.[mpi,peers]'
     mpiexec -n 2 python scripts/bench_ulysses.py --json ulysses.json --plot ulysses.png
 
+    python scripts/bench_ulysses.py --scaling --json scaling.json --plot scaling.png
+
 Ours is what users call, on dpnp arrays: `ulysses_attention`, and for the gradient `ulysses_attention_backward` with the
 context of the forward call. Theirs is `yunchang.UlyssesAttention`, and its gradient by autograd. It has no local attention for
 CPUs: it gets PyTorch's `scaled_dot_product_attention`, and all the rest is yunchang's. Every rank runs both in one process, in
-turns, with as many threads as its SYCL device has. Before every call there is a barrier, the slowest rank counts, and the
-ratio is the median over the turns (see bench_exchange.py). Before that, the results of both are compared.
+turns (see timing.py), with as many threads as its SYCL device has. Before that, the results of both are compared.
+
+--scaling starts runs on 1, 2 and 4 ranks, in turns, and compares ours with itself: strong scaling has --seq rows in all, weak
+scaling has them on every rank. Every rank computes on one core of its own as long as there are so many, and then several share
+one. The efficiency is the speed of all ranks, in floating-point operations per second, by that of one rank and by the number of
+cores; the median of the rounds, in each of which every number of ranks has one run. The stages are those of calls that are not
+timed, the mean over the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dpnp
 import numpy as np
-from bench_exchange import as_numpy, check, gloo, interleave, machine, median_ratio, yunchang_missing
-from mpi4py import MPI
-
-import ulysses_dp
-from ulysses_dp._device.queue import default_queue
+from timing import Results, in_turns, machine_line, median_ratio, row, side
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from timing import Row
 
 HEADS = 8
 HEAD_DIM = 64
 SEQS = (2048, 4096, 8192)  # on all ranks together
 PASSES = {False: "forward", True: "forward and backward"}
+STAGES = ("agree", "pack", "scatter", "attention", "gather", "unpack", "confirm")
+SCALING_SEQS = (1024, 4096)
+RANKS = (1, 2, 4)
+TURN = {"seconds": 0.005, "most": 20}  # of one side
 TOLERANCE = 1e-4  # of the largest number: two float32 results, of which neither is exact
 
 
@@ -55,6 +68,11 @@ class Case:
 
 def our_call(case: Case, comm: Any) -> Callable[[], list[Any]]:
     """Our side of a case: out, or dq, dk and dv."""
+    import dpnp
+
+    import ulysses_dp
+    from ulysses_dp._device.queue import default_queue
+
     q, k, v, dout = (dpnp.asarray(x, sycl_queue=default_queue()) for x in case.arrays(comm))
 
     def forward() -> list[Any]:
@@ -99,55 +117,29 @@ def close(x: np.ndarray, y: np.ndarray) -> bool:
     return bool(abs(x - y).max() <= TOLERANCE * abs(y).max())
 
 
-def measure(case: Case, comm: Any, seconds: float) -> dict[str, Any]:
+def measure(case: Case, comm: Any, seconds: float) -> Row:
     """Check and time one case."""
+    from bench_exchange import as_numpy, check
+
     calls = {"ours": our_call(case, comm), "yunchang": their_call(case, comm)}
     results = (map(as_numpy, call()) for call in calls.values())
     check(str(case), all(close(x, y) for x, y in zip(*results, strict=True)), comm)
-    times = interleave(calls, comm, seconds)
-    return {
-        "ranks": comm.size,
-        **asdict(case),
-        "turns": len(times["ours"]),
-        "seconds": {name: statistics.median(x) for name, x in times.items()},
-        "least_seconds": {name: min(x) for name, x in times.items()},
-        "ratio": median_ratio(times["yunchang"], times["ours"]),
-    }
+    times = in_turns({name: side(call, comm, **TURN) for name, call in calls.items()}, seconds, comm, least=3)
+    return row({"ranks": comm.size, **asdict(case)}, times)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(result: Row) -> str:
     """A row of the table."""
-    problem = f"{row['seq']:6}  {'causal' if row['causal'] else '-':6}  {PASSES[row['backward']]:20}"
-    seconds = row["seconds"]
-    return f"{problem} | {seconds['ours']:8.4f} {seconds['yunchang']:11.4f} | {row['ratio']:5.2f} {row['turns']:6}"
+    case, seconds = result["case"], result["seconds"]
+    problem = f"{case['seq']:6}  {'causal' if case['causal'] else '-':6}  {PASSES[case['backward']]:20}"
+    ratio = result["times_as_fast_as"]["yunchang"]
+    return f"{problem} | {seconds['ours']:8.4f} {seconds['yunchang']:11.4f} | {ratio:5.2f} {result['turns']:6}"
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw the ratio to yunchang against seq."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for causal in (False, True):
-        for backward in (False, True):
-            line = [row for row in rows if row["causal"] == causal and row["backward"] == backward]
-            label = PASSES[backward] + (", causal" if causal else "")
-            axes.plot([row["seq"] for row in line], [row["ratio"] for row in line], "o-", label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="seq", xticks=sorted({row["seq"] for row in rows}), ylim=(0, None))
-    axes.set_ylabel("times as fast as yunchang with PyTorch SDPA")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    """Check, measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seq", type=int, nargs="+", default=SEQS, help="rows of all ranks together (2048 4096 8192)")
-    parser.add_argument("--seconds", type=float, default=4, help="time for each row; at least three turns (4)")
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--plot", help="draw the ratios here")
-    arguments = parser.parse_args()
+def compare_with_yunchang(arguments: argparse.Namespace) -> None:
+    """The table of all cases, on the ranks that run this."""
+    from bench_exchange import gloo, yunchang_missing
+    from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     problem = yunchang_missing()
@@ -156,24 +148,136 @@ def main() -> None:
     if problem:
         raise SystemExit(f"bench_ulysses: {problem}" if comm.rank == 0 else 1)
     say = print if comm.rank == 0 else lambda *_, **__: None
-    say(machine(comm))
-    say("   seq  mask    pass                 |   ours s  yunchang s | ratio  turns")
-    rows = []
-    with gloo(comm):
+    with Results("bench_ulysses", arguments, comm) as results, gloo(comm):
+        say(machine_line(results.machine))
+        say("   seq  mask    pass                 |   ours s  yunchang s | ratio  turns")
         for seq in arguments.seq:
             for causal in (False, True):
                 for backward in (False, True):
-                    row = measure(Case(seq, causal, backward), comm, arguments.seconds)
-                    rows.append(row)
-                    say(line(row), flush=True)
-    ratios = [row["ratio"] for row in rows]
-    say(
-        f"ratios {min(ratios):.2f} to {max(ratios):.2f}, geometric mean {math.exp(statistics.fmean(map(math.log, ratios))):.2f}"
+                    results.rows.append(measure(Case(seq, causal, backward), comm, arguments.seconds))
+                    say(line(results.rows[-1]), flush=True)
+        ratios = [x["times_as_fast_as"]["yunchang"] for x in results.rows]
+        say(f"ratios {min(ratios):.2f} to {max(ratios):.2f}, geometric mean {statistics.geometric_mean(ratios):.2f}")
+
+
+# --- scaling ------------------------------------------------------------------------------------------------------------------
+
+
+def scaling_cases(seqs: list[int], ranks: int) -> list[tuple[str, int, Case]]:
+    """Kind of scaling, rows by which it is named, and what so many ranks compute."""
+    cases = []
+    for seq in seqs:
+        cases.append(("strong", seq, Case(seq, causal=False, backward=False)))
+        cases.append(("weak", seq, Case(seq * ranks, causal=False, backward=False)))
+    return cases
+
+
+def stage_seconds(call: Callable[[], Any], comm: Any, count: int = 5) -> dict[str, float]:
+    """Medians of some calls, of the mean over the ranks; "other" is the Python around the stages."""
+    import ulysses_dp
+
+    turns = []
+    for _ in range(count):
+        comm.Barrier()
+        with ulysses_dp.trace() as record:
+            call()
+        seconds = {name: record.seconds(name) for name in STAGES}
+        seconds["other"] = record.calls[0].seconds - sum(seconds.values())
+        turns.append({name: comm.allreduce(x) / comm.size for name, x in seconds.items()})
+    return {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+
+
+def one_run(arguments: argparse.Namespace) -> None:
+    """One of the runs of `scaling`, on the ranks that run this: the cases, timed, and the seconds of their stages."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    cores = arguments.cores
+    os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})  # before there is a device
+    rows = []
+    for kind, seq, case in scaling_cases(arguments.seq, comm.size):
+        call = our_call(case, comm)
+        (durations,) = in_turns({"ours": side(call, comm, **TURN)}, arguments.seconds, comm, least=3).values()
+        medians = stage_seconds(call, comm)
+        rows.append({"scaling": kind, "seq": seq, "seconds": statistics.median(durations), "stages": medians})
+    if comm.rank == 0:
+        Path(arguments.one_run).write_text(json.dumps(rows))
+
+
+def scaling(arguments: argparse.Namespace) -> None:
+    """Start a run on every number of ranks, in turns, and compare them."""
+    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    if mpiexec is None:
+        raise SystemExit("bench_ulysses: --scaling needs mpiexec")
+    cores = sorted(os.sched_getaffinity(0))
+    times: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # by kind, rows and ranks: of every round
+    stages: dict[tuple[str, int, int], list[dict[str, float]]] = defaultdict(list)
+    with Results("bench_ulysses --scaling", arguments) as results:
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(arguments.rounds):
+                for ranks in sorted({1, *arguments.ranks}):
+                    for x in run_on(mpiexec, ranks, cores, Path(folder) / "rows.json", arguments):
+                        times[x["scaling"], x["seq"], ranks].append(x["seconds"])
+                        stages[x["scaling"], x["seq"], ranks].append(x["stages"])
+        print(machine_line(results.machine))
+        print("scaling    seq  ranks |  seconds efficiency | share of " + " ".join(f"{x:>9}" for x in (*STAGES, "other")))
+        for kind, seq, ranks in sorted(times):
+            own, one = times[kind, seq, ranks], times[kind, seq, 1]
+            work = ranks**2 if kind == "weak" else 1  # times that of one rank
+            efficiency = work * median_ratio(one, own) / min(ranks, len(cores))
+            parts = {name: statistics.median(x[name] for x in stages[kind, seq, ranks]) for name in (*STAGES, "other")}
+            shares = {name: x / sum(parts.values()) for name, x in parts.items()}
+            case = {"scaling": kind, "seq": seq, "ranks": ranks}
+            results.rows.append(row(case, {"ours": own}, efficiency=efficiency, shares=shares))
+            cells = " ".join(f"{share:9.0%}" for share in shares.values())
+            note = f"   {ranks} ranks on {len(cores)} cores" if ranks > len(cores) else ""
+            print(f"{kind:7} {seq:6} {ranks:6} | {statistics.median(own):8.4f} {efficiency:10.2f} |          {cells}{note}")
+
+
+def run_on(mpiexec: str, ranks: int, cores: list[int], path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one run."""
+    options = ["--seq", *arguments.seq, "--seconds", arguments.seconds, "--cores", *cores, "--one-run", path]
+    command = [mpiexec, "-n", ranks, sys.executable, "-m", "mpi4py", __file__, *options]  # an error of one rank ends all
+    environment = {**os.environ, "I_MPI_PIN": "0"}  # every rank chooses its core itself
+    done = subprocess.run(list(map(str, command)), env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"bench_ulysses: the run on {ranks} ranks ended with {done.returncode}")
+    return json.loads(path.read_text())
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--seq", type=int, nargs="+", help="rows of all ranks together (2048 4096 8192; with --scaling 1024 4096)"
     )
-    if comm.rank == 0 and arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1))
-    if comm.rank == 0 and arguments.plot:
-        plot(rows, arguments.plot)
+    parser.add_argument(
+        "--seconds", type=float, help="time for each row; at least three turns (4; with --scaling 1 in every run)"
+    )
+    parser.add_argument("--scaling", action="store_true", help="ours on several numbers of ranks; not under mpiexec")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of --scaling (1 2 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="of --scaling (3)")
+    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--one-run", help=argparse.SUPPRESS)
+    Results.add_options(parser, "the ratios, or the efficiency and the stages,")
+    arguments = parser.parse_args()
+    scales = arguments.scaling or arguments.one_run
+    arguments.seq = arguments.seq or list(SCALING_SEQS if scales else SEQS)
+    arguments.seconds = arguments.seconds or (1 if scales else 4)
+    if min(arguments.ranks) < 1 or min(arguments.seq) < 1 or arguments.rounds < 1 or arguments.seconds <= 0:
+        parser.error("--seq, --seconds, --ranks and --rounds must be positive")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print, save."""
+    arguments = parse_arguments()
+    if arguments.one_run:
+        one_run(arguments)
+    elif arguments.scaling:
+        scaling(arguments)
+    else:
+        compare_with_yunchang(arguments)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from files import Output, on_all_ranks, picture_kind, refuse_clashes
 from matplotlib.figure import Figure
 from scipy.fft import dctn, idctn
 from skimage import color, data, io, transform, util
@@ -184,8 +186,8 @@ def quality(clean: np.ndarray, picture: np.ndarray) -> float:
     return peak_signal_noise_ratio(clean, np.clip(picture, 0, 1), data_range=1)
 
 
-def save_comparison(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.ndarray) -> None:
-    """Save the three pictures side by side."""
+def save_comparison(path: Path, kind: str, clean: np.ndarray, noisy: np.ndarray, denoised: np.ndarray) -> None:
+    """Save the three pictures side by side, as a file of a kind."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     pictures = {"noisy": noisy, "denoised": denoised, "clean": clean}
     for axes, (title, picture) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
@@ -193,7 +195,7 @@ def save_comparison(path: str, clean: np.ndarray, noisy: np.ndarray, denoised: n
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set_title(title + decibels)
         axes.axis("off")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=kind)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -214,19 +216,30 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--seed must not be negative")
     if arguments.image not in PICTURES and not Path(arguments.image).is_file():
         parser.error(f"--image must be a file or one of {names}")
+    try:
+        refuse_clashes({"--image": arguments.image}, {"--out": arguments.out})
+        picture_kind(arguments.out)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 
 def main() -> None:
-    """Denoise one picture and compare with the windowed method of scikit-image."""
+    """Denoise one picture; a file that cannot be read or written ends all ranks before the work."""
     arguments = parse_arguments()
     # Importing MPI starts it, which wrong arguments should not do.
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    sigma = arguments.sigma
     # The picture is small and the seed fixed: every rank makes all of it.
-    clean = load_picture(arguments.image, arguments.size)
+    clean = on_all_ranks(comm, lambda: load_picture(arguments.image, arguments.size))
+    with on_all_ranks(comm, lambda: Output(arguments.out) if comm.rank == 0 else nullcontext()) as out:
+        compare(clean, arguments, out, comm)
+
+
+def compare(clean: np.ndarray, arguments: argparse.Namespace, out: Output | None, comm: MPI.Comm) -> None:
+    """Denoise a picture and compare with the windowed method of scikit-image; rank 0 prints and writes."""
+    sigma = arguments.sigma
     noisy = clean + sigma * np.random.default_rng(arguments.seed).standard_normal(clean.shape)
 
     guide = noisy
@@ -235,7 +248,7 @@ def main() -> None:
         heads, seconds = estimate(noisy, guide, sigma, sigma * bandwidths, comm)
         guide = heads.mean(axis=0)
         calls.append((sigma * bandwidths, heads, guide, seconds))
-    if comm.rank:
+    if out is None:
         return
 
     print(f"{arguments.image}, {arguments.size} x {arguments.size}, noise {sigma:g}")
@@ -251,7 +264,8 @@ def main() -> None:
     print(f"PSNR scikit-image denoise_nl_means: {quality(clean, windowed):.2f} dB")
     settings = ", ".join(f"{key}={value}" for key, value in WINDOWED.items())
     print(f"  with h={WINDOWED_BANDWIDTH} * sigma, sigma=sigma, {settings}")
-    save_comparison(arguments.out, clean, noisy, guide)
+    save_comparison(out.part, picture_kind(arguments.out), clean, noisy, guide)
+    out.complete()
 
 
 if __name__ == "__main__":

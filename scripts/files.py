@@ -41,6 +41,16 @@ def regular(path: str | Path) -> Path:
     return Path(path)
 
 
+def picture_kind(path: str) -> str:
+    """The kind of picture that the name of a file asks for; raises ValueError if there is none."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = Path(path).suffix.removeprefix(".")
+    if kind not in FigureCanvasBase.filetypes:
+        raise ValueError(f"{path}: the file name must end in one of .{', .'.join(FigureCanvasBase.filetypes)}")
+    return kind
+
+
 def refuse_clashes(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
     """Raise ValueError if an output is an input or another output, be it by another name or a link. Opens nothing.
 

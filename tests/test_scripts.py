@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +33,12 @@ MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shut
 
 def mpiexec(ranks: int, *command: object, cwd: Path | None = None, code: int = 0) -> str:
     """Run a Python script on some ranks and return what it printed."""
-    full = [MPIEXEC, "-n", ranks, sys.executable, *command]
-    done = subprocess.run(list(map(str, full)), cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return run(MPIEXEC, "-n", ranks, sys.executable, *command, cwd=cwd, code=code)
+
+
+def run(*command: object, cwd: Path | None = None, code: int = 0) -> str:
+    """Run a command and return what it printed."""
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -244,21 +250,51 @@ def test_examples(script):
 def test_bench_exchange(tmp_path):
     script, saved = ROOT / "scripts/bench_exchange.py", ("--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png")
     text = mpiexec(2, script, "--sizes", "1K", "1100K", "--seconds", 0.01, *saved)
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert len(content["machine"]["cores_of_every_rank"]) == 2
     jobs = ["scatter_heads", "gather_heads", "scatter q|k|v", "gather q|k|v"]
-    assert [(row["bytes"], row["job"]) for row in rows] == [(size, job) for size in (1024, 1126400) for job in jobs]
-    for row in rows:
-        assert set(row["microseconds"]) == {"ours", "alltoall", "memcpy", "numpy"} | ({"yunchang"} if PEERS else set())
-        assert min(row["microseconds"].values()) > 0
+    cases = [{"job": job, "bytes": size, "ranks": 2, "copies": 1} for size in (1024, 1126400) for job in jobs]
+    assert [row["case"] for row in content["rows"]] == cases
+    for row in content["rows"]:
+        assert set(row["seconds"]) == {"ours", "alltoall", "memcpy", "numpy"} | ({"yunchang"} if PEERS else set())
+        assert min(row["seconds"].values()) > 0
         assert min(row["times_as_fast_as"].values()) > 0
         shares = row["shares"]
         assert sum(shares.values()) == pytest.approx(1)
         assert shares["wire"] > 0
-        packs = row["job"].startswith("scatter")
+        packs = row["case"]["job"].startswith("scatter")
         assert (shares["pack"] > 0, shares["unpack"] > 0) == (packs, not packs)
-        assert (shares["agree"] > 0) == row["job"].endswith("heads")
+        assert (shares["agree"] > 0) == row["case"]["job"].endswith("heads")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
     assert ("pip install '.[peers]'" in text) == (not PEERS)
+
+
+@pytest.mark.parametrize("script", ["bench_exchange.py --json", "denoise.py --out"])
+def test_a_script_that_could_not_write_its_result_does_not_start(tmp_path, script):
+    name, option = script.split()
+    text = mpiexec(2, ROOT / "scripts" / name, option, "no/rows.png", cwd=tmp_path, code=1)
+    assert "No such file or directory: 'no/rows.png'" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plot": "rows.txt"}, "must end in"),
+        ({"json": "rows.json", "plot": "./rows.json"}, "is the file of"),
+        ({"json": "rows.txt", "against": "rows.txt"}, "is the file of"),
+        ({"against": "rows.txt"}, "not a file that a benchmark saved"),
+        ({"against": "other.json"}, "rows of bench_attention"),
+    ],
+)
+def test_a_benchmark_refuses_files_before_it_measures(timing, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("[]")
+    (tmp_path / "other.json").write_text(json.dumps(results_of("a", 1.0, 2.0)))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match=message):
+        timing.Results("bench", argparse.Namespace(**{"json": None, "plot": None, "against": None} | options))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_bench_exchange_refuses_wrong_numbers(tmp_path, monkeypatch):
@@ -278,14 +314,119 @@ def test_bench_exchange_refuses_ranks_that_the_heads_do_not_fit():
 def test_bench_ulysses(tmp_path):
     saved = "--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png"
     mpiexec(2, ROOT / "scripts/bench_ulysses.py", "--seq", 64, 96, "--seconds", 0.01, *saved)
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     cases = [(seq, causal, backward) for seq in (64, 96) for causal in (False, True) for backward in (False, True)]
-    assert [(row["seq"], row["causal"], row["backward"]) for row in rows] == cases
+    assert [(row["case"]["seq"], row["case"]["causal"], row["case"]["backward"]) for row in rows] == cases
     for row in rows:
         assert min(row["seconds"].values()) > 0
-        assert row["ratio"] > 0
+        assert row["times_as_fast_as"]["yunchang"] > 0
         assert row["turns"] >= 3
     assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not PEERS, reason="needs torch and yunchang")
+def test_bench_attention(tmp_path):
+    options = "--head-dim", 64, "--seq", 128, "--seconds", 0.01, "--backends", "--beside", sys.executable
+    command = [sys.executable, ROOT / "scripts/bench_attention.py", *options, "--json", "rows.json", "--plot", "rows.png"]
+    text = run(*command, cwd=tmp_path)
+    assert "to the other checkout" in text
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["case"]["causal"] for row in content["rows"]] == [False, True]
+    for row in content["rows"]:
+        assert {"ours", "pytorch", "torch", "before", "sgemm"} <= set(row["seconds"])
+        assert {"pytorch", "before"} <= set(row["times_as_fast_as"])
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    text = run(*command[:6], "--seconds", 0.01, "--against", "rows.json", cwd=tmp_path)
+    assert "by the clock, beside pytorch" in text
+    assert "geometric means of 2 rows" in text
+
+
+def test_bench_ulysses_scales(tmp_path):
+    options = (
+        "--scaling",
+        "--seq",
+        64,
+        "--ranks",
+        2,
+        "--seconds",
+        0.01,
+        "--rounds",
+        1,
+        "--json",
+        "rows.json",
+        "--plot",
+        "rows.svg",
+    )
+    text = run(sys.executable, ROOT / "scripts/bench_ulysses.py", *options, cwd=tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [tuple(row["case"].values()) for row in rows] == [
+        (kind, 64, ranks) for kind in ("strong", "weak") for ranks in (1, 2)
+    ]
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert (row["shares"]["scatter"] > 0) == (row["case"]["ranks"] == 2)
+        assert row["efficiency"] == 1 or row["case"]["ranks"] == 2
+    assert len(re.findall(r"^(?:strong|weak) +64 +[12] \|.*%", text, re.MULTILINE)) == 4
+    assert "<svg" in (tmp_path / "rows.svg").read_text()
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """The module of that name."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("timing")
+
+
+def test_all_sides_take_turns(timing):
+    order = []
+
+    def turn(name, seconds):
+        order.append(name)
+        return seconds
+
+    sides = {name: partial(turn, name, seconds) for name, seconds in (("ours", 2.0), ("theirs", 3.0), ("peak", 1.0))}
+    times = timing.in_turns(sides, 0.0, rarely=("peak",))
+    assert order == ["ours", "theirs", "peak"] + 3 * ["ours", "theirs"] + ["ours", "theirs", "peak"]
+    assert timing.row({"seq": 1}, times)["times_as_fast_as"] == {"theirs": 1.5}
+    calls = []
+    assert timing.side(lambda: calls.append(time.sleep(0.01)), seconds=0.025)() == pytest.approx(0.01, abs=0.005)
+    assert len(calls) == 1 + 3  # one to see how long it takes; a turn of one that does not count, and two
+
+
+def results_of(machine, seconds, peer):
+    """A file of a benchmark with two rows."""
+    rows = []
+    for seq, factor in ((128, 1.0), (256, 4.0)):
+        case = {"head_dim": 64, "seq": seq, "causal": False, "batch": 1, "heads": 8, "kv_heads": 8}
+        case |= {"layout": "bshd", "option": "", "backward": False}
+        figures = {"seconds": {"ours": factor * seconds, "pytorch": factor * peer}, "of_sgemm": 0.5}
+        rows.append({"case": case, **figures, "times_as_fast_as": {"pytorch": peer / seconds}})
+    described = {"cpu": machine, "cpu_family": machine, "cores_of_every_rank": [2], "mpi": ""}
+    return {"schema": 1, "benchmark": "bench_attention", "machine": described, "rows": rows}
+
+
+def test_a_comparison_tells_a_slow_machine_from_a_slow_change(timing):
+    slow_machine = list(timing.compare(results_of("a", 1.0, 2.0), results_of("a", 2.0, 4.0)))
+    assert slow_machine[0] == "times as fast as before: by the clock, beside pytorch"
+    assert slow_machine[1].split()[:2] == ["0.50", "1.00"]
+    assert not any("SLOWER" in line for line in slow_machine)
+    slow_change = list(timing.compare(results_of("a", 1.0, 2.0), results_of("a", 2.0, 2.0)))
+    assert [line.split()[:2] for line in slow_change[1:]] == 3 * [["0.50", "0.50"]]
+    assert slow_change[1].endswith("SLOWER")
+
+
+def test_plot_speed_draws_several_machines(tmp_path):
+    for name, seconds in (("a", 1.0), ("b", 4.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results_of(name, seconds, 2.0)))
+    command = [sys.executable, ROOT / "scripts/plot_speed.py", "a.json", "b.json"]
+    text = run(*command, "--table", "--out", "speed.svg", cwd=tmp_path)
+    assert "times as fast as PyTorch SDPA, forward, a (a), 2 cores:\n\n| seq | 128 | 256 |" in text
+    assert "| head_dim 64 | 2.00 | 2.00 |" in text
+    assert "| head_dim 64 | 0.50 | 0.50 |" in text
+    assert "head_dim 64, b (b)" in (tmp_path / "speed.svg").read_text()
+    before = (tmp_path / "a.json").read_text()
+    assert "is the file of" in run(*command, "--out", "a.json", cwd=tmp_path, code=1)
+    assert (tmp_path / "a.json").read_text() == before
 
 
 @pytest.mark.skipif(PEERS, reason="torch and yunchang are there")

@@ -1,0 +1,189 @@
+"""Draw the speeds that the benchmarks saved with --json, of one machine or of several, or print them as tables.
+
+python scripts/plot_speed.py attention-zen4.json attention-zen5.json exchange-zen5.json --out speed.png
+python scripts/plot_speed.py attention-zen4.json --table
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from files import Output, on_all_ranks, picture_kind, refuse_clashes
+from timing import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Row = dict[str, Any]
+
+
+class Picture(NamedTuple):
+    """What of the rows of a benchmark is drawn against what, in panels side by side, or put into tables."""
+
+    title: str
+    x: str  # a key of the case
+    panel: Callable[[Row], str]  # to which a row belongs; "" if to none
+    lines: Callable[[Row], dict[str, float]]  # by its label, the value of a row on every line
+    reference: float | None = None  # a value to compare with
+
+
+def attention_panel(row: Row) -> str:
+    """Options are one panel; of the rest, what has one batch, as many kv heads as heads, and arrays as users have them."""
+    case = row["case"]
+    if case["option"]:
+        return "options"
+    if (case["batch"], case["kv_heads"], case["layout"]) != (1, case["heads"], "bshd"):
+        return ""
+    return ("gradient" if case["backward"] else "forward") + (", causal" if case["causal"] else "")
+
+
+def attention_line(row: Row) -> str:
+    """By head_dim, or by option."""
+    case = row["case"]
+    return case["option"] + (", causal" if case["causal"] else "") if case["option"] else f"head_dim {case['head_dim']}"
+
+
+PICTURES = {
+    "bench_attention": [
+        Picture(
+            "times as fast as PyTorch SDPA",
+            "seq",
+            attention_panel,
+            lambda row: {attention_line(row): row["times_as_fast_as"]["pytorch"]},
+            1.0,
+        ),
+        Picture("share of the speed of sgemm", "seq", attention_panel, lambda row: {attention_line(row): row["of_sgemm"]}),
+    ],
+    "bench_exchange": [
+        Picture(
+            "GB/s",
+            "bytes",
+            lambda row: row["case"]["job"],
+            lambda row: {name: row["case"]["bytes"] / seconds / 1e9 for name, seconds in row["seconds"].items()},
+        ),
+        Picture("share of the time", "bytes", lambda row: row["case"]["job"], lambda row: row["shares"]),
+    ],
+    "bench_ulysses": [
+        Picture(
+            "times as fast as yunchang with PyTorch SDPA",
+            "seq",
+            lambda row: "forward and backward" if row["case"]["backward"] else "forward",
+            lambda row: {"causal" if row["case"]["causal"] else "no mask": row["times_as_fast_as"]["yunchang"]},
+            1.0,
+        )
+    ],
+    "bench_ulysses --scaling": [
+        Picture(
+            "efficiency",
+            "ranks",
+            lambda row: row["case"]["scaling"],
+            lambda row: {f"{row['case']['seq']} rows{' of a rank' * (row['case']['scaling'] == 'weak')}": row["efficiency"]},
+            1.0,
+        ),
+        Picture("share of the time", "ranks", lambda row: row["case"]["scaling"], lambda row: row["shares"]),
+    ],
+}
+
+
+class Panel(NamedTuple):
+    """The lines of a panel: by machine and label, the values by x."""
+
+    title: str
+    lines: dict[tuple[str, str], dict[float, float]]
+
+
+def panels(picture: Picture, results: list[dict[str, Any]]) -> list[Panel]:
+    """What a picture shows of some results of one benchmark."""
+    found: dict[str, Panel] = {}
+    for content in results:
+        for row in content["rows"]:
+            title = picture.panel(row)
+            for label, value in picture.lines(row).items() if title else ():
+                lines = found.setdefault(title, Panel(title, {})).lines
+                lines.setdefault((machine_name(content["machine"]), label), {})[row["case"][picture.x]] = value
+    return list(found.values())
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """What a legend calls a machine."""
+    cores = machine["cores_of_every_rank"]
+    return f"{machine['cpu']} ({machine['cpu_family']}), {sum(cores) if machine['mpi'] else cores[0]} cores"
+
+
+def shown(results: list[dict[str, Any]]) -> Iterator[tuple[Picture, list[Panel]]]:
+    """The pictures of all benchmarks that there are results of."""
+    for benchmark, pictures in PICTURES.items():
+        for picture in pictures:
+            filled = panels(picture, [content for content in results if content["benchmark"] == benchmark])
+            if filled:
+                yield picture, filled
+
+
+def draw(results: list[dict[str, Any]], path: Path, kind: str) -> None:
+    """Draw the results, a row of panels for each picture: a colour for each label, a style for each machine."""
+    from matplotlib.figure import Figure
+
+    pictures = list(shown(results))
+    columns = max((len(filled) for _, filled in pictures), default=1)
+    figure = Figure(figsize=(1 + 3.6 * columns, 3.4 * max(len(pictures), 1)), layout="constrained")
+    grid = figure.subplots(max(len(pictures), 1), columns, squeeze=False)
+    for (picture, filled), of_picture in zip(pictures, grid, strict=False):
+        machines = list(dict.fromkeys(machine for panel in filled for machine, _ in panel.lines))
+        labels = list(dict.fromkeys(label for panel in filled for _, label in panel.lines))
+        for axes, panel in zip(of_picture, filled, strict=False):
+            for (machine, label), values in panel.lines.items():
+                style = ("-", "--", ":", "-.")[machines.index(machine) % 4]
+                name = label if len(machines) == 1 else f"{label}, {machine}"
+                axes.plot(
+                    *zip(*sorted(values.items()), strict=True), f"{style}o", color=f"C{labels.index(label)}", label=name, ms=3
+                )
+            if picture.reference is not None:
+                axes.axhline(picture.reference, color="grey", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel=picture.x, title=panel.title, ylim=(0, None))
+        of_picture[0].set_ylabel(picture.title)
+        of_picture[0].legend(fontsize="x-small")
+        for axes in of_picture[len(filled) :]:
+            axes.axis("off")
+    figure.savefig(path, dpi=120, format=kind)
+
+
+def tables(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The same as tables in Markdown."""
+    for picture, filled in shown(results):
+        for panel in filled:
+            for machine in dict.fromkeys(machine for machine, _ in panel.lines):
+                lines = {label: values for (name, label), values in panel.lines.items() if name == machine}
+                places = sorted({x for values in lines.values() for x in values})
+                yield f"\n{picture.title}, {panel.title}, {machine}:\n"
+                yield f"| {picture.x} | " + " | ".join(map(str, places)) + " |"
+                yield "|---" * (1 + len(places)) + "|"
+                for label, values in lines.items():
+                    yield f"| {label} | " + " | ".join(f"{values[x]:.2f}" if x in values else "" for x in places) + " |"
+
+
+def main() -> None:
+    """Read, draw, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="that benchmarks saved with --json")
+    parser.add_argument("--out", metavar="FILE", help="draw here")
+    parser.add_argument("--table", action="store_true", help="print tables in Markdown")
+    arguments = parser.parse_args()
+
+    def work() -> None:
+        refuse_clashes(dict(enumerate(arguments.files)), {"--out": arguments.out})
+        results = [load(path) for path in arguments.files]
+        if arguments.table:
+            print(*tables(results), sep="\n")
+        if arguments.out:
+            with Output(arguments.out) as out:
+                draw(results, out.part, picture_kind(arguments.out))
+                out.complete()
+
+    on_all_ranks(None, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -128,6 +128,8 @@ CONFIGURATIONS = {
     "one kv head": ((1, 23, 5, 1, 16, 19), {}),
     "fewer heads than ranks": ((1, 9, 1, 1, 8, 9), {"causal": True}),
     "scale": ((1, 9, 2, 2, 8, 11), {"softmax_scale": -0.4}),
+    "causal, scale": ((1, 9, 2, 2, 8, 9), {"softmax_scale": -0.4, "causal": True}),
+    "causal, scale 0": ((1, 9, 2, 2, 8, 9), {"softmax_scale": 0, "causal": True}),
     "scale 0": ((1, 9, 2, 2, 8, 11), {"softmax_scale": 0}),
     "causal": ((2, 33, 4, 4, 16, 33), {"causal": True}),
     "causal, more keys": ((2, 9, 4, 2, 16, 31), {"causal": True}),

@@ -9,6 +9,7 @@ other options that hide keys or add to scores, and the causal mask with them.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -71,14 +72,10 @@ class IntelOneDnn(Backend):
             return
         queue, seq_k, (batch, seq_q, query_heads, _) = q.sycl_queue, k.shape[1], q.shape
         k, v, share = _regular(q, k, v, heads)
-        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v))]
-        result = out if _is_usable(out) else scratch(queue, "oneDNN out", out.shape, out.dtype)
         stats = scratch(queue, "oneDNN lse", (batch, query_heads, seq_q), np.dtype(np.float32))
         mask, blind = _mask(options, stats, seq_k, heads, q.dtype)
-        writes = (result,) if lse is None else (result, _as_rows(stats))
-        _run(forward_graph, reads, writes, mask, share, options)
-        if result is not out:
-            copy_arrays((result,), (out,))
+        writes = (out,) if lse is None else (out, _as_rows(stats))
+        _run(forward_graph, (q, k, v), writes, mask, share, options)
         if lse is None:
             return
         # of a query that sees no key, the kernels give the result of zeros, but not this lse
@@ -99,16 +96,11 @@ class IntelOneDnn(Backend):
         if q.shape[2] > k.shape[2]:  # dk and dv of every query head
             shape = (*k.shape[:2], *q.shape[2:])
             parts[1:] = [scratch(queue, f"oneDNN {name} of query heads", shape, k.dtype) for name in ("dk", "dv")]
-        results = [x if _is_usable(x) else scratch(queue, f"oneDNN grad {n}", x.shape, x.dtype) for n, x in enumerate(parts)]
         mask, _ = _mask(options, lse, seq_k, heads, q.dtype)
         k, v, share = _regular(q, k, v, heads)
-        reads = [_usable(x, f"oneDNN input {n}") for n, x in enumerate((q, k, v, _projection(dout, delta), dout))]
         # of a query that sees no key, the weights are exp(-inf - 0), and not exp(-inf + inf)
-        stats = tensor.where(lse == -np.inf, 0, lse)
-        _run(backward_graph, (*reads, _as_rows(stats)), results, mask, share, options)
-        for result, part in zip(results, parts, strict=True):
-            if result is not part:
-                copy_arrays((result,), (part,))
+        stats = _as_rows(tensor.where(lse == -np.inf, 0, lse, order="C"))
+        _run(backward_graph, (q, k, v, _projection(dout, delta), dout, stats), parts, mask, share, options)
         for part, grad in zip(parts, grads, strict=True):
             if part is not grad:
                 _add_up(part, grad, heads)
@@ -248,20 +240,38 @@ def _compiled(
 def _run(
     build: Callable[..., Built], reads: Sequence[Any], writes: Sequence[Any], mask: Any, share: int, options: Options
 ) -> None:
-    """Compute with a graph; `share` query heads read a kv head."""
-    queue, kv_heads = reads[0].sycl_queue, reads[1].shape[2]
-    arrays = tuple(_spec(x, kv_heads, share) for x in (*reads, *writes))
+    """Compute with a graph; `share` query heads read a kv head.
+
+    All that the library sees of an array goes through here: it may have any strides, and start anywhere.
+    """
+    queue, kv_heads, engine = reads[0].sycl_queue, reads[1].shape[2], _onednn.engine_of(reads[0].sycl_queue)
+    if mask is not None and engine.kind == _onednn.CPU and reads[0].dtype == np.uint16:
+        # oneDNN 3.13.2 is wrong in bfloat16 with AMX if a mask of rows and keys is one for several batches and heads
+        mask = tensor.broadcast_to(mask, (reads[0].shape[0], *mask.shape[1:]))
+    masks = [] if mask is None else [mask]
+
+    def normal(n: int, x: Any) -> Any:
+        fits = _is_normal(_spec(x, kv_heads, share)) and x._pointer % ALIGNMENT == 0
+        return x if fits else scratch(queue, f"oneDNN array {n}", x.shape, x.dtype)
+
+    given = [*reads, *masks, *writes]
+    arrays = [normal(n, x) for n, x in enumerate(given)]
+    count = len(given) - len(writes)
+    for x, copy in zip(given[:count], arrays[:count], strict=True):
+        if copy is not x:
+            copy_arrays((x,), (copy,))
+    specs = [_spec(x, kv_heads, share) for x in arrays]
+    of_mask = specs.pop(len(reads)) if masks else None
     causal = mask is None and options.causal
-    engine = _onednn.engine_of(queue)
-    compiled = _compiled(build, engine, arrays, causal, None if mask is None else _spec(mask, kv_heads, share))
+    compiled = _compiled(build, engine, tuple(specs), causal, of_mask)
     numbers = _numbers(queue, options.softmax_scale, reads[1].shape[1], reads[0].shape[1])
-    inputs = [*(x._pointer for x in reads), numbers._pointer]
-    if causal:
-        inputs += [numbers._pointer + n * ALIGNMENT for n in (1, 2, 3)]
-    elif mask is not None:
-        inputs.append(mask._pointer)
+    pointers = [x._pointer for x in arrays]
+    inputs = [*pointers[: len(reads)], *(numbers._pointer + n * ALIGNMENT for n in range(4 if causal else 1))]
     memory = scratch(queue, "oneDNN", (compiled.scratch_bytes,), np.dtype("u1"))
-    compiled.run(inputs, [x._pointer for x in writes], memory._pointer, after=queue)
+    compiled.run([*inputs, *pointers[len(reads) : count]], pointers[count:], memory._pointer, after=queue)
+    for x, copy in zip(writes, arrays[count:], strict=True):
+        if copy is not x:
+            copy_arrays((copy,), (x,))
 
 
 def _numbers(queue: Any, scale: float, seq_k: int, seq_q: int) -> Any:
@@ -276,32 +286,34 @@ def _numbers(queue: Any, scale: float, seq_k: int, seq_q: int) -> Any:
 
 
 def _spec(x: Any, kv_heads: int, share: int) -> Spec:
-    """How a graph sees an array (batch, rows, heads, columns), of which the heads are query heads, kv heads, or one for all."""
+    """How a graph sees an array (batch, rows, heads, columns), of which the heads are query heads, kv heads, or one for all.
+
+    The stride of an axis of length 1 is free, but oneDNN 3.13 takes it at its word: here it is as if the axis were longer.
+    """
     batch, rows, heads, columns = x.shape
     of_batch, of_row, of_head, of_column = x.strides
-    dtype = DTYPES[str(x.dtype)]
-    if share == 1:
-        return Spec(dtype, (batch, heads, rows, columns), (of_batch, of_head, of_row, of_column))
-    each = share if heads > kv_heads else 1
-    return Spec(dtype, (batch, heads // each, each, rows, columns), (of_batch, of_head * each, of_head, of_row, of_column))
+    shape, strides = [batch, heads, rows, columns], [of_batch, of_head, of_row, of_column]
+    if share > 1:
+        each = share if heads > kv_heads else 1
+        shape[1:2], strides[1:2] = [heads // each, each], [of_head * each, of_head]
+    extent = 1
+    for axis in reversed(range(len(shape))):
+        if shape[axis] == 1:
+            strides[axis] = extent
+        extent = max(extent, strides[axis] * shape[axis])
+    return Spec(DTYPES[str(x.dtype)], tuple(shape), tuple(strides))
+
+
+def _is_normal(spec: Spec) -> bool:
+    """Whether oneDNN takes these strides: dense in the last axis, none of them backwards, no element twice."""
+    extents = sorted((stride, stride * size) for size, stride in zip(spec.shape, spec.strides, strict=True) if size > 1)
+    apart = all(extent <= stride for (_, extent), (stride, _) in pairwise(extents))
+    return spec.strides[-1] == 1 and all(stride > 0 for stride in spec.strides) and apart
 
 
 def _as_rows(x: Any) -> Any:
     """An array (batch, heads, rows) as (batch, rows, heads, 1)."""
     return tensor.permute_dims(x, (0, 2, 1))[..., None]
-
-
-def _is_usable(x: Any) -> bool:
-    return x.strides[3] == 1 and min(x.strides) > 0 and x._pointer % ALIGNMENT == 0
-
-
-def _usable(x: Any, slot: str) -> Any:
-    """The array, or a copy if it has strides that oneDNN does not take or starts where it does not read."""
-    if _is_usable(x):
-        return x
-    copy = scratch(x.sycl_queue, slot, x.shape, x.dtype)
-    copy_arrays((x,), (copy,))
-    return copy
 
 
 def _regular(q: Any, k: Any, v: Any, heads: HeadMap) -> tuple[Any, Any, int]:

@@ -68,8 +68,9 @@ def _attend(q: Any, k: Any, v: Any, masks: _Masks, options: Options, heads: Head
     """Attention of tensors, all of them (batch, seq, heads, head_dim)."""
     import torch
 
-    # PyTorch aligns its own causal mask to the first query and key, attention here to the last ones
-    is_causal = options.plain and options.causal and q.shape[1] == k.shape[1]
+    # PyTorch aligns its own causal mask to the first query and key, attention here to the last ones. And on CPUs it hides, then
+    # scales, which by a scale of 0 or less makes nan or infinity of -infinity.
+    is_causal = options.plain and options.causal and q.shape[1] == k.shape[1] and options.softmax_scale > 0
     uniform = heads.uniform(q.shape[2], k.shape[2])
     if not uniform:
         k, v = _expanded(k, q, heads), _expanded(v, q, heads)
@@ -124,7 +125,7 @@ class _Masks:
         import torch
 
         def near(x: np.ndarray | None) -> Any:
-            return None if x is None else torch.tensor(x, device=device)
+            return None if x is None else torch.tensor(x.copy(), device=device)
 
         seq_q, seq_k = q.shape[1], k.shape[1]
         # 16-bit numbers would be too coarse for what is added; PyTorch takes masks of float32 with them

@@ -47,8 +47,8 @@ import ulysses_dp
 from ulysses_dp._device import trace
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
-from ulysses_dp._ranks.mpi import choose_route, wire
-from ulysses_dp._ranks.partition import blocks_of, split
+from ulysses_dp._ranks import mpi
+from ulysses_dp._ranks.partition import Item, blocks_of, split
 from ulysses_dp._ranks.redistribution import Redistribution
 
 if TYPE_CHECKING:
@@ -126,39 +126,41 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         function = ulysses_dp.scatter_heads if job.scatter else ulysses_dp.gather_heads
         return lambda: [function(x, comm=comm)]
 
-    link = wire(comm, choose_route(queue, "auto"), 1)
-    shares = [blocks_of(split(heads, comm.size)) for heads in job.heads]
+    link = mpi.link(mpi.resolve_comm("bench_exchange", comm), queue)
     rows, width = (sources if job.scatter else results)[0].shape[1::2]
-    arrays = [tensor.asarray(x, sycl_queue=queue) for x in sources]
+    arrays = {name: tensor.asarray(x, sycl_queue=queue) for name, x in zip("qkv", sources, strict=True)}
+    items = tuple(
+        Item(name, blocks_of(split(heads, comm.size)), (rows,) * comm.size, width, np.dtype(np.float32))
+        for name, heads in zip("qkv", job.heads, strict=True)
+    )
 
-    def redistribution(gathered: Any = None) -> Redistribution:
-        widths = [width] * len(shares)
-        return Redistribution(link, arrays[0], shares, widths, (rows,) * comm.size, 1, gathered=gathered)
+    def redistribution(by_heads: Any = None) -> Redistribution:
+        return Redistribution(link, arrays["q"], items, 1, by_heads=by_heads)
 
     def scatter() -> list[Any]:
         with trace.call(job.name):
             move = redistribution()
             move.pack(arrays)
-            move.start_to_gathered()
+            move.start_to_heads()
             move.wait()
-            return move.views
+            return list(move.received().values())
 
     if job.scatter:
         return scatter
     # what computed the arrays has written them where they are sent from
-    gathered = tensor.empty(sum(x.size for x in arrays), dtype=np.float32, sycl_queue=queue)
-    for view, x in zip(redistribution(gathered).views, arrays, strict=True):
-        view[...] = x
-    targets = [tensor.zeros(x.shape, dtype=np.float32, sycl_queue=queue) for x in results]
+    by_heads = tensor.empty(sum(x.size for x in arrays.values()), dtype=np.float32, sycl_queue=queue)
+    for name, view in redistribution(by_heads).places().items():
+        view[...] = arrays[name]
+    targets = {name: tensor.zeros(x.shape, dtype=np.float32, sycl_queue=queue) for name, x in zip("qkv", results, strict=True)}
     queue.wait()
 
     def gather() -> list[Any]:
         with trace.call(job.name):
-            move = redistribution(gathered)
-            move.start_to_local()
+            move = redistribution(by_heads)
+            move.start_to_rows()
             move.wait()
             move.unpack(targets)
-            return targets
+            return list(targets.values())
 
     return gather
 

@@ -6,6 +6,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from mpi4py import MPI
 
+from ulysses_dp import free_workspace
+from ulysses_dp._device import workspace
+from ulysses_dp._device.arrays import tensor
+
 WORLD = MPI.COMM_WORLD
 
 # Shrinking a failure, and the health checks that look at the clock, would take different paths on different ranks.
@@ -20,6 +24,23 @@ settings.load_profile("lockstep")
 def comm():
     """All ranks of the test run."""
     return WORLD
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """All memory that calls get is new and full of nan: what they do not write shows up."""
+    allocate = workspace._allocate
+
+    def poison(*arguments):
+        memory = allocate(*arguments)
+        tensor.usm_ndarray((memory.nbytes,), dtype="u1", buffer=memory)[...] = 255
+        return memory
+
+    free_workspace()
+    monkeypatch.setattr(workspace, "_allocate", poison)
+    monkeypatch.setattr(workspace, "_REFERENCES_OF_POOL", None)  # nothing is found to be given back
+    yield
+    free_workspace()
 
 
 @pytest.hookimpl(trylast=True)

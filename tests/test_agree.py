@@ -97,7 +97,7 @@ def test_a_step_that_fails_on_one_rank(comm, monkeypatch, mine, name, step):
             patch.setattr(Redistribution, step, broken)
         results = outcomes(comm, lambda: call(mine, comm))
     function = name.split()[0].replace("forward", "ulysses_attention").replace("backward", "ulysses_attention_backward")
-    assert results == [(RuntimeError, f"{function}: rank {rank}: out of order")] * comm.size
+    assert results == [(RuntimeError, f"{function}: rank {rank}: OutOfOrderError: out of order")] * comm.size
     check(comm, random_qkv(4, 2, 26, 8, 4, 16), causal=True)
 
 

@@ -87,6 +87,7 @@ def function(request, comm):
     return request.param
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (2, 13), (1, 67)])
@@ -106,6 +107,7 @@ def test_lengths(comm, function, batch, seq, dtype):
     check(comm, random_qkv(seq, batch, seq, 4, 4, 32, dtype), causal=True, function=function)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("seq", "seq_k"), [(7, 64), (64, 7), (1, 50), (50, 1), (0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,12 +115,14 @@ def test_keys_of_another_length(comm, function, seq, seq_k, causal, dtype):
     check(comm, random_qkv(seq, 2, seq, 6, 3, 16, dtype, seq_k), causal=causal, function=function)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(0, 0), (0, 2), (4, 2)])
 def test_no_batch_or_no_heads(comm, function, batch, heads, kv_heads):
     check(comm, random_qkv(0, batch, 5, heads, kv_heads, 16), function=function)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("how", SPLITS)
 @pytest.mark.parametrize("how_k", SPLITS)
 def test_splits(comm, how, how_k):
@@ -201,6 +205,7 @@ def configurations(draw):
     }
 
 
+@pytest.mark.usefixtures("poisoned")
 @settings(max_examples=150)
 @given(configuration=configurations())
 def test_any_configuration(comm, configuration):

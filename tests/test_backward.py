@@ -49,6 +49,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
+from ulysses_dp._device.arrays import tensor
 
 # relative to the largest number of a gradient, or to 1 where that is larger: the 16-bit forms round out, too
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-2, "bits": 2e-2}
@@ -245,6 +246,7 @@ def test_dropout(comm, function, heads, kv_heads):
         check(comm, whole, dropout_p=dropout_p, seed=7, causal=True, function=function)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=" ".join)
 def test_heads(comm, function, heads, kv_heads, names):
@@ -254,6 +256,7 @@ def test_heads(comm, function, heads, kv_heads, names):
     check(comm, whole, context=function is distributed, function=function, **some_options(names, 2, heads, 15, 15))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("how", SPLITS)
 @pytest.mark.parametrize("how_k", SPLITS)
 def test_splits(comm, how, how_k):
@@ -274,15 +277,48 @@ def test_layouts(comm, function, layout, strides, kind):
     check(comm, random_qkv(10, 2, 11, 4, 2, 16, seq_k=16), **options, **some_options(OPTIONS, 2, 4, 11, 16))
 
 
+def views_of(x, kind):
+    """The numbers of an array (batch, heads, seq), seen in memory that holds others: with offsets, and strides of any sign."""
+    none = np.full_like(x, np.nan)
+    yield as_kind(np.stack([none, x]), kind)[1]
+    yield as_kind(np.stack([none, x], axis=-1), kind)[..., 1]
+    yield as_kind(np.pad(x, 1, constant_values=np.nan), kind)[1:-1, 1:-1, 1:-1]
+    yield as_kind(np.ascontiguousarray(x[::-1, ::-1, ::-1]), kind)[::-1, ::-1, ::-1]
+    swapped = as_kind(np.stack([none.transpose(2, 0, 1), x.transpose(2, 0, 1)]), kind)[1]
+    yield tensor.permute_dims(swapped, (1, 2, 0)) if kind == "usm" else swapped.transpose(1, 2, 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_strides_of_lse(comm, kind):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("context", [False, True])
+def test_strides_of_lse(comm, kind, form, context):
+    if kind not in kinds_of(form):
+        pytest.skip("no such arrays")
     rows = split(9, comm.size, "uneven")
-    q, k, v = (as_kind(part(x, rows, comm.rank), kind) for x in random_qkv(11, 2, 9, 4, 2, 16))
-    out, lse = ulysses_attention(q, k, v, comm=comm, return_lse=True)
-    spread = np.full((*lse.shape[:2], 2 * lse.shape[2] + 1), np.nan, np.float32)
-    spread[..., 1::2] = as_numpy(lse)
-    results = [ulysses_attention_backward(q, q, k, v, out, x, comm=comm) for x in (lse, as_kind(spread, kind)[..., 1::2])]
-    assert_equal(*(map(as_numpy, result) for result in results))
+    stored = [encode(x, form) for x in random_qkv(11, 2, 9, 4, 2, 16)]
+    q, k, v = (as_kind(part(x, rows, comm.rank), kind) for x in stored)
+    options = {"comm": comm, **dtype_option(form)}
+    out, lse, ctx = ulysses_attention(q, k, v, return_lse=True, return_ctx=True, **options)
+    ctx = ctx if context else None
+    expected = ulysses_attention_backward(q, q, k, v, out, lse, ctx=ctx, **options)
+    for seen in views_of(as_numpy(lse), kind):
+        results = ulysses_attention_backward(q, q, k, v, out, seen, ctx=ctx, **options)
+        assert_equal(map(as_numpy, results), map(as_numpy, expected))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("context", [False, True])
+def test_no_query_heads(comm, function, kind, form, context):
+    """Nothing reads the keys: zeros."""
+    if kind not in kinds_of(form) or (context and function is local):
+        pytest.skip("no such arrays, or no context")
+    q, k, v = (as_kind(encode(x, form), kind) for x in random_qkv(12, 2, 5, 0, 3, 8))
+    gradients = function(q, k, v, q, comm, context=context, **dtype_option(form))
+    for gradient, x in zip(gradients, (q, k, v), strict=True):
+        assert_like(gradient, x, x.shape)
+        assert not decode(gradient).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -315,6 +351,7 @@ def test_exchange(comm, exchange, form, context):
         check(comm, random_qkv(13, 2, 12, 6, 3, 16, seq_k=17), causal=True, **options)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("batch", "seq", "seq_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0), (1, 1, 1), (1, 1, 13), (3, 2, 1), (1, 11, 7)]
 )
@@ -605,6 +642,7 @@ def configurations(draw):
     }
 
 
+@pytest.mark.usefixtures("poisoned")
 @settings(max_examples=40)
 @given(configuration=configurations())
 def test_any_configuration(comm, configuration):

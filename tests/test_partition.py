@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulysses_dp._ranks.partition import HeadMap, Trade, kv_heads_are_shared, part_heads, share_heads, split, starts
+from ulysses_dp._ranks.partition import HeadMap, Transfer, kv_heads_are_shared, part_heads, share_heads, split, starts
 
 pytestmark = pytest.mark.single
 
@@ -52,18 +52,18 @@ def test_share_heads_without_heads():
 
 
 @given(rows=sizes, row_sizes=sizes, batch=st.integers(0, 3))
-def test_trade(rows, row_sizes, batch):
+def test_transfer(rows, row_sizes, batch):
     ranks = min(len(rows), len(row_sizes))
     rows, row_sizes = rows[:ranks], row_sizes[:ranks]
-    trades = [Trade(rank, rows, row_sizes, batch) for rank in range(ranks)]
-    for rank, trade in enumerate(trades):
-        assert trade.gathered_size == sum(trade.gathered_counts) == sum(rows) * batch * row_sizes[rank]
-        assert trade.local_size == sum(trade.local_counts)
-        start, own = trade.gathered.own.start, trade.gathered.own.stop - trade.gathered.own.start
-        assert (own, start) == (trade.gathered_counts[rank], starts(trade.gathered_counts)[rank])
-        assert sum(trade.local_counts) + own == rows[rank] * batch * sum(row_sizes)
-        for peer, other in enumerate(trades):
-            assert trade.local_counts[peer] == (other.gathered_counts[rank] if peer != rank else 0)
+    transfers = [Transfer(rank, rows, row_sizes, batch) for rank in range(ranks)]
+    for rank, transfer in enumerate(transfers):
+        assert transfer.size_by_heads == sum(transfer.counts_by_heads) == sum(rows) * batch * row_sizes[rank]
+        assert transfer.size_by_rows == sum(transfer.counts_by_rows)
+        start, own = transfer.by_heads.own.start, transfer.by_heads.own.stop - transfer.by_heads.own.start
+        assert (own, start) == (transfer.counts_by_heads[rank], starts(transfer.counts_by_heads)[rank])
+        assert sum(transfer.counts_by_rows) + own == rows[rank] * batch * sum(row_sizes)
+        for peer, other in enumerate(transfers):
+            assert transfer.counts_by_rows[peer] == (other.counts_by_heads[rank] if peer != rank else 0)
 
 
 @given(heads=st.integers(0, 12), group=st.integers(1, 4), ranks=st.integers(1, 6), parts=st.integers(1, 5))

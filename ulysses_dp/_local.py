@@ -51,3 +51,13 @@ def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: 
     with stage("attention"):
         if out.size:
             options.backend.forward(q, k, v, out, lse, options, heads)
+
+
+def differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+    """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
+    with stage("attention backward"):
+        if arrays[0].size:
+            options.backend.backward(arrays, grads, options, heads)
+        else:  # no query, or no head for this rank: nothing reaches the keys
+            for grad in grads:
+                grad[...] = 0

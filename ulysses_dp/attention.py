@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _local
+from . import _local, _path
 from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
 from ._call.options import Options, check_attention
-from ._device.arrays import tensor, to_usm
+from ._device.arrays import to_usm
 from ._device.copies import copy_arrays
 from ._device.trace import call
-from ._device.workspace import empty_like, scratch
+from ._device.workspace import empty_like
+from ._path import Arrays, Description
 from ._ranks import mpi
-from ._ranks.agree import Checked, Course, agree
-from ._ranks.partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
-from ._ranks.redistribution import Redistribution, pipeline
+from ._ranks.agree import Checked, agree
+from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from ._ranks.redistribution import as_columns
 from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
-    from ._ranks.partition import Share
+    from ._ranks.partition import Heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Context:
     geometry: Geometry
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]
-    parts: tuple[tuple[Any, ...], ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
+    parts: tuple[Arrays, ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
 
 
 def attention(
@@ -324,143 +324,76 @@ def distributed(
     **options: Any,
 ) -> Any:
     """`ulysses_attention` under any public name."""
-    comm = mpi.resolve_comm(function, comm, names.comm)
+    ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options]]:
         views, geometry, settings = check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
-        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, comm.size)}
+        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
         arrays = tuple(to_usm(x) for x in views)
         rows = arrays[0].shape[1], arrays[1].shape[1]
         return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
 
     with call(function):
-        agreement = agree(comm, function, check)
+        agreement = agree(ranks, function, check)
         arrays, geometry, settings = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
-        if comm.size == 1:
+        parts: list[Arrays] = []
+        if ranks.size == 1:
             out, lse = _local.attend_whole(arrays, geometry, settings)
-            context = Context(geometry, q_rows, k_rows, ())
         else:
-            course, route = Course(comm, function), mpi.choose_route(arrays[0].sycl_queue, exchange)
-            heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
+            heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
-            wire = mpi.wire(comm, route, node_size, blocking=len(shares) == 1)
-            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, settings, return_ctx)
-            parts = course.prepare(agreement, lambda: [_Part(path, *x) for x in enumerate(shares)], fresh=return_ctx)
-            out, lse = course.run(path.get_results) or (None, None)
-            pipeline(parts)
-            course.confirm()
-            context = Context(geometry, q_rows, k_rows, tuple(part.kept for part in parts))
-        results = _local.results_to_user(out, lse, settings, q)
+            queue = arrays[0].sycl_queue
+            link = mpi.link(ranks, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            forward = _describe(arrays, geometry, settings, shares, q_rows, k_rows, rank=ranks.rank, keep=return_ctx)
+            results, parts = _path.run(function, agreement, link, forward)
+            out, lse = results["out"], results.get("lse")
+        context = Context(geometry, q_rows, k_rows, tuple(parts))
+        user_results = _local.results_to_user(out, lse, settings, q)
     if not return_ctx:
-        return results
-    return (*results, context) if settings.return_lse else (results, context)
+        return user_results
+    return (*user_results, context) if settings.return_lse else (user_results, context)
 
 
-@dataclass
-class _Path:
-    """What all parts of a call have in common, and the memory for their results."""
+def _describe(
+    arrays: tuple[Any, ...],
+    geometry: Geometry,
+    options: Options,
+    shares: list[tuple[Heads, ...]],
+    q_rows: tuple[int, ...],
+    k_rows: tuple[int, ...],
+    *,
+    rank: int,
+    keep: bool,
+) -> Description:
+    """What attention moves and computes: q, k and v there, and out, and lse if it is wanted, back."""
+    q, k, v = arrays
+    lse_dtype = np.dtype(geometry.compute_dtype)
 
-    course: Course
-    wire: mpi.Wire
-    arrays: tuple[Any, ...]  # q, k, v
-    q_rows: tuple[int, ...]
-    k_rows: tuple[int, ...]
-    geometry: Geometry
-    options: Options
-    keep: bool  # for a backward pass
+    def begin() -> tuple[Arrays, Arrays]:
+        results = {"out": _local.empty_out(q, options.layout)}
+        if options.return_lse:
+            results["lse"] = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), lse_dtype)
+        return {"q": q, "k": k, "v": v}, results
 
-    def get_results(self) -> tuple[Any, Any]:
-        """Memory for out, and for lse if it is wanted, of the rows of this rank."""
-        q, geometry = self.arrays[0], self.geometry
-        out, lse = _local.empty_out(q, self.options.layout), None
-        self.targets = [out]
-        if self.options.return_lse:
-            lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), np.dtype(geometry.compute_dtype))
-            self.targets.append(as_columns(lse, q.dtype))
-        return out, lse
+    def attend(number: int, at_hand: Arrays) -> Arrays:
+        """Attention of all rows and the heads of one part; returns what a gradient needs of it."""
+        mine, sent = shares[number][rank], at_hand.get("lse")
+        shape = geometry.batch, mine.q_count, sum(q_rows)
+        lse = empty_like(q, shape, lse_dtype) if keep else sent
+        heads = HeadMap(geometry.group, mine.shift, mine.q_start)
+        _local.attend(at_hand["q"], at_hand["k"], at_hand["v"], at_hand["out"], lse, options, heads)
+        if keep and sent is not None:
+            copy_arrays([as_columns(lse, lse_dtype)], [as_columns(sent, lse_dtype)])
+        return {name: at_hand[name] for name in "qkv"} | {"lse": lse} if keep else {}
 
-
-class _Part:
-    """Some heads of every rank on the whole path: redistribute, attend, redistribute."""
-
-    def __init__(self, path: _Path, number: int, heads: tuple[Heads, ...]) -> None:
-        self._path, self._mine = path, heads[path.wire.comm.rank]
-        q, k, v = path.arrays
-        q_heads, kv_heads = query_shares(heads), kv_shares(heads)
-        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
-        width = path.geometry.head_dim
-
-        def way_there(slot: str, shares: list[Share], rows: tuple[int, ...]) -> Redistribution:
-            return new(shares, [width] * len(shares), rows, slot=f"{number} {slot}", keep=path.keep)
-
-        self._there: list[tuple[Redistribution, list[Any]]]
-        if path.q_rows == path.k_rows:
-            self._there = [(way_there("there", [q_heads, kv_heads, kv_heads], path.q_rows), [q, k, v])]
-        else:
-            self._there = [
-                (way_there("there", [q_heads], path.q_rows), [q]),
-                (way_there("k, v there", [kv_heads, kv_heads], path.k_rows), [k, v]),
-            ]
-        self._lse_dtype = np.dtype(path.geometry.compute_dtype)
-        self._lse_columns = self._lse_dtype.itemsize // q.dtype.itemsize  # of a 16-bit buffer, lse takes two columns
-        widths = [width, self._lse_columns][: 1 + path.options.return_lse]
-        self._back = new([q_heads] * len(widths), widths, path.q_rows, slot=f"{number} back")
-        self.kept: tuple[Any, ...] = ()
-
-    def start(self) -> None:
-        """From the rows of this rank to all rows of its heads."""
-        for there, arrays in self._there:
-            self._path.course.run(there.pack, arrays)
-            self._path.course.share(there.start_to_gathered)
-
-    def compute(self) -> None:
-        """Local attention of what arrived; the result is the send buffer of the way back."""
-        self.wait()
-        self._path.course.run(self._attend)
-        self._path.course.share(self._back.start_to_local)
-
-    def finish(self) -> None:
-        """From all rows of the heads of this rank back to its rows."""
-        self.wait()
-        self._path.course.run(lambda: self._back.unpack(self._path.targets))
-
-    def wait(self) -> None:
-        """Wait until no exchange is under way."""
-        for move in (*(there for there, _ in self._there), self._back):
-            self._path.course.share(move.wait)
-
-    def _attend(self) -> None:
-        path, mine, q = self._path, self._mine, self._path.arrays[0]
-        gathered = [x for there, _ in self._there for x in there.views]
-        out, *lse_as_columns = self._back.views
-        lse_shape = (path.geometry.batch, mine.q_count, sum(path.q_rows))
-        in_place = path.options.return_lse and self._lse_columns == 1 and not path.keep
-        lse = None
-        if in_place:
-            lse = tensor.permute_dims(lse_as_columns[0][..., 0], (0, 2, 1))
-        elif path.keep:
-            lse = empty_like(q, lse_shape, self._lse_dtype)
-        elif path.options.return_lse:
-            lse = scratch(q.sycl_queue, "lse", lse_shape, self._lse_dtype)
-        _local.attend(*(*gathered, out, lse, path.options, HeadMap(path.geometry.group, mine.shift, mine.q_start)))
-        if path.options.return_lse and not in_place:
-            copy_arrays([as_columns(lse, q.dtype)], lse_as_columns)
-        if path.keep:
-            self.kept = (*gathered, lse)
-
-
-def as_columns(lse: Any, dtype: Any) -> Any:
-    """A view of C-contiguous lse as numbers of another dtype, (batch, seq, heads, columns): two of 16 bits for one of 32."""
-    batch, heads, seq = lse.shape
-    columns = lse.dtype.itemsize // dtype.itemsize
-    shape, strides = (batch, seq, heads, columns), (heads * seq * columns, columns, seq * columns, 1)
-    return tensor.usm_ndarray(shape, dtype=dtype, buffer=lse.usm_data, strides=strides)
+    lists = [_path.forward_lists(geometry, q.dtype, share, q_rows, k_rows, lse=options.return_lse) for share in shares]
+    return Description("forward", q, geometry.batch, lists, begin, attend, keep=keep)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _local, _path
 from ._call.checks import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
 from ._call.layout import PACKED, from_bshd, to_bshd
 from ._call.options import Options, check_attention
 from ._device.arrays import dtype_of, from_usm, kind_of, tensor, to_usm
-from ._device.copies import copy_arrays
 from ._device.trace import call, stage
-from ._device.workspace import empty_like, scratch
-from ._local import empty_out
+from ._device.workspace import scratch
+from ._path import Arrays, Description
 from ._ranks import mpi
-from ._ranks.agree import Checked, Course, agree
-from ._ranks.partition import HeadMap, Heads, column, kv_heads_are_shared, kv_shares, part_heads, query_shares, share_heads
-from ._ranks.redistribution import Redistribution, pipeline
-from .attention import Context, as_columns
+from ._ranks.agree import Checked, agree
+from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from .attention import Context
 from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._ranks.partition import Share
+    from ._ranks.partition import Heads
+
+GRADIENTS = ("dq", "dk", "dv")
 
 
 def attention_backward(
@@ -216,7 +215,7 @@ def ulysses_attention_backward(
     (1, 16, 4, 8)
     """
     function = "ulysses_attention_backward"
-    comm = mpi.resolve_comm(function, comm)
+    ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[list[Any], Geometry, Options]]:
@@ -240,11 +239,11 @@ def ulysses_attention_backward(
         )
         check_exchange(exchange)
         rows = views[1].shape[1], views[2].shape[1]
-        _check_context(ctx, geometry, comm, rows)
+        _check_context(ctx, geometry, ranks, rows)
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             "overlap": check_overlap(overlap),
-            "node_size": check_node_size(node_size, comm.size),
+            "node_size": check_node_size(node_size, ranks.size),
             **vars(geometry),
             **options.common(),
         }
@@ -252,29 +251,26 @@ def ulysses_attention_backward(
         return Checked(rows, common, (arrays, geometry, options), (arrays[0].sycl_queue, exchange))
 
     with call(function):
-        agreement = agree(comm, function, check)
+        agreement = agree(ranks, function, check)
         arrays, geometry, options = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         options.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
-        if comm.size == 1:
+        if ranks.size == 1:
             grads, dsinks = _differentiate_whole(arrays, geometry, options)
         else:
-            course, route = Course(comm, function), mpi.choose_route(arrays[0].sycl_queue, exchange)
-            heads = share_heads(geometry.heads, geometry.kv_heads, comm.size)
+            heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
-            shared = kv_heads_are_shared(heads)
-            wanted = len(ctx.parts) if ctx else 1 if shared else check_overlap(overlap)
-            shares = part_heads(heads, geometry.group, wanted)
-            wire = mpi.wire(comm, route, node_size, blocking=len(shares) == 1)
-            path = _Path(course, wire, arrays, q_rows, k_rows, geometry, options, shared)
-            parts = course.prepare(agreement, lambda: [_Part(path, ctx, *x) for x in enumerate(shares)])
-            course.run(path.start)
-            pipeline(parts)
-            grads, dsinks = course.run(path.finish) or ([], None)
-            course.confirm()
+            together = kv_heads_are_shared(heads)
+            shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else check_overlap(overlap))
+            queue = arrays[0].sycl_queue
+            link = mpi.link(ranks, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            kept = ctx.parts if ctx else ()
+            gradient = _describe(arrays, geometry, options, shares, q_rows, k_rows, rank=ranks.rank, kept=kept)
+            results, dsinks_of_parts = _path.run(function, agreement, link, gradient)
+            grads, dsinks = [results[name] for name in GRADIENTS], None
             if options.sinks is not None:
-                dsinks = tensor.asarray(mpi.join(comm, dsinks), sycl_queue=arrays[0].sycl_queue)
+                dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts))
         return _to_user(grads, dsinks, options, q)
 
 
@@ -299,28 +295,30 @@ def _check(
     return (to_bshd(dout, layout), *views, to_bshd(out, layout), lse_view), geometry, settings
 
 
-def _check_context(ctx: Any, geometry: Geometry, comm: Any, rows: tuple[int, int]) -> None:
+def _check_context(ctx: Any, geometry: Geometry, here: mpi.Ranks, rows: tuple[int, int]) -> None:
     if ctx is None:
         return
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx must be what ulysses_attention returned with return_ctx=True, not {type(ctx).__name__}")
     ranks = len(ctx.q_rows)
-    theirs = ctx.geometry, ranks, *((ctx.q_rows[comm.rank], ctx.k_rows[comm.rank]) if ranks == comm.size else ())
-    if theirs != (geometry, comm.size, *rows):
-        raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ranks} ranks, not {geometry} on {comm.size}")
+    theirs = ctx.geometry, ranks, *((ctx.q_rows[here.rank], ctx.k_rows[here.rank]) if ranks == here.size else ())
+    if theirs != (geometry, here.size, *rows):
+        raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ranks} ranks, not {geometry} on {here.size}")
 
 
-def _to_user(grads: Sequence[Any], dsinks: Any, options: Options, like: Any) -> tuple[Any, ...]:
+def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, like: Any) -> tuple[Any, ...]:
     results = tuple(from_usm(from_bshd(x, options.layout), like) for x in grads)
-    return results if dsinks is None else (*results, from_usm(dsinks, like))
+    if dsinks is None:
+        return results
+    return (*results, from_usm(tensor.asarray(dsinks, sycl_queue=grads[0].sycl_queue), like))
 
 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:
     """The gradients of USM arrays (dout, q, k, v, out, lse) with all rows and all heads, in new ones; and that of the sinks."""
     dout, q, k, v, out, lse = arrays
     delta = _delta(dout, out, lse.dtype, options)
-    grads = [empty_out(x, options.layout) for x in (q, k, v)]
-    _differentiate((dout, q, k, v, lse, delta), grads, options, HeadMap(geometry.group))
+    grads = [_local.empty_out(x, options.layout) for x in (q, k, v)]
+    _local.differentiate((dout, q, k, v, lse, delta), grads, options, HeadMap(geometry.group))
     return grads, _of_sinks(lse, delta, options.sinks)
 
 
@@ -333,156 +331,52 @@ def _delta(dout: Any, out: Any, compute: Any, options: Options) -> Any:
     return delta
 
 
-def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> Any:
-    """Gradient of the sinks of these heads: the share of a sink in each row, times -delta."""
+def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> np.ndarray | None:
+    """Gradient of the sinks of these heads, on the host: the share of a sink in each row, times -delta, added up.
+
+    In float64 and one head after the other, so that it does not depend on which heads are computed together.
+    """
     if sinks is None:
         return None
-    logits = tensor.asarray(sinks.reshape(1, -1, 1), dtype=lse.dtype, sycl_queue=lse.sycl_queue)
-    weight = tensor.where(logits == -np.inf, 0, tensor.exp(logits - lse))  # -inf - -inf would be nan
-    return -tensor.sum(weight * delta, axis=(0, 2), dtype=lse.dtype)
+    lse, delta = tensor.asnumpy(lse), tensor.asnumpy(delta)
+    total = np.zeros(len(sinks))
+    for head, sink in enumerate(sinks):
+        for lse_row, delta_row in zip(lse[:, head], delta[:, head], strict=True):
+            # -inf - -inf would be nan
+            weight = np.zeros(len(lse_row)) if sink == -np.inf else np.exp(sink - lse_row.astype(np.float64))
+            total[head] -= (weight * delta_row).sum()
+    return total.astype(lse.dtype)
 
 
-def _differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
-    """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
-    with stage("attention backward"):
-        if arrays[0].size:
-            options.backend.backward(arrays, grads, options, heads)
-        else:  # no query, or no head for this rank: nothing reaches the keys
-            for grad in grads:
-                grad[...] = 0
+def _describe(
+    arrays: Sequence[Any],
+    geometry: Geometry,
+    options: Options,
+    shares: list[tuple[Heads, ...]],
+    q_rows: tuple[int, ...],
+    k_rows: tuple[int, ...],
+    *,
+    rank: int,
+    kept: tuple[Arrays, ...],
+) -> Description:
+    """What the gradient moves and computes: dout and delta, and what the forward pass has not kept, there; dq, dk, dv back."""
+    dout, q, k, v, out, lse = arrays
 
+    def begin() -> tuple[Arrays, Arrays]:
+        delta = _delta(dout, out, lse.dtype, options)
+        results = {name: _local.empty_out(x, options.layout) for name, x in zip(GRADIENTS, (q, k, v), strict=True)}
+        return {"dout": dout, "delta": delta, "q": q, "lse": lse, "k": k, "v": v}, results
 
-@dataclass
-class _Path:
-    """What all parts of a call have in common, and the memory for their results."""
+    def differentiate(number: int, at_hand: Arrays) -> np.ndarray | None:
+        """Gradients of all rows and the heads of one part; returns that of their sinks."""
+        mine = shares[number][rank]
+        if kept:
+            at_hand = at_hand | kept[number]
+        heads = HeadMap(geometry.group, mine.shift, mine.q_start)
+        inputs = [at_hand[name] for name in ("dout", "q", "k", "v", "lse", "delta")]
+        _local.differentiate(inputs, [at_hand[name] for name in GRADIENTS], options, heads)
+        sinks = None if options.sinks is None else options.sinks[mine.q_start : mine.q_start + mine.q_count]
+        return _of_sinks(at_hand["lse"], at_hand["delta"], sinks)
 
-    course: Course
-    wire: mpi.Wire
-    arrays: Sequence[Any]  # dout, q, k, v, out, lse
-    q_rows: tuple[int, ...]
-    k_rows: tuple[int, ...]
-    geometry: Geometry
-    options: Options
-    shared: bool  # whether several ranks read one kv head: then their gradients travel in the dtype of the computation
-
-    def start(self) -> None:
-        """What is computed of all heads before anything is sent, and the memory for the results."""
-        dout, q, k, v, out, lse = self.arrays
-        delta = _delta(dout, out, lse.dtype, self.options)
-        self.rows_of_numbers = as_columns(delta, q.dtype), as_columns(tensor.asarray(lse, order="C"), q.dtype)
-        self.dsinks: list[np.ndarray] = []
-        self.grads = [empty_out(x, self.options.layout) for x in (q, k, v)]
-        # copies where several ranks add up what is rounded to 16 bits at the end
-        self.targets = [x if self.dtype == x.dtype else empty_like(x, x.shape, self.dtype) for x in self.grads]
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype in which gradients travel."""
-        return self.arrays[5].dtype if self.shared else self.arrays[1].dtype
-
-    def finish(self) -> tuple[list[Any], Any]:
-        """The gradients of the rows of this rank, and of the sinks of its heads, on the host."""
-        for target, grad in zip(self.targets, self.grads, strict=True):
-            if target is not grad:
-                copy_arrays((target,), (grad,))
-        return self.grads, np.concatenate(self.dsinks) if self.dsinks else None
-
-
-class _Part:
-    """Some heads of every rank on the whole path: redistribute, differentiate, redistribute."""
-
-    def __init__(self, path: _Path, ctx: Context | None, number: int, heads: tuple[Heads, ...]) -> None:
-        self._path, self._mine = path, heads[path.wire.comm.rank]
-        self._kept = ctx.parts[number] if ctx else ()
-        _, q, _, _, _, lse = path.arrays
-        q_heads, kv_heads = query_shares(heads), kv_shares(heads)
-        new = partial(Redistribution, path.wire, q, batch=path.geometry.batch)
-        width, column_of_lse = path.geometry.head_dim, lse.dtype.itemsize // q.dtype.itemsize
-        same_rows = path.q_rows == path.k_rows
-
-        def way_there(shares: list[Share], widths: list[int], rows: tuple[int, ...]) -> Redistribution:
-            return new(shares, widths, rows, slot=f"{number} {len(self._there)}")
-
-        # dout and delta, then what `ctx` has kept: q and lse, k and v
-        self._there: list[Redistribution] = []
-        queries = [width, column_of_lse] if ctx else [width, column_of_lse] * 2
-        keys = [] if ctx else [width] * 2
-        if same_rows or ctx:
-            shares = [q_heads] * len(queries) + [kv_heads] * len(keys)
-            self._there.append(way_there(shares, queries + keys, path.q_rows))
-        else:
-            self._there.append(way_there([q_heads] * len(queries), queries, path.q_rows))
-            self._there.append(way_there([kv_heads] * len(keys), keys, path.k_rows))
-        # dq, dk, dv
-        trips = [(path.q_rows, [q_heads, kv_heads, kv_heads])]
-        if not same_rows:
-            trips = [(path.q_rows, [q_heads]), (path.k_rows, [kv_heads, kv_heads])]
-        self._back = [
-            new(shares, [width] * len(shares), rows, dtype=path.dtype, slot=f"{number} back {trip}")
-            for trip, (rows, shares) in enumerate(trips)
-        ]
-
-    def start(self) -> None:
-        """From the rows of this rank to all rows of its heads."""
-        course = self._path.course
-        course.run(self._pack)
-        for there in self._there:
-            course.share(there.start_to_gathered)
-
-    def _pack(self) -> None:
-        dout, q, k, v, _, _ = self._path.arrays
-        delta, lse = self._path.rows_of_numbers
-        arrays = [dout, delta] if self._kept else [dout, delta, q, lse, k, v]
-        for there in self._there:
-            there.pack(arrays[: there.count])
-            arrays = arrays[there.count :]
-
-    def compute(self) -> None:
-        """Local gradients of what arrived; they are the send buffer of the way back."""
-        self.wait()
-        self._path.course.run(self._differentiate)
-        for back in self._back:
-            self._path.course.share(back.start_to_local)
-
-    def _differentiate(self) -> None:
-        path, mine = self._path, self._mine
-        lse_dtype = path.arrays[5].dtype
-        dout, delta, *others = [x for there in self._there for x in there.views]
-        delta = _from_columns(delta, lse_dtype, "delta")
-        if self._kept:
-            q, k, v, lse = self._kept
-        else:
-            q, lse, k, v = others
-            lse = _from_columns(lse, lse_dtype, "lse")
-        grads = [x for back in self._back for x in back.views]
-        heads = HeadMap(path.geometry.group, mine.shift, mine.q_start)
-        _differentiate((dout, q, k, v, lse, delta), grads, path.options, heads)
-        if path.options.sinks is not None:
-            sinks = path.options.sinks[mine.q_start : mine.q_start + mine.q_count]
-            path.dsinks.append(tensor.asnumpy(_of_sinks(lse, delta, sinks)))
-
-    def finish(self) -> None:
-        """From all rows of the heads of this rank back to its rows."""
-        self.wait()
-        self._path.course.run(self._unpack)
-
-    def _unpack(self) -> None:
-        targets = self._path.targets
-        for back in self._back:
-            back.unpack(targets[: back.count])
-            targets = targets[back.count :]
-
-    def wait(self) -> None:
-        """Wait until no exchange is under way."""
-        for move in (*self._there, *self._back):
-            self._path.course.share(move.wait)
-
-
-def _from_columns(x: Any, dtype: Any, name: str) -> Any:
-    """The numbers (batch, heads, seq) of this dtype that came in the columns of a message; two of 16 bits are one of 32."""
-    if x.dtype == dtype:
-        return tensor.permute_dims(x[..., 0], (0, 2, 1))
-    batch, seq, heads, _ = x.shape
-    numbers = scratch(x.sycl_queue, f"{name} of all rows", (batch, heads, seq), dtype)
-    copy_arrays((x,), (as_columns(numbers, x.dtype),))
-    return numbers
+    lists = [_path.gradient_lists(geometry, q.dtype, share, q_rows, k_rows, context=bool(kept)) for share in shares]
+    return Description("gradient", q, geometry.batch, lists, begin, differentiate)

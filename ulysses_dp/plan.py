@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 
-from ._call.checks import COMPUTE_DTYPES, check_flag, check_integer
+from ._call.checks import COMPUTE_DTYPES, Geometry, check_flag, check_integer
 from ._device.trace import Call, Stage
-from ._ranks.partition import Heads, Trade, kv_shares, query_shares, share_heads, split, trade_of
+from ._path import forward_lists, gradient_lists, slot_of
+from ._ranks.partition import Heads, Item, Transfer, dtype_of_message, share_heads, split, transfer_of
+from ._ranks.redistribution import scratch_bytes
 from .backends.intel_sycl import HEAD_MAJOR_FROM
 from .machine import Machine, find
 
@@ -182,7 +184,7 @@ class _Problem:
 
     @property
     def copies_of_kv(self) -> int:
-        """How many kv heads all ranks have together."""
+        """How many kv heads all ranks have together: one that several of them read counts for each."""
         return _copies_of_kv(self.heads, self.kv_heads, self.ranks)
 
     @property
@@ -193,39 +195,44 @@ class _Problem:
     def rows(self) -> tuple[int, ...]:
         return split(self.seq, self.ranks)
 
+    def messages(self, *, gradient: bool = False) -> tuple[_Message, _Message]:
+        """What a rank sends to every other in a call, there and back."""
+        to_heads, to_rows = _messages(replace(self, seq=0), gradient=gradient)
+        return to_heads, to_rows
+
+
+class _Message(NamedTuple):
+    """What travels at once, in one direction."""
+
+    items: tuple[Item, ...]
+    sizes: tuple[int, ...]  # numbers of every rank in a row
+    slot: str
+
     @property
-    def wire_itemsize(self) -> int:
-        """Of the gradients on their way back: those that several ranks add up travel in the dtype of the computation."""
-        return self.compute_itemsize if self.copies_of_kv > self.kv_heads else self.itemsize
+    def itemsize(self) -> int:
+        return dtype_of_message(self.items).itemsize
 
-    def trades(self, rank: int) -> tuple[Trade, Trade]:
-        """The exchanges of the forward pass, there and back."""
-        lse = ("q", self.compute_itemsize // self.itemsize)
-        q, kv = ("q", self.head_dim), ("kv", self.head_dim)
-        return self._trade(rank, (q, kv, kv)), self._trade(rank, (q, lse) if self.backward else (q,))
-
-    def trades_of_gradient(self, rank: int) -> tuple[Trade, Trade]:
-        """The exchanges of the backward pass: dout, delta, q, lse, k and v there, dq, dk and dv back."""
-        lse = ("q", self.compute_itemsize // self.itemsize)
-        q, kv = ("q", self.head_dim), ("kv", self.head_dim)
-        return self._trade(rank, (q, lse, q, lse, kv, kv)), self._trade(rank, (q, kv, kv))
-
-    def _trade(self, rank: int, arrays: tuple[tuple[str, int], ...]) -> Trade:
-        return Trade(rank, self.rows, _sizes(self.heads, self.kv_heads, self.ranks, arrays), self.batch)
+    def transfer(self, problem: _Problem, rank: int) -> Transfer:
+        """The exchange, seen by a rank."""
+        return Transfer(rank, problem.rows, self.sizes, problem.batch)
 
 
 # These two do not depend on seq, and are asked for again and again in the search for the largest one.
-@lru_cache(maxsize=256)
-def _sizes(heads: int, kv_heads: int, ranks: int, arrays: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """Numbers of every rank in a row of an exchange of arrays of these heads and widths."""
-    shares = share_heads(heads, kv_heads, ranks)
-    of = {"q": query_shares(shares), "kv": kv_shares(shares)}
-    return trade_of(0, (0,) * ranks, tuple(of[kind] for kind, _ in arrays), tuple(width for _, width in arrays), 1).sizes
+@lru_cache(maxsize=64)
+def _messages(problem: _Problem, *, gradient: bool) -> list[_Message]:
+    """The messages of a call, from its lists of items."""
+    geometry = Geometry(problem.batch, problem.heads, problem.kv_heads, problem.head_dim, problem.dtype)
+    dtype = np.dtype("uint16" if problem.dtype == "bfloat16" else problem.dtype)
+    where = geometry, dtype, problem.shares, problem.rows, problem.rows
+    if gradient:
+        name, lists = "gradient", gradient_lists(*where, context=False)
+    else:
+        name, lists = "forward", forward_lists(*where, lse=problem.backward)
+    return [_Message(items, transfer_of(0, items, 1).sizes, slot_of(name, 0, number)) for number, items in enumerate(lists)]
 
 
 @lru_cache(maxsize=256)
 def _copies_of_kv(heads: int, kv_heads: int, ranks: int) -> int:
-    """How many kv heads all ranks have together: one that several of them read counts for each."""
     return sum(share.kv_count for share in share_heads(heads, kv_heads, ranks))
 
 
@@ -325,13 +332,17 @@ def _forward(problem: _Problem, machine: Machine, rank: int) -> list[Stage]:
     attention = _attention(problem, machine, rank, "attention", 4, machine.flops)
     if problem.ranks == 1:
         return [attention]
-    there, back = problem.trades(rank)
+    return _around(problem, machine, rank, attention, *problem.messages())
+
+
+def _around(problem: _Problem, machine: Machine, rank: int, attention: Stage, there: _Message, back: _Message) -> list[Stage]:
+    """The stages of a call on several ranks: what is computed, with the way there and back."""
     return [
-        _relayout(problem, machine, "pack", there, problem.itemsize),
-        _exchange(problem, machine, "scatter", rank, there.local_counts, there.gathered_counts, problem.itemsize),
+        _relayout(problem, machine, "pack", there, rank),
+        _exchange(problem, machine, "scatter", there, rank),
         attention,
-        _exchange(problem, machine, "gather", rank, back.gathered_counts, back.local_counts, problem.itemsize),
-        _relayout(problem, machine, "unpack", back, problem.itemsize),
+        _exchange(problem, machine, "gather", back, rank),
+        _relayout(problem, machine, "unpack", back, rank),
     ]
 
 
@@ -344,20 +355,13 @@ def _backward(problem: _Problem, machine: Machine, rank: int) -> list[Stage]:
     attention = _attention(problem, machine, rank, "attention backward", 10, machine.backward_flops)
     if problem.ranks == 1:
         return [delta, attention]
-    there, back = problem.trades_of_gradient(rank)
-    return [
-        delta,
-        _relayout(problem, machine, "pack", there, problem.itemsize),
-        _exchange(problem, machine, "scatter", rank, there.local_counts, there.gathered_counts, problem.itemsize),
-        attention,
-        _exchange(problem, machine, "gather", rank, back.gathered_counts, back.local_counts, problem.wire_itemsize),
-        _relayout(problem, machine, "unpack", back, problem.wire_itemsize),
-    ]
+    return [delta, *_around(problem, machine, rank, attention, *problem.messages(gradient=True))]
 
 
-def _relayout(problem: _Problem, machine: Machine, name: str, trade: Trade, itemsize: int) -> Stage:
-    """A stage that copies what a rank has of an exchange on the local side, including what does not travel."""
-    return _copy(problem, machine, name, 2 * (trade.local_size + trade.gathered_counts[trade.rank]) * itemsize)
+def _relayout(problem: _Problem, machine: Machine, name: str, message: _Message, rank: int) -> Stage:
+    """A stage that copies what a rank has of an exchange by rows, including what does not travel."""
+    transfer = message.transfer(problem, rank)
+    return _copy(problem, machine, name, 2 * (transfer.size_by_rows + transfer.counts_by_heads[rank]) * message.itemsize)
 
 
 def _copy(problem: _Problem, machine: Machine, name: str, moved: int) -> Stage:
@@ -372,15 +376,21 @@ def _attention(problem: _Problem, machine: Machine, rank: int, name: str, operat
     return Stage(name, seconds=machine.stage_seconds + flops * _parts(machine, problem.ranks) / speeds[problem.dtype])
 
 
-def _exchange(
-    problem: _Problem, machine: Machine, name: str, rank: int, send: tuple[int, ...], receive: tuple[int, ...], itemsize: int
-) -> Stage:
+def _exchange(problem: _Problem, machine: Machine, name: str, message: _Message, rank: int) -> Stage:
     """An all-to-all: a rank deals with its peers one after the other, those of the same level at the level's speed."""
-    counts = np.array([send, receive], dtype=np.int64) * itemsize
-    counts[:, rank] = 0  # what stays
+    counts = _bytes(problem, message, rank, to_heads=name == "scatter")
     seconds = machine.stage_seconds + _wire_seconds(problem, machine, rank, counts)
     sent, messages = int(counts[0].sum()), int(np.count_nonzero(counts[0]))
     return Stage(name, bytes_sent=sent, messages=messages, route="device", seconds=seconds, exchange=True)
+
+
+def _bytes(problem: _Problem, message: _Message, rank: int, *, to_heads: bool) -> np.ndarray:
+    """Bytes that a rank sends to (first row) and gets from (second row) all ranks."""
+    transfer = message.transfer(problem, rank)
+    sides = transfer.counts_by_rows, transfer.counts_by_heads
+    counts = np.array(sides if to_heads else sides[::-1], dtype=np.int64) * message.itemsize
+    counts[:, rank] = 0  # what stays
+    return counts
 
 
 def _wire_seconds(problem: _Problem, machine: Machine, rank: int, counts: np.ndarray) -> float:
@@ -404,10 +414,8 @@ def _best_node_size(problem: _Problem, machine: Machine) -> tuple[int, float, fl
     """
     ranks, copied = problem.ranks, 0
     exchanges = []
-    for trade, there in zip(problem.trades(0), (True, False), strict=True):
-        sides = (trade.local_counts, trade.gathered_counts)
-        counts = np.array(sides if there else sides[::-1], dtype=np.int64) * problem.itemsize
-        counts[:, 0] = 0
+    for message, to_heads in zip(problem.messages(), (True, False), strict=True):
+        counts = _bytes(problem, message, 0, to_heads=to_heads)
         exchanges.append(counts)
         copied += int(counts[0].sum()) * 2
     times = {1: sum(_wire_seconds(problem, machine, 0, counts) for counts in exchanges)}
@@ -451,22 +459,23 @@ def _memory(problem: _Problem, rank: int) -> dict[str, int]:
     rows = problem.rows[rank]
     row_of_q, row_of_kv = (problem.batch * n * problem.head_dim * problem.itemsize for n in (problem.heads, problem.kv_heads))
     lse = problem.batch * problem.heads * rows * problem.compute_itemsize
-    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q + lse * problem.backward}
+    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q}
     if problem.backward:
         gradients = rows * (row_of_q + 2 * row_of_kv)
         uses["inputs"] += rows * row_of_q
-        uses["results"] += gradients
-        if problem.ranks > 1 and problem.wire_itemsize != problem.itemsize:
-            uses["gradients before rounding"] = gradients // problem.itemsize * problem.wire_itemsize
+        uses["results"] += lse + gradients
+        if problem.ranks > 1:
+            _, back = problem.messages(gradient=True)
+            if back.itemsize != problem.itemsize:
+                uses["gradients before rounding"] = gradients // problem.itemsize * back.itemsize
     return uses | _scratch(problem, rank)
 
 
 def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
-    """Bytes that each slot of `_workspace.scratch` has after the calls, on a rank."""
+    """Bytes that each slot of `workspace.scratch` has after the calls, on a rank."""
     share, batch, seq, several = problem.shares[rank], problem.batch, problem.seq, problem.ranks > 1
     compute = problem.compute_itemsize
     q_size, kv_size = (batch * seq * n * problem.head_dim for n in (share.q_count, share.kv_count))
-    lse_size = batch * seq * share.q_count
     on_gpu = problem.gpu and COMPUTE_DTYPES[problem.dtype] == "float32" and problem.head_dim in GPU_TILES
     walks_far = seq * problem.head_dim >= HEAD_MAJOR_FROM
     slots: dict[str, int] = {}
@@ -479,13 +488,14 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
         if problem.converts or (by_head and size and (several or heads > 1)):
             need(slot, count * size, compute)
 
-    if several:
-        there, back = problem.trades(rank)
-        for way, trade in (("0 there", there), ("0 back", back)):
-            need(f"local {way}", trade.local_size, problem.itemsize)
-            need(f"gathered {way}", trade.gathered_size, problem.itemsize)
-    if (several and problem.converts) if problem.backward else q_size:
-        need("lse", lse_size, compute)
+    def travel(*messages: _Message) -> None:
+        for message in messages if several else ():
+            for slot, nbytes in scratch_bytes(message.items, message.transfer(problem, rank), message.slot).items():
+                need(slot, nbytes, 1)
+
+    travel(*problem.messages())
+    if q_size and not problem.backward:  # the kernels write lse whether it is wanted or not
+        need("lse", batch * seq * share.q_count, compute)
     if q_size:
         copies("q", 1, q_size, share.q_count, by_head=False)
         copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
@@ -500,23 +510,15 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
     if problem.converts:
         need("dout, out", 2 * rows_size * problem.head_dim, compute)
     need("delta", rows_size, compute)
-    wire = problem.itemsize
-    if several:
-        wire = problem.wire_itemsize
-        there, back = problem.trades_of_gradient(rank)
-        for way, trade, itemsize in (("0 0", there, problem.itemsize), ("0 back 0", back, wire)):
-            need(f"local {way}", trade.local_size, itemsize)
-            need(f"gathered {way}", trade.gathered_size, itemsize)
-        if problem.converts:
-            need("delta of all rows", lse_size, compute)
-            need("lse of all rows", lse_size, compute)
+    travel(*problem.messages(gradient=True))
     if not q_size:
         return slots
     copies("dout, q", 2, q_size, share.q_count, by_head=walks_far and not on_gpu)
     copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
     if on_gpu:
         need("panels of rows", 2 * max(q_size, kv_size) // seq * math.ceil(seq / SUB_GROUP) * SUB_GROUP, compute)
-    if wire != compute:
+    itemsize = problem.messages(gradient=True)[1].itemsize if several else problem.itemsize
+    if itemsize != compute:
         for number, size in enumerate((q_size, kv_size, kv_size)):
             need(f"gradient {number}", size, compute)
     return slots

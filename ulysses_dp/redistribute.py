@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _path
 from ._call.checks import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
 from ._call.layout import axes_to_bshd, inverse
 from ._device.arrays import dtype_of, from_usm, permute, to_usm, view
 from ._device.copies import copy_arrays
 from ._device.trace import call, stage
 from ._device.workspace import empty_like
+from ._path import Arrays, Description, Lists
 from ._ranks import mpi
-from ._ranks.agree import Checked, Course, agree
-from ._ranks.partition import blocks_of, column, split
-from ._ranks.redistribution import Redistribution
+from ._ranks.agree import Checked, agree
+from ._ranks.partition import Item, blocks_of, column, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ._ranks.partition import Share
 
 
 def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_size: int | str = 1) -> Any:
@@ -61,7 +64,7 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_s
     >>> bool((gather_heads(y) == x).all())
     True
     """
-    return _trade("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange, node_size=node_size)
+    return _redistribute("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange, node_size=node_size)
 
 
 def gather_heads(
@@ -112,7 +115,9 @@ def gather_heads(
     True
     """
     direction = False, (0, 1, 2, 3)
-    return _trade("gather_heads", x, comm, lambda: direction, exchange=exchange, node_size=node_size, seq_local=seq_local)
+    return _redistribute(
+        "gather_heads", x, comm, lambda: direction, exchange=exchange, node_size=node_size, seq_local=seq_local
+    )
 
 
 def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any = None, use_sync: bool = False) -> Any:
@@ -157,13 +162,13 @@ def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any =
     def direction() -> tuple[bool, tuple[int, ...]]:
         # whichever axis comes first of the two is taken for the rows, the other for the heads
         heads, rows = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
-        joins_rows = rows < heads
-        return joins_rows, axes_to_bshd(heads, rows) if joins_rows else axes_to_bshd(rows, heads)
+        to_heads = rows < heads
+        return to_heads, axes_to_bshd(heads, rows) if to_heads else axes_to_bshd(rows, heads)
 
-    return _trade("all_to_all_4d", x, comm, direction)
+    return _redistribute("all_to_all_4d", x, comm, direction)
 
 
-def _trade(
+def _redistribute(
     function: str,
     x: Any,
     comm: Any,
@@ -173,19 +178,19 @@ def _trade(
     node_size: int | str = 1,
     seq_local: int | None = None,
 ) -> Any:
-    """Do what the public functions above say. `direction` tells whether rows are joined, and which axes are bshd."""
-    comm = mpi.resolve_comm(function, comm)
+    """Do what the public functions above say. `direction` tells whether x goes to heads, and which of its axes are bshd."""
+    ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
-        joins_rows, axes = direction()
+        to_heads, axes = direction()
         check_exchange(exchange)
-        check_node_size(node_size, comm.size)
+        check_node_size(node_size, ranks.size)
         check_axis_count("x", x)
         check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
         check_device(x)
         batch, seq, heads, width = shape = tuple(x.shape[axis] for axis in axes)
-        pair = (axes[2], axes[1]) if joins_rows else (axes[1], axes[2])
+        pair = (axes[2], axes[1]) if to_heads else (axes[1], axes[2])
         common = {
             "scatter_idx and gather_idx": pair,
             f"batch (axis {axes[0]})": batch,
@@ -194,48 +199,56 @@ def _trade(
             "node_size": node_size,
         }
         sizes: tuple[int, ...] = (seq,)
-        if joins_rows:
+        if to_heads:
             common["heads"] = heads
         else:
-            wanted = split(seq, comm.size)[comm.rank] if seq_local is None else check_count("seq_local", seq_local)
+            wanted = split(seq, ranks.size)[ranks.rank] if seq_local is None else check_count("seq_local", seq_local)
             sizes, common["seq"] = (heads, wanted), seq
         usm = to_usm(permute(x, axes))
-        return Checked(sizes, common, (usm, shape, joins_rows, axes), (usm.sycl_queue, exchange))
+        return Checked(sizes, common, (usm, shape, to_heads, axes), (usm.sycl_queue, exchange))
 
     with call(function):
-        agreement = agree(comm, function, check)
-        sizes, (usm, (batch, seq, heads, width), joins_rows, axes) = agreement.sizes, agreement.result
-        if not joins_rows and sum(wanted for _, wanted in sizes) != seq:
+        agreement = agree(ranks, function, check)
+        sizes, (usm, (_, seq, heads, _), to_heads, axes) = agreement.sizes, agreement.result
+        if not to_heads and sum(wanted for _, wanted in sizes) != seq:
             given = ", ".join(str(wanted) for _, wanted in sizes)
             raise ValueError(f"{function}: the seq_local of all ranks ({given}) must add up to seq, {seq}")
         # Delegate.
         result = usm
-        if comm.size > 1:
-            course, route = Course(comm, function), mpi.choose_route(usm.sycl_queue, exchange)
-            wire = mpi.wire(comm, route, node_size)
-            shares = [blocks_of(split(heads, comm.size) if joins_rows else column(sizes, 0))]
-            rows = column(sizes, 0 if joins_rows else 1)
-            # a result that is received in place, or x, which is sent from its place
-            gathered = _as_sent(usm) if not joins_rows else None
-            move = course.prepare(
-                agreement,
-                lambda: Redistribution(wire, usm, shares, [width], rows, batch, gathered=gathered, keep=joins_rows),
-                fresh=joins_rows,
-            )
-            if joins_rows:
-                course.run(move.pack, [usm])
-                course.share(move.start_to_gathered)
-                course.share(move.wait)
-                (result,) = move.views
+        if ranks.size > 1:
+            link = mpi.link(ranks, usm.sycl_queue, exchange=exchange, node_size=node_size)
+            if to_heads:
+                what = _to_heads(usm, blocks_of(split(heads, ranks.size)), column(sizes, 0))
+                _, (result,) = _path.run(function, agreement, link, what)
             else:
-                if gathered is None:
-                    course.run(_copy_as_sent, usm, move.views[0])
-                course.share(move.start_to_local)
-                course.share(move.wait)
-                result = course.run(empty_like, usm, (batch, rows[comm.rank], sum(column(sizes, 0)), width))
-                course.run(move.unpack, [result])
-            course.confirm()
+                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank)
+                results, _ = _path.run(function, agreement, link, what)
+                result = results["x"]
         return from_usm(permute(result, inverse(axes)), x)
+
+
+def _to_heads(x: Any, heads: Share, rows: tuple[int, ...]) -> Description:
+    """One item to heads and none back: the result is received in place."""
+    item = Item("x", heads, rows, x.shape[3], x.dtype)
+    lists = Lists((item,), ())
+    return Description("", x, x.shape[0], [lists], lambda: ({"x": x}, {}), lambda _, arrays: arrays["x"], keep=True)
+
+
+def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], rank: int) -> Description:
+    """No item to heads and one back: what is sent is x in its place, or else a copy."""
+    batch, _, _, width = x.shape
+    lists = Lists((), (Item("x", heads, rows, width, x.dtype),))
+    in_place = _as_sent(x)
+
+    def begin() -> tuple[Arrays, Arrays]:
+        return {}, {"x": empty_like(x, (batch, rows[rank], sum(count for _, count in heads), width))}
+
+    def copy(_: int, arrays: Arrays) -> None:
+        if in_place is None:
+            with stage("pack"):
+                copy_arrays([x], [arrays["x"]])
+
+    return Description("", x, batch, [lists], begin, copy, by_heads=in_place)
 
 
 def _as_sent(x: Any) -> Any:
@@ -244,11 +257,6 @@ def _as_sent(x: Any) -> Any:
     strides = (heads * width, batch * heads * width, width, 1)
     as_sent = all(n <= 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True))
     return view(x, 0, (x.size,), (1,)) if as_sent and not x._element_offset else None
-
-
-def _copy_as_sent(x: Any, target: Any) -> None:
-    with stage("pack"):
-        copy_arrays([x], [target])
 
 
 def order_ranks(comm: Any = None) -> Any:

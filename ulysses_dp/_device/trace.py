@@ -79,8 +79,10 @@ class Trace:
         if comm is None:
             events = self._events(rank, time.perf_counter())
         else:
-            rank = mpi.meet(comm)
-            everyone = mpi.share_object(comm, self._events(rank, time.perf_counter()))
+            ranks = mpi.resolve_comm("Trace.save", comm)
+            rank = ranks.rank
+            mpi.meet(ranks)
+            everyone = mpi.share_object(ranks, self._events(rank, time.perf_counter()))
             events = [event for of_rank in everyone for event in of_rank]
         if rank == 0:
             first = min((event["ts"] for event in events if "ts" in event), default=0.0)

@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # what a call may raise; anything else arrives as a RuntimeError, since its constructor may want more than a message
-_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError, ImportError)}
+_EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError, ImportError, OSError)}
 _T = TypeVar("_T")
 _SIZES = 2  # the most sizes that a call needs: the record of a rank has a fixed length
+_LONGEST = 2000  # characters of a text that travels: what a user passes may have a text of any length
+
+
+class CallKey(NamedTuple):
+    """By what a rank knows a call for which it has the memory."""
+
+    digest: int  # the same on all ranks
+    memory: Any  # what else the memory of this rank depends on: its queue, its route
 
 
 class Agreement(NamedTuple, Generic[_T]):
@@ -30,7 +38,7 @@ class Agreement(NamedTuple, Generic[_T]):
 
     sizes: list[tuple[int, ...]]  # the sizes of every rank
     result: _T  # of the checks of this rank
-    call: tuple[int, Any]  # its digest, the same on all ranks, and the place of this rank's memory
+    key: CallKey
     repeated: bool  # whether all ranks have the memory of the same call
 
 
@@ -40,15 +48,22 @@ class Checked(NamedTuple, Generic[_T]):
     sizes: tuple[int, ...]  # at most two that may differ between ranks
     common: dict[str, Any]  # by name, what must be the same on all ranks
     result: _T  # for this rank
-    place: Any  # what else the memory of this rank depends on: its queue, its route
+    memory_key: Any  # see `CallKey`
 
 
-def agree(comm: Any, function: str, check: Callable[[], Checked[_T]]) -> Agreement[_T]:
+class _Failure(NamedTuple):
+    """What another rank is told of an exception: the name of its type here, and its message."""
+
+    name: str
+    message: str
+
+
+def agree(ranks: mpi.Ranks, function: str, check: Callable[[], Checked[_T]]) -> Agreement[_T]:
     """Run the checks of this rank and let all ranks agree on the outcome. Collective.
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Intracomm
+    ranks : Ranks
         The ranks of the call.
     function : str
         Name of the public function, for messages; ranks that call different functions disagree.
@@ -67,30 +82,32 @@ def agree(comm: Any, function: str, check: Callable[[], Checked[_T]]) -> Agreeme
     error: Exception | None = None
     with stage("agree"):
         try:
-            sizes, common, result, place = check()
+            sizes, common, result, memory_key = check()
+            texts = {"function": function} | {name: _text(value) for name, value in common.items()}
         except Exception as caught:  # whatever it is, the other ranks must hear of it
-            if comm.size == 1:
-                raise _as_ours(f"{function}: {caught}", caught) from caught
-            error, sizes, common, place = caught, (), {}, None
-        if comm.size == 1:
-            return Agreement([sizes], result, (0, None), True)
-        common = {"function": function} | {name: str(value) for name, value in common.items()}
-        last_call, last_place = prepared((comm.handle, function))
-        last_call *= last_place == place
-        record = (error is not None, _digest(repr(common).encode()), *sizes, *(_SIZES - len(sizes)) * (0,), last_call)
-        records = mpi.share_record(comm, record)
+            if ranks.size == 1:
+                raise _as_ours(function, _describe(caught)) from caught
+            error, sizes, texts, memory_key = caught, (), {"function": function}, None
+        if ranks.size == 1:
+            return Agreement([sizes], result, CallKey(0, None), True)
+        last_digest, last_memory = prepared((ranks.handle, function))
+        if last_memory != memory_key:
+            last_digest = 0
+        failed = 0 if error is None else 1
+        record = (failed, _digest(repr(texts)), *sizes, *(_SIZES - len(sizes)) * (0,), last_digest)
+        records = mpi.share_record(ranks, record)
     if records[:, 0].any() or (records[:, 1] != records[0, 1]).any():
-        _raise_everywhere(comm, function, error, common)
-    call = _digest(records[:, :-1].tobytes())
+        _raise_everywhere(ranks, function, error, texts)
+    key = CallKey(_number(records[:, :-1].tobytes()), memory_key)
     everyone = [tuple(map(int, record[2 : 2 + len(sizes)])) for record in records]
-    return Agreement(everyone, result, (call, place), bool((records[:, -1] == call).all()))
+    return Agreement(everyone, result, key, bool((records[:, -1] == key.digest).all()))
 
 
-class Course:
+class CollectiveCall:
     """The steps of one collective call on this rank, after the agreement: a step that fails must not keep others waiting."""
 
-    def __init__(self, comm: Any, function: str) -> None:
-        self._comm, self._function = comm, function
+    def __init__(self, ranks: mpi.Ranks, function: str) -> None:
+        self._ranks, self._function = ranks, function
         self._error: Exception | None = None
 
     def prepare(self, agreement: Agreement[Any], allocate: Callable[[], _T], *, fresh: bool = False) -> _T:
@@ -102,54 +119,91 @@ class Course:
             return allocate()
         before = evictions()
         with stage("prepare"):
-            result = self.run(allocate)
+            result = self.local(allocate)
         self.confirm()
         if evictions() == before:  # otherwise the next call has to ask for memory again
-            set_prepared((self._comm.handle, self._function), agreement.call)
+            set_prepared((self._ranks.handle, self._function), agreement.key)
         return result  # type: ignore[return-value]  # all ranks have it, or confirm has raised
 
-    def run(self, step: Callable[..., _T], *arguments: Any, **options: Any) -> _T | None:
-        """Run a step, unless one failed before."""
+    def local(self, step: Callable[..., _T], *arguments: Any) -> _T | None:
+        """Do what this rank does alone, unless something failed before."""
         if self._error is None:
             try:
-                return step(*arguments, **options)
+                return step(*arguments)
             except Exception as caught:  # the other ranks wait for this one in an exchange
                 self._error = caught
         return None
 
-    def share(self, exchange: Callable[[], object]) -> None:
-        """Take part in an exchange, whatever failed before."""
+    def exchange(self, step: Callable[[], object]) -> None:
+        """Take part in what all ranks do together, whatever failed before."""
         try:
-            exchange()
+            step()
         except Exception as caught:
             self._error = self._error or caught
 
     def confirm(self) -> None:
         """Raise on all ranks what a step raised on the lowest rank where one did. Collective."""
         with stage("confirm"):
-            failed = mpi.any_rank(self._comm, self._error is not None)
+            failed = mpi.any_rank(self._ranks, self._error is not None)
         if failed:
-            _raise_everywhere(self._comm, self._function, self._error, {})
+            _raise_everywhere(self._ranks, self._function, self._error, {})
 
 
-def _as_ours(message: str, error: Exception) -> Exception:
-    return _EXCEPTIONS.get(type(error).__name__, RuntimeError)(message)
+def on_all_ranks(ranks: mpi.Ranks, function: str, step: Callable[[], _T]) -> _T:
+    """Do something on this rank; raise on all ranks if it fails on any. Collective."""
+    call = CollectiveCall(ranks, function)
+    result = call.local(step)
+    call.confirm()
+    return result  # type: ignore[return-value]  # all ranks have it, or confirm has raised
 
 
-def _raise_everywhere(comm: Any, function: str, error: Exception | None, common: dict[str, str]) -> None:
+def _describe(error: Exception) -> _Failure:
+    """How the other ranks hear of an exception: with its type, if that is not one that a call raises, and its text."""
+    name = next((base.__name__ for base in type(error).__mro__ if _EXCEPTIONS.get(base.__name__) is base), "")
+    try:
+        text = _shorten(_text(error))
+    except Exception as second:
+        text = f"its text cannot be made: {type(second).__name__}"
+    if name != type(error).__name__:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return _Failure(name, text)
+
+
+def _as_ours(prefix: str, failure: _Failure) -> Exception:
+    return _EXCEPTIONS.get(failure.name, RuntimeError)(f"{prefix}: {failure.message}")
+
+
+def _raise_everywhere(ranks: mpi.Ranks, function: str, error: Exception | None, texts: dict[str, str]) -> None:
     """Raise the error of the lowest rank that has one, or say what differs; the same on every rank."""
-    verdicts = mpi.share_object(comm, (type(error).__name__, str(error), common) if error else (None, "", common))
-    for rank, (name, message, _) in enumerate(verdicts):
-        if name is not None:
-            raise _EXCEPTIONS.get(name, RuntimeError)(f"{function}: rank {rank}: {message}") from error
-    for name in dict.fromkeys(name for _, _, theirs in verdicts for name in theirs):
+    shortened = {name: _shorten(text) for name, text in texts.items()}
+    verdicts = mpi.share_object(ranks, (_describe(error) if error else None, shortened))
+    for rank, (failure, _) in enumerate(verdicts):
+        if failure is not None:
+            raise _as_ours(f"{function}: rank {rank}", failure) from error
+    for name in dict.fromkeys(name for _, theirs in verdicts for name in theirs):
         values: dict[str, list[int]] = {}
-        for rank, (_, _, theirs) in enumerate(verdicts):
+        for rank, (_, theirs) in enumerate(verdicts):
             values.setdefault(theirs.get(name, "nothing"), []).append(rank)
         if len(values) > 1:
-            given = ", ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in values.items())
+            given = ", ".join(f"{value} on rank {', '.join(map(str, whose))}" for value, whose in values.items())
             raise ValueError(f"{function}: {name} must be the same on all ranks, not {given}")
 
 
-def _digest(content: bytes) -> int:
+def _text(thing: Any) -> str:
+    """The text of anything, as a plain str: a class of the user's might not survive the way."""
+    return str.__str__(str(thing))
+
+
+def _shorten(text: str) -> str:
+    """A text of limited length, which texts that differ keep different."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}… ({len(text)} characters with digest {_digest(text):x})"
+
+
+def _digest(text: str) -> int:
+    return _number(text.encode(errors="surrogatepass"))
+
+
+def _number(content: bytes) -> int:
     return int.from_bytes(blake2b(content, digest_size=7).digest(), "little")

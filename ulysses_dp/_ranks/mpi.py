@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,144 +68,171 @@ def _mpi_reaches_level_zero() -> bool:
 def gather_text(text: str) -> str:
     """The texts of all processes on rank 0, an empty string elsewhere; this text alone where there is no MPI."""
     try:
-        world = _mpi().COMM_WORLD
+        mpi = _mpi()
     except (ImportError, RuntimeError):
         return text
-    if world.size == 1:
+    world = mpi.COMM_WORLD
+    if not mpi.Is_initialized() or mpi.Is_finalized() or world.size == 1:
         return text
     texts = world.gather(text)
     return "\n\n".join(f"rank {rank}\n{x}" for rank, x in enumerate(texts)) if texts else ""
 
 
-def resolve_comm(function: str, comm: Any, name: str = "comm") -> Any:
-    """The communicator to use, with the same ranks; raises on this rank alone: without one, no other rank can be told."""
+def resolve_comm(function: str, comm: Any, name: str = "comm") -> Ranks:
+    """The ranks of a call; raises on this rank alone: without a communicator, no other rank can be told."""
     mpi = _mpi()
+    if not mpi.Is_initialized() or mpi.Is_finalized():
+        when = "is over: MPI_Finalize was called" if mpi.Is_finalized() else "has not started: MPI_Init was not called"
+        raise RuntimeError(f"{function}: MPI {when}")
     if comm is None:
-        return _private(mpi.COMM_WORLD)
+        comm = mpi.COMM_WORLD
     if not isinstance(comm, mpi.Comm):
         raise TypeError(f"{function}: {name} must be an mpi4py communicator or None, not {type(comm).__name__}")
     if comm == mpi.COMM_NULL:
         raise ValueError(f"{function}: {name} is MPI.COMM_NULL: it was freed, or this process is not a member")
     if comm.Is_inter():
         raise ValueError(f"{function}: {name} is an intercommunicator; an intracommunicator is expected")
-    return _private(comm)
+    ranks = comm.Get_attr(_keyval())
+    if ranks is None:
+        ranks = Ranks(comm.Dup())
+        comm.Set_attr(_keyval(), ranks)
+    return ranks
 
 
 @cache
 def _keyval() -> int:
-    """The key under which a communicator keeps its private duplicate, which is freed with it, and so is its memory."""
+    """The key under which a communicator keeps its `Ranks`, which are freed with it, and so is their memory."""
 
-    def free(comm: Any, key: int, duplicate: Any) -> None:
-        release(duplicate.handle)
-        _node_sizes.pop(duplicate.handle, None)
-        for part in _levels.pop(duplicate.handle, {}).values():
-            for piece in part:
-                piece.Free()
-        duplicate.Free()
+    def free(comm: Any, key: int, ranks: Ranks) -> None:
+        ranks.free()
 
     return _mpi().Comm.Create_keyval(delete_fn=free)
 
 
-def _private(comm: Any) -> Any:
-    """A duplicate for this package alone: collectives of the user that are still under way cannot be taken for ours.
+class Ranks:
+    """What this package keeps with a communicator of the user.
 
-    Made by the first call on a communicator. All ranks are in that call, and the library frees what it keeps at the end.
+    Its ranks are those of a duplicate for this package alone: collectives of the user that are still under way cannot be taken
+    for ours. Made by the first call on a communicator. All ranks are in that call, and the library frees what it keeps at the
+    end.
     """
-    duplicate = comm.Get_attr(_keyval())
-    if duplicate is None:
-        duplicate = comm.Dup()
-        comm.Set_attr(_keyval(), duplicate)
-    return duplicate
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self.rank, self.size, self.handle = comm.rank, comm.size, comm.handle
+        self._node_size: int | None = None
+        self._steps: dict[int, tuple[Any, Any]] = {}
+
+    def node_size(self, wish: Any) -> int:
+        """The size of a node; collective for the first time if it is "auto": then it is found out.
+
+        That is how many consecutive ranks share memory, if that is the same for all nodes, or 1.
+        """
+        if wish != "auto":
+            return int(wish)
+        if self._node_size is None:
+            node = self.comm.Split_type(_mpi().COMM_TYPE_SHARED, self.rank)
+            first, size = node.bcast(self.rank), node.size
+            node.Free()
+            everywhere = self.comm.allgather((size, first))
+            regular = all(n == size and start == rank // size * size for rank, (n, start) in enumerate(everywhere))
+            self._node_size = size if regular else 1
+        return self._node_size
+
+    def steps(self, node_size: int) -> tuple[Any, Any]:
+        """For two steps: the ranks of this node, and those with the number of this one on their nodes.
+
+        Collective for the first time.
+        """
+        if node_size not in self._steps:
+            within = self.comm.Split(self.rank // node_size, self.rank)
+            self._steps[node_size] = within, self.comm.Split(self.rank % node_size, self.rank)
+        return self._steps[node_size]
+
+    def free(self) -> None:
+        """Give back everything."""
+        release(self.handle)
+        for steps in self._steps.values():
+            for comm in steps:
+                comm.Free()
+        self.comm.Free()
 
 
-# by the handle of a private duplicate, and by the size of a node
-_levels: dict[int, dict[int, tuple[Any, Any]]] = {}
-_node_sizes: dict[int, int] = {}
-
-
-def _levels_of(comm: Any, node_size: int) -> tuple[Any, Any]:
-    known = _levels.setdefault(comm.handle, {})
-    if node_size not in known:
-        known[node_size] = comm.Split(comm.rank // node_size, comm.rank), comm.Split(comm.rank % node_size, comm.rank)
-    return known[node_size]
-
-
-def _ranks_per_node(comm: Any) -> int:
-    """How many consecutive ranks share memory, if that is the same for all nodes, or 1; collective for the first time."""
-    if comm.handle in _node_sizes:
-        return _node_sizes[comm.handle]
-    node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
-    first, size = node.bcast(comm.rank), node.size
-    node.Free()
-    everywhere = comm.allgather((size, first))
-    regular = all(n == size and start == rank // size * size for rank, (n, start) in enumerate(everywhere))
-    _node_sizes[comm.handle] = size if regular else 1
-    return _node_sizes[comm.handle]
-
-
-def ordered(comm: Any) -> Any:
+def ordered(ranks: Ranks) -> Any:
     """A new communicator with the ranks of each node, and of each device of it, one after the other."""
+    comm = ranks.comm
     node = comm.Split_type(_mpi().COMM_TYPE_SHARED, comm.rank)
     on_node = local_rank()
     first = node.allreduce(comm.rank, _mpi().MIN)  # the number of the node, by its lowest rank
-    places = comm.allgather((first, on_node, comm.rank))
+    positions = comm.allgather((first, on_node, comm.rank))
     node.Free()
-    return comm.Split(0, sorted(places).index(places[comm.rank]))
+    return comm.Split(0, sorted(positions).index(positions[comm.rank]))
 
 
-def share_record(comm: Any, record: tuple[int, ...]) -> np.ndarray:
+def share_record(ranks: Ranks, record: tuple[int, ...]) -> np.ndarray:
     """The records of all ranks, one row each; all must have the same length."""
     mine = np.array(record, dtype=np.int64)
-    everyone = np.empty((comm.size, mine.size), dtype=np.int64)
-    comm.Allgather(mine, everyone)
+    everyone = np.empty((ranks.size, mine.size), dtype=np.int64)
+    ranks.comm.Allgather(mine, everyone)
     return everyone
 
 
-def share_object(comm: Any, thing: Any) -> list[Any]:
+def share_object(ranks: Ranks, thing: Any) -> list[Any]:
     """Any small object of every rank, by pickle: for messages about errors."""
-    return comm.allgather(thing)
+    return ranks.comm.allgather(thing)
 
 
-def meet(comm: Any) -> int:
-    """Wait for all ranks; returns the number of this one."""
-    comm.Barrier()
-    return int(comm.rank)
+def meet(ranks: Ranks) -> None:
+    """Wait for all ranks."""
+    ranks.comm.Barrier()
 
 
-def any_rank(comm: Any, here: bool) -> bool:
+def any_rank(ranks: Ranks, here: bool) -> bool:
     """Whether something is so on any rank."""
     mine, anywhere = np.array([here], dtype=np.int8), np.empty(1, dtype=np.int8)
-    comm.Allreduce(mine, anywhere, _mpi().MAX)
+    ranks.comm.Allreduce(mine, anywhere, _mpi().MAX)
     return bool(anywhere[0])
 
 
-def join(comm: Any, numbers: Any) -> np.ndarray:
+def join(ranks: Ranks, numbers: Any) -> np.ndarray:
     """Some numbers of every rank, one after the other."""
-    return np.concatenate(comm.allgather(numbers))
+    return np.concatenate(ranks.comm.allgather(numbers))
 
 
-class Wire(NamedTuple):
-    """How arrays travel."""
+class Link(NamedTuple):
+    """How the arrays of a call travel."""
 
-    comm: Any
+    ranks: Ranks
     route: Route
+    node_size: int  # consecutive ranks; if more than 1, and not all, in two steps
     blocking: bool  # whether exchanges are over when they have started
-    node_size: int  # consecutive ranks
-    levels: tuple[Any, ...]  # for two steps: the ranks of this node, and those with the number of this one on their nodes
+
+    @property
+    def two_steps(self) -> bool:
+        """Whether everything travels within nodes first, and then between them."""
+        return 1 < self.node_size < self.ranks.size
 
 
-def wire(comm: Any, route: Route, node_size: Any, *, blocking: bool = True) -> Wire:
-    """The ways between ranks; collective for the first time if it is in two steps, or to find out the size of a node."""
-    size = _ranks_per_node(comm) if node_size == "auto" else node_size
-    return Wire(comm, route, blocking, size, _levels_of(comm, size) if 1 < size < comm.size else ())
+def link(ranks: Ranks, queue: Any, *, exchange: str = "auto", node_size: Any = 1, blocking: bool = True) -> Link:
+    """The way between ranks for memory of a queue; collective for the first time in two steps, or to find out the node size."""
+    new = Link(ranks, choose_route(queue, exchange), ranks.node_size(node_size), blocking)
+    if new.two_steps:
+        ranks.steps(new.node_size)
+    return new
 
 
-class Side(NamedTuple):
+@cache
+def most_elements() -> float:
+    """The largest count and displacement that the MPI library takes: before MPI 4, they are ints of C."""
+    return math.inf if _mpi().Get_version() >= (4, 0) else 2**31 - 1
+
+
+class ExchangeBuffer(NamedTuple):
     """What one rank exchanges with every rank, in blocks of one flat USM array."""
 
     array: Any
     counts: tuple[int, ...]  # elements of the block for or from every rank; 0 for this one
-    places: tuple[int, ...]  # where the blocks start
+    displacements: tuple[int, ...]
     own: slice  # the block that does not travel
     host: Any  # a copy of the array in host memory, through which the bytes go; or None
 
@@ -212,7 +240,7 @@ class Side(NamedTuple):
 class AllToAll:
     """One all-to-all: between its start and its end, both arrays are MPI's."""
 
-    def __init__(self, name: str, comm: Any, source: Side, target: Side) -> None:
+    def __init__(self, name: str, comm: Any, source: ExchangeBuffer, target: ExchangeBuffer) -> None:
         self._comm, self._source, self._target = comm, source, target
         self._itemsize = itemsize = source.array.dtype.itemsize
         self._stage = stage(
@@ -237,7 +265,7 @@ class AllToAll:
             self._error = error
         # elements, not bytes, are counted: an int holds two to eight times as many
         element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[self._itemsize]
-        send, receive = ([_buffer(side), (side.counts, side.places), element] for side in (source, target))
+        send, receive = ([_memory(x), (x.counts, x.displacements), element] for x in (source, target))
         if blocking:
             self._comm.Alltoallv(send, receive)
             self.wait()
@@ -266,8 +294,8 @@ def _copy_others(source: Any, target: Any, own: slice) -> None:
     target.sycl_queue.wait()
 
 
-def _buffer(side: Side) -> Any:
+def _memory(buffer: ExchangeBuffer) -> Any:
     """The memory of a contiguous USM array as mpi4py takes it. mpi4py cannot ask for it by itself: dpctl refuses the DLPack
     stream that it asks with. The address does not keep the array alive, the caller does."""
-    x = side.array if side.host is None else side.host
+    x = buffer.array if buffer.host is None else buffer.host
     return _mpi().buffer.fromaddress(x._pointer, x.nbytes)

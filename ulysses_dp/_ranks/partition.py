@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
 
 def split(n: int, parts: int) -> tuple[int, ...]:
     """Sizes of `parts` blocks of `n` items; the first ``n % parts`` blocks have one more."""
-    return tuple(n // parts + (part < n % parts) for part in range(parts))
+    each, rest = divmod(n, parts)
+    return tuple(each + 1 if part < rest else each for part in range(parts))
 
 
 def starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -97,14 +100,53 @@ def kv_shares(heads: tuple[Heads, ...]) -> Share:
     return tuple((h.kv_start, h.kv_count) for h in heads)
 
 
-@dataclass(frozen=True)
-class Trade:
-    """One exchange between the two splits of arrays: by rows (the *local* side) and by heads (the *gathered* side).
+class Item(NamedTuple):
+    """An array of a call, as it travels between the two splits.
 
-    A row holds numbers for every rank: those of the rank's heads, of all arrays. On the local side a rank has its rows and the
-    numbers of all others, as one block per peer, each `(rows, batch, numbers of the peer)`. On the gathered side it has all
-    rows and its numbers, `(all rows, batch, numbers)`: the blocks of the peers in rank order, so nothing is unpacked there.
-    What a rank has for itself goes directly from its place on one side to that on the other.
+    By rows, a rank has its rows of all heads; by heads, it has all rows of its heads.
+    """
+
+    name: str
+    heads: Share  # of every rank by heads; they may overlap
+    rows: tuple[int, ...]  # of every rank by rows
+    width: int | None  # numbers of a head; None: a single one, in arrays (batch, heads, seq) as lse is
+    dtype: np.dtype
+
+    def columns(self, dtype: np.dtype) -> int:
+        """How many numbers of the dtype of its message a head has there: one of 32 bits is two of 16."""
+        return (1 if self.width is None else self.width) * self.dtype.itemsize // dtype.itemsize
+
+
+def trips(items: tuple[Item, ...]) -> list[tuple[Item, ...]]:
+    """The items by their rows: those that are split alike travel in one message."""
+    by_rows: dict[tuple[int, ...], list[Item]] = {}
+    for item in items:
+        by_rows.setdefault(item.rows, []).append(item)
+    return [tuple(trip) for trip in by_rows.values()]
+
+
+def dtype_of_message(items: tuple[Item, ...]) -> np.dtype:
+    """The dtype in which items travel together: the narrowest."""
+    return min((item.dtype for item in items), key=lambda dtype: dtype.itemsize)
+
+
+@lru_cache(maxsize=256)
+def transfer_of(rank: int, items: tuple[Item, ...], batch: int) -> Transfer:
+    """The exchange of items of the same rows."""
+    rows, dtype = items[0].rows, dtype_of_message(items)
+    columns = [(item.heads, item.columns(dtype)) for item in items]
+    sizes = tuple(sum(heads[peer][1] * width for heads, width in columns) for peer in range(len(rows)))
+    return Transfer(rank, rows, sizes, batch)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One exchange between the two splits of some arrays, by rows and by heads.
+
+    A row holds numbers for every rank: those of the rank's heads, of all arrays. By rows, a rank has its rows and the numbers
+    of all others, as one block per peer, each `(rows, batch, numbers of the peer)`. By heads, it has all rows and its numbers,
+    `(all rows, batch, numbers)`: the blocks of the peers in rank order, so nothing is unpacked there. What a rank has for
+    itself goes directly from its place in one split to that in the other.
     """
 
     rank: int
@@ -113,97 +155,93 @@ class Trade:
     batch: int
 
     @cached_property
-    def local_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the local side; none for this rank, whose block does not travel."""
+    def counts_by_rows(self) -> tuple[int, ...]:
+        """Elements of the block for or from every peer by rows; none for this rank, whose block does not travel."""
         rows = self.rows[self.rank] * self.batch
-        return tuple(rows * size * (peer != self.rank) for peer, size in enumerate(self.sizes))
+        return tuple(0 if peer == self.rank else rows * size for peer, size in enumerate(self.sizes))
 
     @cached_property
-    def gathered_counts(self) -> tuple[int, ...]:
-        """Elements of the block for or from every peer on the gathered side, where this rank has one, too."""
+    def counts_by_heads(self) -> tuple[int, ...]:
+        """Elements of the block for or from every peer by heads, where this rank has one, too."""
         return tuple(rows * self.batch * self.sizes[self.rank] for rows in self.rows)
 
     @property
-    def local_size(self) -> int:
-        """Elements of all blocks on the local side."""
+    def size_by_rows(self) -> int:
+        """Elements of all blocks by rows."""
         return self.rows[self.rank] * self.batch * (sum(self.sizes) - self.sizes[self.rank])
 
     @property
-    def gathered_size(self) -> int:
-        """Elements of all blocks on the gathered side."""
+    def size_by_heads(self) -> int:
+        """Elements of all blocks by heads."""
         return sum(self.rows) * self.batch * self.sizes[self.rank]
 
     @cached_property
-    def local(self) -> Counts:
-        """What travels of the local side."""
-        return _side([[count] for count in self.local_counts], self.rank)
+    def by_rows(self) -> Blocks:
+        """What travels of the buffer by rows."""
+        return _blocks([[count] for count in self.counts_by_rows], self.rank)
 
     @cached_property
-    def gathered(self) -> Counts:
-        """What travels of the gathered side: all but the block of this rank."""
-        return _side([[count] for count in self.gathered_counts], self.rank)
+    def by_heads(self) -> Blocks:
+        """What travels of the buffer by heads: all but the block of this rank."""
+        return _blocks([[count] for count in self.counts_by_heads], self.rank)
 
 
-class Levels:
-    """A trade in two steps: within groups of consecutive ranks, and between ranks with the same number in their groups.
+class TwoStep:
+    """A transfer in two steps: within groups of consecutive ranks, and between ranks with the same number in their groups.
 
-    Towards the gathered side, this rank, number l of group g, first gets from every member k of its group what k has for number
-    l of any group h: the block (k, h). Then it sends what it got for group h to its member there, in the order of the members,
-    in which the rows arrive. What is for a member of the group itself is already there, and what this rank has itself needs no
-    first step. Towards the local side, everything goes the same way back.
+    To heads, this rank, number l of group g, first gets from every member k of its group what k has for number l of any group
+    h: the block (k, h). Then it sends what it got for group h to its member there, in the order of the members, in which the
+    rows arrive. What is for a member of the group itself is already there, and what this rank has itself needs no first step.
+    To rows, everything goes the same way back.
 
     The buffers, in the order of blocks:
 
-        local     (k, h): what goes to member k of the own group, for it and for those with its number elsewhere
+        by rows   (k, h): what goes to member k of the own group, for it and for those with its number elsewhere
         members   (k, h) without k = l: what came from them
         groups    (h, k) without h = g: what goes to them
-        gathered  (h, k)
+        by heads  (h, k)
     """
 
-    def __init__(self, trade: Trade, group: int) -> None:
-        groups = len(trade.rows) // group
-        g, number = divmod(trade.rank, group)
-        self.group, self._own = g, number
-        local = [[trade.local_counts[h * group + k] for h in range(groups)] for k in range(group)]
-        self.widths = tuple(trade.batch * trade.sizes[h * group + number] for h in range(groups))
-        self.rows = tuple(trade.rows[g * group + k] for k in range(group))
+    def __init__(self, transfer: Transfer, group: int) -> None:
+        groups = len(transfer.rows) // group
+        g, number = divmod(transfer.rank, group)
+        to_members = [[transfer.counts_by_rows[h * group + k] for h in range(groups)] for k in range(group)]
+        self.widths = tuple(transfer.batch * transfer.sizes[h * group + number] for h in range(groups))
+        self.rows = tuple(transfer.rows[g * group + k] for k in range(group))
         block = [[rows * width for width in self.widths] for rows in self.rows]
         block[number][g] = 0
         members = [blocks if k != number else [0] * groups for k, blocks in enumerate(block)]
         between = [[block[k][h] if h != g else 0 for k in range(group)] for h in range(groups)]
 
-        in_local = starts(_flat(local))
-        self.local_places = tuple(in_local[k * groups + h] for h in range(groups) for k in range(group))
-        self.local = _side(local, number)
-        self.members = _side(members, number)
-        self.groups = _side(between, g)
-        gathered = [[trade.gathered_counts[h * group + k] for k in range(group)] for h in range(groups)]
-        self.gathered = _side(gathered, g)
+        in_rows = starts(_flat(to_members))
+        self.starts_by_rows = tuple(in_rows[k * groups + h] for h in range(groups) for k in range(group))
+        self.by_rows = _blocks(to_members, number)
+        self.members = _blocks(members, number)
+        self.groups = _blocks(between, g)
+        gathered = [[transfer.counts_by_heads[h * group + k] for k in range(group)] for h in range(groups)]
+        self.by_heads = _blocks(gathered, g)
 
         in_members, in_groups = starts(_flat(members)), starts(_flat(between))
-        in_gathered = starts(trade.gathered_counts)
-        # where block (k, h) is in local or members, and where it is in groups or gathered
+        in_heads = starts(transfer.counts_by_heads)
+        # Of every block (k, h) the buffer and the start, before and after the turn between the steps. The buffers are numbered:
+        # 0 are members and groups, 1 are those by rows and by heads, which hold what skips a step.
         self.blocks = tuple(
             (
                 (k, h),
-                self.local_places[h * group + k] if k == number else in_members[k * groups + h],
-                in_gathered[h * group + k] if h == g else in_groups[h * group + k],
+                (1, self.starts_by_rows[h * group + k]) if k == number else (0, in_members[k * groups + h]),
+                (1, in_heads[h * group + k]) if h == g else (0, in_groups[h * group + k]),
             )
             for k in range(group)
             for h in range(groups)
             if (k, h) != (number, g)
         )
 
-    def is_own(self, member: int, group: int) -> tuple[bool, bool]:
-        """Whether a block is in local, not in members; and whether it is in gathered, not in groups."""
-        return member == self._own, group == self.group
 
-
-class Counts(NamedTuple):
+class Blocks(NamedTuple):
     """The blocks of a buffer, as they travel."""
 
     counts: tuple[int, ...]  # for every rank of the step; 0 for this one
-    places: tuple[int, ...]
+    displacements: tuple[int, ...]
     own: slice  # what does not travel
     size: int  # of the buffer
 
@@ -212,25 +250,11 @@ def _flat(blocks: list[list[int]]) -> tuple[int, ...]:
     return tuple(chain.from_iterable(blocks))
 
 
-def _side(blocks: list[list[int]], own: int) -> Counts:
+def _blocks(blocks: list[list[int]], own: int) -> Blocks:
     sums = tuple(map(sum, blocks))
-    places = starts(sums)
-    counts = tuple(count * (n != own) for n, count in enumerate(sums))
-    return Counts(counts, places, slice(places[own], places[own] + sums[own]), sum(sums))
-
-
-@lru_cache(maxsize=256)
-def levels_of(trade: Trade, group: int) -> Levels:
-    """The two steps of a trade."""
-    return Levels(trade, group)
-
-
-@lru_cache(maxsize=256)
-def trade_of(rank: int, rows: tuple[int, ...], shares: tuple[Share, ...], widths: tuple[int, ...], batch: int) -> Trade:
-    """The exchange of arrays of which every rank gets these heads, of these widths."""
-    pairs = list(zip(shares, widths, strict=True))
-    sizes = tuple(sum(share[peer][1] * width for share, width in pairs) for peer in range(len(rows)))
-    return Trade(rank, rows, sizes, batch)
+    displacements = starts(sums)
+    counts = tuple(0 if n == own else count for n, count in enumerate(sums))
+    return Blocks(counts, displacements, slice(displacements[own], displacements[own] + sums[own]), sum(sums))
 
 
 def column(table: Sequence[tuple[int, ...]], index: int) -> tuple[int, ...]:

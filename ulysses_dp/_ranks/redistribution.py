@@ -4,154 +4,194 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import lru_cache, partial
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ulysses_dp.kernels.launch import place
 from ulysses_dp.kernels.relayout import Panel, relayout, source_at, target_at
 
-from .._device.arrays import view
+from .._device.arrays import tensor, view
+from .._device.copies import copy_arrays
 from .._device.trace import note, stage
 from .._device.workspace import empty_like, scratch
 from . import mpi
-from .partition import Counts, levels_of, trade_of
+from .partition import Item, TwoStep, dtype_of_message, transfer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from .partition import Share, Trade
+    import numpy as np
+
+    from .partition import Blocks, Transfer
+
+BY_ROWS, BY_HEADS = range(2)  # the numbers of the two buffers where both are sources, or targets, of a copy
 
 
 class Redistribution:
-    """Some arrays in their two splits, by rows and by heads, with the buffers of this rank and the ways between them.
+    """Items of the same rows in their two splits, by rows and by heads: the buffers of this rank, and the ways between them.
 
     Every way is one relayout pass and one message to every other rank. What this rank has for itself is copied directly between
-    the arrays and the buffer of the gathered side: through MPI, it would be copied once more.
+    the arrays and the buffer by heads: through MPI, it would be copied once more.
 
     Parameters
     ----------
-    wire : Wire
+    link : Link
         The ranks, and the way to them. In two steps, every number travels twice and is copied once more, but a rank sends
         ``node_size + P / node_size - 2`` messages instead of ``P - 1``.
     like : usm_ndarray
-        Has the queue, and the dtype if none is given.
-    shares : sequence of Share
-        Per array, which of its heads each rank has on the gathered side; they may overlap.
-    widths : sequence of int
-        Numbers of a head, per array.
-    rows : tuple of int
-        Rows that every rank has on the local side.
+        Has the queue.
+    items : tuple of Item
+        What travels in one message.
     batch : int
         Batch of all arrays.
-    dtype : numpy.dtype, optional
-        Of the buffers.
     slot : str
         Of the scratch memory: redistributions that are under way at the same time need different ones.
-    gathered : usm_ndarray, optional
-        Flat memory of the gathered side that there is already.
+    by_heads : usm_ndarray, optional
+        Flat memory by heads that there is already.
     keep : bool
         Receive into new memory, not into scratch memory.
     """
 
     def __init__(
         self,
-        wire: mpi.Wire,
+        link: mpi.Link,
         like: Any,
-        shares: Sequence[Share],
-        widths: Sequence[int],
-        rows: tuple[int, ...],
+        items: tuple[Item, ...],
         batch: int,
         *,
-        dtype: Any = None,
         slot: str = "",
-        gathered: Any = None,
+        by_heads: Any = None,
         keep: bool = False,
     ) -> None:
-        shares, widths = tuple(shares), tuple(widths)
-        comm = wire.comm
-        self._blocking = wire.blocking
-        trade = trade_of(comm.rank, rows, shares, widths, batch)
-        dtype, queue = np.dtype(dtype or like.dtype), like.sycl_queue
+        ranks, queue = link.ranks, like.sycl_queue
+        self._link, self._queue, self._layout = link, queue, layout_of(ranks.rank, items, batch, link)
+        layout = self._layout
+        _check_numbers(layout, link)
 
         def memory(name: str, size: int, usm_type: str = "device") -> Any:
-            return scratch(queue, f"{name} {slot}", (size,), dtype, usm_type, owner=comm.handle)
+            return scratch(queue, f"{name} {slot}", (size,), layout.dtype, usm_type, owner=ranks.handle)
 
-        def side(name: str, array: Any, counts: Counts) -> mpi.Side:
-            return mpi.Side(array, *counts[:3], memory(f"host {name}", counts.size, "host") if by_host else None)
+        def buffer(name: str, array: Any, blocks: Blocks) -> mpi.ExchangeBuffer:
+            host = memory(f"host {name}", blocks.size, "host") if link.route.name == "host" else None
+            return mpi.ExchangeBuffer(array, blocks.counts, blocks.displacements, blocks.own, host)
 
-        by_host, size = wire.route.name == "host", trade.gathered_size
-        if gathered is None:
-            gathered = empty_like(like, (size,), dtype) if keep else memory("gathered", size)
-        self.gathered, self._local = gathered, memory("local", trade.local_size)
-        # the steps towards the gathered side
-        self._levels = levels_of(trade, wire.node_size) if wire.levels else None
-        if self._levels is None:
-            local, everyone = side("local", self._local, trade.local), side("gathered", gathered, trade.gathered)
-            self._steps, bases = [(comm, local, everyone)], trade.local.places
+        if by_heads is None:
+            size = layout.transfer.size_by_heads
+            by_heads = empty_like(like, (size,), layout.dtype) if keep else memory("by heads", size)
+        self._by_heads, self._by_rows = by_heads, memory("by rows", layout.transfer.size_by_rows)
+        # the steps to heads
+        two_step = layout.two_step
+        if two_step is None:
+            sides = (
+                buffer("by rows", self._by_rows, layout.transfer.by_rows),
+                buffer("by heads", by_heads, layout.transfer.by_heads),
+            )
+            self._steps = [(ranks.comm, *sides)]
         else:
-            there = self._levels
-            within, between = wire.levels
-            self._members, self._groups = memory("members", there.members.size), memory("groups", there.groups.size)
-            local, members = side("local", self._local, there.local), side("members", self._members, there.members)
-            groups, everyone = side("groups", self._groups, there.groups), side("gathered", gathered, there.gathered)
-            self._steps, bases = [(within, local, members), (between, groups, everyone)], there.local_places
-        self._layout = _Layout(trade, bases, shares, widths)
+            within, between = ranks.steps(link.node_size)
+            self._members, self._groups = memory("members", two_step.members.size), memory("groups", two_step.groups.size)
+            by_rows, members = (
+                buffer("by rows", self._by_rows, two_step.by_rows),
+                buffer("members", self._members, two_step.members),
+            )
+            groups, everyone = buffer("groups", self._groups, two_step.groups), buffer("by heads", by_heads, two_step.by_heads)
+            self._steps = [(within, by_rows, members), (between, groups, everyone)]
         self._rest: list[Callable[[], None]] = []
 
-    @property
-    def count(self) -> int:
-        """The number of arrays."""
-        return len(self._layout.widths)
+    def pack(self, arrays: Mapping[str, Any]) -> None:
+        """Copy the arrays of the items, with the rows of this rank, to where they travel from."""
+        with stage("pack"):
+            sources = [_in_message(item, arrays[item.name], self._layout.dtype) for item in self._layout.items]
+            panels = _pack_panels(self._layout, tuple(map(place, sources)))
+            self._relayout(sources, [self._by_rows, self._by_heads], panels)
 
-    @property
-    def views(self) -> list[Any]:
-        """The arrays on the gathered side, each (batch, all rows, heads of this rank, width)."""
-        trade, _, shares, widths = self._layout
-        size = trade.sizes[trade.rank]
+    def unpack(self, arrays: Mapping[str, Any]) -> None:
+        """Copy what has come to the arrays of the items, with the rows of this rank; these are dense in the last axis.
+
+        What several ranks have of one head is added up in rank order. If an array has another dtype than its item, it gets the
+        sum rounded; if no rank has any of its heads, zeros.
+        """
+        items = self._layout.items
+        given = [arrays[item.name] for item in items]
+        results = [
+            x if x.dtype == item.dtype else empty_like(x, x.shape, item.dtype) for item, x in zip(items, given, strict=True)
+        ]
+        targets = [_in_message(item, x, self._layout.dtype) for item, x in zip(items, results, strict=True)]
+        panels = _unpack_panels(self._layout, tuple(map(place, targets)))
+        with stage("unpack"):
+            self._relayout([self._by_rows, self._by_heads], targets, panels)
+        for item, x, result in zip(items, given, results, strict=True):
+            if not any(count for _, count in item.heads):
+                x[...] = 0
+            elif result is not x:
+                copy_arrays((result,), (x,))
+
+    def _relayout(self, sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel]) -> None:
+        transfer = self._layout.transfer
+        relayout(sources, targets, panels, rows=transfer.rows[transfer.rank], batch=transfer.batch)
+        note(passes=1)
+
+    def received(self) -> dict[str, Any]:
+        """The items as they came to the heads of this rank, by name: views of the buffer, or copies of what it cannot show."""
+        arrays = self.places()
+        for name, columns in self._wide():
+            copy_arrays((columns,), (as_columns(arrays[name], self._layout.dtype),))
+        return arrays
+
+    def places(self) -> dict[str, Any]:
+        """Where the items for the heads of this rank are computed, by name: (batch, all rows, heads of this rank, width).
+
+        A single number per head is (batch, heads, rows). If it is wider than the numbers of the message, it has memory of its
+        own, from which `fill` copies it.
+        """
+        arrays = {}
+        for item, columns in zip(self._layout.items, self._columns(), strict=True):
+            if item.width is not None:
+                arrays[item.name] = columns
+            elif item.name not in self._layout.wide:
+                arrays[item.name] = tensor.permute_dims(columns[..., 0], (0, 2, 1))
+            else:
+                batch, seq, heads, _ = columns.shape
+                arrays[item.name] = scratch(self._queue, f"{item.name} of all rows", (batch, heads, seq), item.dtype)
+        return arrays
+
+    def fill(self, arrays: Mapping[str, Any]) -> None:
+        """Copy what was computed in memory of its own to where it travels from; the rest is there already."""
+        for name, columns in self._wide():
+            copy_arrays((as_columns(arrays[name], self._layout.dtype),), (columns,))
+
+    def _columns(self) -> list[Any]:
+        """The items in the buffer by heads, (batch, all rows, heads of this rank, columns)."""
+        transfer = self._layout.transfer
+        size = transfer.sizes[transfer.rank]
         views, first = [], 0
-        for share, width in zip(shares, widths, strict=True):
-            count = share[trade.rank][1]
-            shape, strides = (trade.batch, sum(trade.rows), count, width), (size, trade.batch * size, width, 1)
-            views.append(view(self.gathered, first, shape, strides))
+        for item, width in zip(self._layout.items, self._layout.widths, strict=True):
+            count = item.heads[transfer.rank][1]
+            shape = transfer.batch, sum(transfer.rows), count, width
+            views.append(view(self._by_heads, first, shape, (size, transfer.batch * size, width, 1)))
             first += count * width
         return views
 
-    def pack(self, arrays: Sequence[Any]) -> None:
-        """Copy arrays of the local side, (batch, rows of this rank, heads, width), to where they travel from."""
-        with stage("pack"):
-            panels = _pack_panels(self._layout, tuple(map(place, arrays)))
-            self._relayout(arrays, [self._local, self.gathered], panels)
+    def _wide(self) -> Iterator[tuple[str, Any]]:
+        """The name and the columns of every item that needs memory of its own."""
+        if self._layout.wide:
+            for item, columns in zip(self._layout.items, self._columns(), strict=True):
+                if item.name in self._layout.wide:
+                    yield item.name, columns
 
-    def unpack(self, targets: Sequence[Any]) -> None:
-        """Copy what has come to arrays of the local side, which are dense in the last axis.
-
-        What several ranks have of one head is added up in rank order.
-        """
-        panels = _unpack_panels(self._layout, tuple(map(place, targets)))
-        with stage("unpack"):
-            self._relayout([self._local, self.gathered], targets, panels)
-
-    def _relayout(self, sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel]) -> None:
-        trade = self._layout.trade
-        relayout(sources, targets, panels, rows=trade.rows[trade.rank], batch=trade.batch)
-        note(passes=1)
-
-    def start_to_gathered(self) -> None:
+    def start_to_heads(self) -> None:
         """Send what was packed, receive all rows of the heads of this rank."""
-        self._start("scatter", self._steps, forth=True)
+        self._start("scatter", self._steps, to_heads=True)
 
-    def start_to_local(self) -> None:
-        """Send the gathered side, receive what `unpack` needs."""
-        self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], forth=False)
+    def start_to_rows(self) -> None:
+        """Send what is by heads, receive what `unpack` needs."""
+        self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], to_heads=False)
 
-    def _start(self, name: str, steps: list[tuple[Any, mpi.Side, mpi.Side]], *, forth: bool) -> None:
+    def _start(self, name: str, steps: list[tuple[Any, mpi.ExchangeBuffer, mpi.ExchangeBuffer]], *, to_heads: bool) -> None:
         first, *others = (mpi.AllToAll(name, *step) for step in steps)
         self._rest = [first.wait]
         for other in others:
-            self._rest += [partial(self._turn, forth=forth), partial(other.start, blocking=True)]
-        first.start(blocking=self._blocking)
+            self._rest += [partial(self._turn, to_heads=to_heads), partial(other.start, blocking=True)]
+        first.start(blocking=self._link.blocking)
 
     def wait(self) -> None:
         """Wait until what was started is over, if something was."""
@@ -164,104 +204,137 @@ class Redistribution:
         if failed is not None:
             raise failed
 
-    def _turn(self, *, forth: bool) -> None:
+    def _turn(self, *, to_heads: bool) -> None:
         """Between two steps: from the order of the members of this group to that of the groups, or back."""
-        levels, panels = self._levels, defaultdict(list)
-        assert levels is not None
-        for (member, group), *starts in levels.blocks:
-            width = levels.widths[group]
-            ends = [(int(end), start, width, 0, 0) for end, start in zip(levels.is_own(member, group), starts, strict=True)]
-            source, target = ends if forth else ends[::-1]
-            panels[levels.rows[member]].append(Panel(*source, 1, *target, 1, width))
-        sides = [self._members, self._local], [self._groups, self.gathered]
+        two_step, panels = self._layout.two_step, defaultdict(list)
+        assert two_step is not None
+        for (member, group), before, after in two_step.blocks:
+            width = two_step.widths[group]
+            source, target = (before, after) if to_heads else (after, before)
+            panels[two_step.rows[member]].append(Panel(*source, width, 0, 0, 1, *target, width, 0, 0, 1, width))
+        sides = [self._members, self._by_rows], [self._groups, self._by_heads]
         with stage("turn"):
             for rows, of_these in panels.items():
-                relayout(*(sides if forth else sides[::-1]), of_these, rows=rows, batch=1)
+                relayout(*(sides if to_heads else sides[::-1]), of_these, rows=rows, batch=1)
             note(passes=1)
 
 
-class _Block(NamedTuple):
-    """The heads of one array that one rank has on the gathered side, and the rows that this rank has on the local side."""
+def as_columns(x: Any, dtype: np.dtype) -> Any:
+    """A view of numbers (batch, heads, seq) in another dtype, (batch, seq, heads, columns): two of 16 bits for one of 32."""
+    batch, heads, seq = x.shape
+    columns = x.dtype.itemsize // dtype.itemsize
+    of_batch, of_head, of_row = (stride * columns for stride in x.strides)
+    return tensor.usm_ndarray(
+        (batch, seq, heads, columns),
+        dtype=dtype,
+        buffer=x.usm_data,
+        strides=(of_batch, of_row, of_head, 1),
+        offset=x._element_offset * columns,
+    )
 
-    array: int
+
+def _in_message(item: Item, x: Any, dtype: np.dtype) -> Any:
+    """An array of an item as its message holds it, (batch, rows, heads, columns)."""
+    return x if item.width is not None else as_columns(x, dtype)
+
+
+class _Layout:
+    """Where the items of one redistribution lie in its buffers: all that does not depend on their memory."""
+
+    def __init__(self, rank: int, items: tuple[Item, ...], batch: int, node_size: int) -> None:
+        self.items, self.dtype = items, dtype_of_message(items)
+        self.widths = tuple(item.columns(self.dtype) for item in items)
+        self.wide = {item.name for item in items if item.dtype != self.dtype}
+        self.transfer = transfer_of(rank, items, batch)
+        self.two_step = TwoStep(self.transfer, node_size) if node_size else None
+        # of the blocks of the ranks in the buffer by rows
+        self.starts = self.two_step.starts_by_rows if self.two_step else self.transfer.by_rows.displacements
+
+    def largest_number(self) -> int:
+        """The largest count or displacement that MPI gets for it."""
+        sides = [self.transfer.by_rows, self.transfer.by_heads]
+        if self.two_step:
+            sides = [self.two_step.by_rows, self.two_step.members, self.two_step.groups, self.two_step.by_heads]
+        return max(max(*blocks.counts, *blocks.displacements) for blocks in sides)
+
+
+@lru_cache(maxsize=256)
+def _layout(rank: int, items: tuple[Item, ...], batch: int, node_size: int) -> _Layout:
+    return _Layout(rank, items, batch, node_size)
+
+
+def layout_of(rank: int, items: tuple[Item, ...], batch: int, link: mpi.Link) -> _Layout:
+    """The layout of items for a rank."""
+    return _layout(rank, items, batch, link.node_size if link.two_steps else 0)
+
+
+def _check_numbers(layout: _Layout, link: mpi.Link) -> None:
+    """Check that the MPI library can count what every rank exchanges. All ranks know this of all, so all raise the same."""
+    transfer, most = layout.transfer, mpi.most_elements()
+    if max(max(transfer.rows) * sum(transfer.sizes), sum(transfer.rows) * max(transfer.sizes)) * transfer.batch <= most:
+        return
+    for rank in range(link.ranks.size):
+        n = layout_of(rank, layout.items, transfer.batch, link).largest_number()
+        if n > most:
+            raise NotImplementedError(
+                f"rank {rank} would exchange {n} numbers, and the MPI library counts to {most}: it needs one that has MPI 4"
+            )
+
+
+class _Block(NamedTuple):
+    """The heads of one item that one rank has by heads, and the rows that this rank has by rows."""
+
+    item: int
     first: int
     heads: int
     width: int
-    place: tuple[int, int, int, int, int]  # buffer, local or gathered; offset, strides of rows, batch and heads
-
-
-class _Layout(NamedTuple):
-    """Where arrays lie in the two buffers."""
-
-    trade: Trade
-    bases: tuple[int, ...]  # where the blocks of the ranks start on the local side
-    shares: tuple[Share, ...]
-    widths: tuple[int, ...]
+    position: tuple[int, int, int, int, int]  # the buffer; offset, strides of rows, batch and heads
 
 
 def _blocks(layout: _Layout) -> Iterator[_Block]:
-    """What there is of every array for or from every rank, in rank order."""
-    trade, bases, shares, widths = layout
-    for peer, base in enumerate(bases):
-        own = peer == trade.rank
-        size, start = trade.sizes[peer], trade.gathered.own.start if own else base
-        for number, (share, width) in enumerate(zip(shares, widths, strict=True)):
-            first, heads = share[peer]
-            yield _Block(number, first, heads, width, (int(own), start, trade.batch * size, size, width))
+    """What there is of every item for or from every rank, in rank order."""
+    transfer = layout.transfer
+    for peer, start in enumerate(layout.starts):
+        buffer, size = BY_ROWS, transfer.sizes[peer]
+        if peer == transfer.rank:
+            buffer, start = BY_HEADS, transfer.by_heads.own.start
+        for number, (item, width) in enumerate(zip(layout.items, layout.widths, strict=True)):
+            first, heads = item.heads[peer]
+            yield _Block(number, first, heads, width, (buffer, start, transfer.batch * size, size, width))
             start += heads * width
 
 
 @lru_cache(maxsize=256)
 def _pack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
-    """From arrays at these places to the two buffers."""
+    """From arrays with these offsets and strides to the two buffers."""
     return tuple(
-        Panel(*source_at(block.array, places[block.array], block.first), *block.place, block.heads, block.width)
+        Panel(*source_at(block.item, places[block.item], block.first), *block.position, block.heads, block.width)
         for block in _blocks(layout)
     )
 
 
 @lru_cache(maxsize=256)
 def _unpack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
-    """From the two buffers to arrays at these places."""
-    panels, covered = [], [0] * len(places)  # heads of each array that the ranks so far have brought
+    """From the two buffers to arrays with these offsets and strides."""
+    panels, covered = [], [0] * len(places)  # heads of each item that the ranks so far have brought
     for block in _blocks(layout):
-        number, first = block.array, block.first
-        buffer, start, row, batch, head = block.place
+        number, first = block.item, block.first
+        buffer, start, row, batch, head = block.position
         again = min(max(covered[number] - first, 0), block.heads)
         covered[number] = max(covered[number], first + block.heads)
-        for skip, heads in ((0, again), (again, block.heads - again)):
+        for skip, heads, add in ((0, again, 1), (again, block.heads - again, 0)):
             source = (buffer, start + skip * head, row, batch, head, 1)
             target = target_at(number, places[number], first + skip)
-            panels.append(Panel(*source, *target, heads, block.width, add=int(skip < again)))
+            panels.append(Panel(*source, *target, heads, block.width, add=add))
     return tuple(panels)
 
 
-class Part(Protocol):
-    """One of the parts of a call that `pipeline` runs."""
-
-    def start(self) -> None:
-        """Start what brings the arrays here."""
-
-    def compute(self) -> None:
-        """Wait for that, compute, and start what brings the results back."""
-
-    def finish(self) -> None:
-        """Wait for that, and give the results to the user."""
-
-    def wait(self) -> None:
-        """Wait until nothing is under way."""
-
-
-def pipeline(parts: Sequence[Part]) -> None:
-    """Run the parts of a call: while one is computed, the next one is on its way here, and the last one on its way back."""
-    try:
-        parts[0].start()
-        for part, following in zip_longest(parts, parts[1:]):
-            if following is not None:
-                following.start()
-            part.compute()
-        for part in parts:
-            part.finish()
-    finally:
-        for part in parts:  # whatever happened: MPI must not write into memory that is used again
-            part.wait()
+def scratch_bytes(items: tuple[Item, ...], transfer: Transfer, slot: str) -> dict[str, int]:
+    """Bytes of the slots of scratch memory that a `Redistribution` in one step takes on the device."""
+    dtype = dtype_of_message(items)
+    sizes = {f"by rows {slot}": (transfer.size_by_rows, dtype), f"by heads {slot}": (transfer.size_by_heads, dtype)}
+    for item in items:
+        if item.dtype != dtype:
+            heads = item.heads[transfer.rank][1]
+            sizes[f"{item.name} of all rows"] = transfer.batch * sum(transfer.rows) * heads, item.dtype
+    return {name: max(size, 1) * of.itemsize for name, (size, of) in sizes.items()}

@@ -27,6 +27,7 @@ class Picture(NamedTuple):
     panel: Callable[[Row], str]  # to which a row belongs; "" if to none
     lines: Callable[[Row], dict[str, float]]  # by its label, the value of a row on every line
     reference: float | None = None  # a value to compare with
+    logarithmic: bool = False
 
 
 def attention_panel(row: Row) -> str:
@@ -43,6 +44,11 @@ def attention_line(row: Row) -> str:
     """By head_dim, or by option."""
     case = row["case"]
     return case["option"] + (", causal" if case["causal"] else "") if case["option"] else f"head_dim {case['head_dim']}"
+
+
+def scaling_line(row: Row) -> str:
+    """By rows: of all ranks together, or of every rank."""
+    return f"{row['case']['seq']} rows" + (" of a rank" if row["case"]["scaling"] == "weak" else "")
 
 
 PICTURES = {
@@ -62,6 +68,7 @@ PICTURES = {
             "bytes",
             lambda row: row["case"]["job"],
             lambda row: {name: row["case"]["bytes"] / seconds / 1e9 for name, seconds in row["seconds"].items()},
+            logarithmic=True,
         ),
         Picture("share of the time", "bytes", lambda row: row["case"]["job"], lambda row: row["shares"]),
     ],
@@ -76,13 +83,14 @@ PICTURES = {
     ],
     "bench_ulysses --scaling": [
         Picture(
-            "efficiency",
-            "ranks",
-            lambda row: row["case"]["scaling"],
-            lambda row: {f"{row['case']['seq']} rows{' of a rank' * (row['case']['scaling'] == 'weak')}": row["efficiency"]},
-            1.0,
+            "efficiency", "ranks", lambda row: row["case"]["scaling"], lambda row: {scaling_line(row): row["efficiency"]}, 1.0
         ),
-        Picture("share of the time", "ranks", lambda row: row["case"]["scaling"], lambda row: row["shares"]),
+        Picture(
+            "share of the time",
+            "ranks",
+            lambda row: f"{scaling_line(row)}, {row['case']['scaling']}",
+            lambda row: row["shares"],
+        ),
     ],
 }
 
@@ -132,6 +140,7 @@ def draw(results: list[dict[str, Any]], path: Path, kind: str) -> None:
     for (picture, filled), of_picture in zip(pictures, grid, strict=False):
         machines = list(dict.fromkeys(machine for panel in filled for machine, _ in panel.lines))
         labels = list(dict.fromkeys(label for panel in filled for _, label in panel.lines))
+        explained: set[str] = set()
         for axes, panel in zip(of_picture, filled, strict=False):
             for (machine, label), values in panel.lines.items():
                 style = ("-", "--", ":", "-.")[machines.index(machine) % 4]
@@ -142,9 +151,12 @@ def draw(results: list[dict[str, Any]], path: Path, kind: str) -> None:
             if picture.reference is not None:
                 axes.axhline(picture.reference, color="grey", linewidth=0.8)
             axes.set_xscale("log", base=2)
-            axes.set(xlabel=picture.x, title=panel.title, ylim=(0, None))
+            axes.set(xlabel=picture.x, title=panel.title)
+            axes.set(yscale="log") if picture.logarithmic else axes.set(ylim=(0, None))
+            if not {label for _, label in panel.lines} <= explained:
+                axes.legend(fontsize="x-small")
+                explained |= {label for _, label in panel.lines}
         of_picture[0].set_ylabel(picture.title)
-        of_picture[0].legend(fontsize="x-small")
         for axes in of_picture[len(filled) :]:
             axes.axis("off")
     figure.savefig(path, dpi=120, format=kind)

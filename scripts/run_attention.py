@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import time
 import traceback
 from contextlib import ExitStack
@@ -266,10 +267,11 @@ def main() -> None:
     arguments = parse_arguments()
     from mpi4py import MPI
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's, too, takes away what is not complete
     try:
         with ExitStack() as stack:
             run(arguments, MPI.COMM_WORLD, stack)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(1)
 

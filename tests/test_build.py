@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -68,8 +69,8 @@ def test_names(built):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    folders = {x: x for x in ("ulysses_dp", "ulysses_dp/backends")} | {"kernels": "ulysses_dp/kernels"}
-    expected = {f"{to}/{path.name}" for start, to in folders.items() for path in (ROOT / start).glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "ulysses_dp").rglob("*.py")}
+    expected |= {f"ulysses_dp/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     expected |= {f"ulysses_dp/kernels/spirv/{path.name}" for path in manifest.FOLDER.iterdir()} | {"ulysses_dp/py.typed"}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
@@ -97,6 +98,20 @@ def test_metadata(wheel):
         assert any(line.startswith(name) and "extra ==" not in line for line in required)
     assert "Requires-Python: >=3.10" in text
     assert "# ulysses_dp" in text
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "CITATION.cff", "packaging/conda/recipe.yaml", "packaging/spack/package.py"])
+def test_every_file_names_the_version_of_setup(name):
+    version = importlib.metadata.version("ulysses_dp")
+    assert version in re.findall(r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])", (ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["packaging/conda/recipe.yaml", "packaging/spack/package.py"])
+def test_recipes_require_what_the_package_does(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    required = [x for x in importlib.metadata.requires("ulysses_dp") if "extra ==" not in x]
+    for package, _, least in (x.partition(">=") for x in required):
+        assert re.search(rf"\b{package}( >=|@)?{least}\b", text), package
 
 
 # setup.py as another Python version runs it

@@ -13,6 +13,7 @@ from ulysses_dp._device.queue import local_rank
 
 pytestmark = pytest.mark.single
 
+RESULT = "import numpy, ulysses_dp; q = numpy.ones((1, 2, 1, 4), 'f4'); print(ulysses_dp.attention(q, q, q).sum())"
 LAUNCHERS = ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
@@ -32,8 +33,7 @@ def test_a_device_is_found_without_any_setting():
 
 
 def test_the_result_is_computed_without_any_setting():
-    code = "import numpy, ulysses_dp; q = numpy.ones((1, 2, 1, 4), 'f4'); print(ulysses_dp.attention(q, q, q).sum())"
-    assert python("-c", code) == "8.0"
+    assert python("-c", RESULT) == "8.0"
 
 
 @pytest.mark.parametrize("name", ["OCL_ICD_FILENAMES", "OCL_ICD_VENDORS"])
@@ -55,8 +55,32 @@ def test_no_device():
         except RuntimeError as error:
             print(error)
     """
-    message = python("-c", code, ONEAPI_DEVICE_SELECTOR="opencl:cpu", OCL_ICD_FILENAMES="")
-    assert message.startswith("SYCL offers no GPU and no CPU device.")
+    message = python("-c", code, ONEAPI_DEVICE_SELECTOR="opencl:cpu", OCL_ICD_FILENAMES="/of/nobody")
+    assert message.startswith("SYCL offers no GPU and no CPU device; ")
+    assert "; OCL_ICD_FILENAMES is '/of/nobody'." in message
+    message = python("-c", code, ONEAPI_DEVICE_SELECTOR="cuda:gpu")
+    assert "; ONEAPI_DEVICE_SELECTOR is 'cuda:gpu';" in message
+    assert "ONEAPI_DEVICE_SELECTOR=opencl:cpu" in message
+
+
+@pytest.mark.parametrize("selector", ["opencl:cpu", "*:cpu", "opencl:*", "opencl:0", "*:*", "!opencl:gpu", ""])
+def test_selectors(selector):
+    """What the doctor suggests, too. Nothing but the OpenCL adapter is loaded for the first: its libraries must be found."""
+    assert python("-c", RESULT, ONEAPI_DEVICE_SELECTOR=selector) == "8.0"
+
+
+@pytest.mark.parametrize("name", ["OCL_ICD_FILENAMES", "OCL_ICD_VENDORS", "ULYSSES_DP_WORKSPACE"])
+def test_empty_variables_count_as_unset(name):
+    assert python("-c", RESULT, **{name: ""}) == "8.0"
+
+
+@pytest.mark.parametrize("selector", ["cpu", "gpu", "opencl", "opencl: cpu", "opencl:cpu;", "opencl:cpu,opencl:gpu", ":cpu"])
+def test_selectors_that_sycl_cannot_read(selector):
+    """They would end the process without a word of Python."""
+    code = "try: import ulysses_dp\nexcept ValueError as error: print(error)"
+    message = python("-c", code, ONEAPI_DEVICE_SELECTOR=selector)
+    assert message.startswith("ONEAPI_DEVICE_SELECTOR must be backend:device, as in opencl:cpu")
+    assert message.endswith(f", not {selector!r}")
 
 
 def test_report():

@@ -12,7 +12,7 @@ import numpy as np
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
-from .._device.arrays import Kind, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
+from .._device.arrays import LIBRARIES, Library, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
 from .._device.queue import default_queue
 from .._ranks.partition import group_size
 from .layout import LAYOUTS, PACKED, Layout, to_bshd
@@ -59,11 +59,11 @@ class Names(NamedTuple):
 NAMES = Names()
 
 
-def check_kind(name: str, x: Any) -> Kind:
+def check_kind(name: str, x: Any) -> Library:
     """Check that it is an array that we know, and that it can be used."""
     kind = kind_of(x)
     if kind is None:
-        expected = ", ".join(k.value for k in Kind)
+        expected = ", ".join(library.name for library in LIBRARIES)
         raise TypeError(f"{name} must be an array ({expected}), not {type(x).__module__}.{type(x).__qualname__}")
     if (refused := obstacle(x, kind)) is not None:
         error, message = refused
@@ -71,14 +71,14 @@ def check_kind(name: str, x: Any) -> Kind:
     return kind
 
 
-def check_array(name: str, x: Any, layout: Layout = "bshd", dtype: str | None = None) -> Kind:
+def check_array(name: str, x: Any, layout: Layout = "bshd", dtype: str | None = None) -> Library:
     """Check the kind and the number of axes of one array, and that attention knows its dtype."""
     kind = check_axis_count(name, x, layout)
     check_dtype(name, x, dtype)
     return kind
 
 
-def check_axis_count(name: str, x: Any, layout: Layout = "bshd") -> Kind:
+def check_axis_count(name: str, x: Any, layout: Layout = "bshd") -> Library:
     """Check the kind and the number of axes of one array."""
     kind = check_kind(name, x)
     if layout == PACKED:
@@ -116,10 +116,8 @@ def check_layout(layout: Any, dtype: Any) -> None:
 
 def device_of(x: Any) -> Any:
     """The device on which an array is, or from the host will be."""
-    kind = kind_of(x)
-    if on_host(x, kind):
-        return default_queue().sycl_device
-    return (to_usm(x) if kind is Kind.TORCH else x).sycl_queue.sycl_device
+    queue = default_queue() if on_host(x, kind_of(x)) else to_usm(x).sycl_queue
+    return queue.sycl_device
 
 
 def check_aspects(x: Any, *aspects: tuple[str, str]) -> None:
@@ -136,11 +134,11 @@ def check_device(x: Any) -> None:
     manifest.read()
 
 
-def check_places(names: Sequence[str], arrays: Sequence[Any], kind: Kind) -> None:
+def check_places(names: Sequence[str], arrays: Sequence[Any], kind: Library) -> None:
     """Check that arrays of one kind are on one queue, or one device."""
     places = [place_of(x, kind) for x in arrays]
     if places.count(places[0]) < len(places):
-        if kind in (Kind.DPNP, Kind.USM):
+        if kind.place_is == "queue":
             raise ValueError(f"{_join(names)} must be on one queue, not {_each(names, map(_describe, places))}")
         raise ValueError(f"{_join(names)} must be on one device, not {_each(names, places)}")
 
@@ -160,7 +158,7 @@ def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Any, dtype: Any) 
 
 @lru_cache(maxsize=1024)
 def _check_shapes(
-    names: Names, kinds: tuple[Kind, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
+    names: Names, kinds: tuple[Library, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
 ) -> Geometry:
     """The checks of `check_inputs` that calls with the same shapes need not repeat."""
     q, k, v = names[:3]

@@ -6,9 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from .._device.workspace import freed_with_workspace
+
 UNLIMITED = (-1, -1)  # a window without limits
 
 
+@freed_with_workspace
 @lru_cache(maxsize=8)
 def spans(
     seq_q: int,

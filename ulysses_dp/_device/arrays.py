@@ -1,77 +1,251 @@
-"""Arrays of any supported kind, to USM and back."""
+"""Arrays of every supported library, to USM and back: a class for each library."""
 
 from __future__ import annotations
 
-import enum
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dpnp
 import numpy as np
+from dpctl.memory import MemoryUSMDevice, as_usm_memory
 
 try:
     import dpnp.tensor as tensor  # since dpnp 0.20
 except ImportError:
     import dpctl.tensor as tensor
 
+from .dtypes import BITS
+from .queue import default_queue, device_turn
 
-from .queue import default_queue
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-class Kind(enum.Enum):
-    """What the user's arrays are; the result is of the same kind."""
+class Library:
+    """What there is to know of the arrays of one library: a new one is a subclass of this in `LIBRARIES`."""
 
-    DPNP = "dpnp.ndarray"
-    USM = "usm_ndarray"
-    NUMPY = "numpy.ndarray"
-    TORCH = "torch.Tensor"
-    STRICT = "array_api_strict.Array"
+    name: str  #: of its class of arrays, for messages
+    place_is = "device"  #: what `place` tells
+
+    @property
+    def value(self) -> str:
+        return self.name
+
+    def owns(self, cls: type) -> bool:
+        """Whether these are its arrays."""
+        raise NotImplementedError
+
+    def obstacle(self, x: Any) -> tuple[type[Exception], str] | None:
+        """What keeps an array from being used: the exception, and what its message says after the name."""
+        return None
+
+    def place(self, x: Any) -> Any:
+        """Where an array is, equal for arrays that can be used together: a queue, a device, or None."""
+        raise NotImplementedError
+
+    def on_host(self, x: Any) -> bool:
+        """Whether an array is in memory of the host, and goes to the device of this rank for the call."""
+        raise NotImplementedError
+
+    def to_usm(self, x: Any) -> Any:
+        """An array as a `usm_ndarray`, with `BITS` for dtypes that SYCL does not have; a copy if it is on the host."""
+        return from_host(self.to_numpy(x), default_queue())
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """A view of an array on the host, with `BITS` for dtypes that NumPy does not have."""
+        raise NotImplementedError
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        """A result as an array of this library, where `like` is; what holds the `BITS` of its dtype gets that dtype."""
+        raise NotImplementedError
+
+
+class _Usm(Library):
+    name = "usm_ndarray"
+    place_is = "queue"
+
+    def owns(self, cls: type) -> bool:
+        return issubclass(cls, tensor.usm_ndarray)
+
+    def place(self, x: Any) -> Any:
+        return x.sycl_queue
+
+    def on_host(self, x: Any) -> bool:
+        return False
+
+    def to_usm(self, x: Any) -> Any:
+        return x
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        return x
+
+
+class _Dpnp(_Usm):
+    name = "dpnp.ndarray"
+
+    def owns(self, cls: type) -> bool:
+        return issubclass(cls, dpnp.ndarray)
+
+    def to_usm(self, x: Any) -> Any:
+        return x.get_array()
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        return dpnp.asarray(x)
+
+
+class _Numpy(Library):
+    name = "numpy.ndarray"
+
+    def owns(self, cls: type) -> bool:
+        # a mask would be lost, and a matrix has two axes whatever is done to it
+        return issubclass(cls, np.ndarray) and not issubclass(cls, np.ma.MaskedArray | np.matrix)
+
+    def place(self, x: Any) -> Any:
+        return None
+
+    def on_host(self, x: Any) -> bool:
+        return True
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        bits = BITS.get(dtype_of(x))
+        return np.asarray(x.view(bits) if bits else x)
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        host = to_host(x)
+        return host.view(like.dtype) if _holds_bits(x, like) else host
+
+
+class _Torch(Library):
+    name = "torch.Tensor"
+
+    def owns(self, cls: type) -> bool:
+        return issubclass(cls, _imported("torch", "Tensor"))
+
+    def obstacle(self, x: Any) -> tuple[type[Exception], str] | None:
+        torch = sys.modules["torch"]
+        if x.device.type not in ("cpu", "xpu"):
+            return TypeError, f"is on the torch device {x.device}; supported are cpu and xpu"
+        if x.is_nested or x.layout is not torch.strided:
+            return TypeError, f"must be a dense tensor, not {'nested' if x.is_nested else x.layout}"
+        if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # it stands for tensors and has no memory itself
+            return TypeError, f"must be a plain torch.Tensor of this rank, not {type(x).__module__}.{type(x).__qualname__}"
+        if x.requires_grad and torch.is_grad_enabled():
+            return NotImplementedError, "requires a gradient, which is not supported yet; use detach() or torch.no_grad()"
+        return None
+
+    def place(self, x: Any) -> Any:
+        return x.device
+
+    def on_host(self, x: Any) -> bool:
+        return x.device.type == "cpu"
+
+    def to_usm(self, x: Any) -> Any:
+        if self.on_host(x):
+            return super().to_usm(x)
+        # DLPack gives memory on the queue that dpctl keeps for the device, which knows nothing of that of torch, whose work
+        # has to be complete first: it may still write this tensor, or read an earlier result whose memory is used again (see
+        # `empty_like`). Never run: there was no XPU, only the documentation of DLPack in torch and dpctl.
+        x = self._readable(x)
+        sys.modules["torch"].xpu.current_stream(x.device).synchronize()
+        return tensor.from_dlpack(x)
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        return self._readable(x).numpy()
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        torch = sys.modules["torch"]
+        if self.on_host(like):
+            result = torch.from_numpy(to_host(x))
+        else:  # never run, see `to_usm`; torch does not wait for the queue on which the result is computed
+            x.sycl_queue.wait()
+            result = torch.from_dlpack(x)
+        return result.view(like.dtype) if _holds_bits(x, like) else result
+
+    @staticmethod
+    def _readable(x: Any) -> Any:
+        """A tensor as other libraries can read it: without a gradient, with `BITS` for dtypes that they do not have."""
+        x = x.detach().resolve_neg()  # torch negates z.conj().imag only when it reads it
+        bits = BITS.get(dtype_of(x))
+        return x.view(getattr(sys.modules["torch"], bits)) if bits else x
+
+
+class _Strict(Library):
+    name = "array_api_strict.Array"
+
+    def owns(self, cls: type) -> bool:
+        return issubclass(cls, _imported("array_api_strict._array_object", "Array"))  # no public name
+
+    def place(self, x: Any) -> Any:
+        return x.device
+
+    def on_host(self, x: Any) -> bool:
+        return True
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        # of its devices, all of which are the host, NumPy may read only this one
+        return np.asarray(x.to_device(x.__array_namespace__().Device("CPU_DEVICE")))
+
+    def from_usm(self, x: Any, like: Any) -> Any:
+        return like.__array_namespace__().asarray(to_host(x), device=like.device)
+
+
+LIBRARIES: tuple[Library, ...] = (_Dpnp(), _Usm(), _Numpy(), _Torch(), _Strict())
 
 
 def _imported(module: str, name: str) -> Any:
     """A class of a module if the program has imported it, or else (), of which nothing is a subclass.
 
-    Before there is an array of a kind, its module has been imported: nothing optional is imported here.
+    Before there is an array of a library, it has been imported: nothing optional is imported here.
     """
     return getattr(sys.modules.get(module), name, ())
 
 
-def kind_of(x: Any) -> Kind | None:
-    """The kind of an array, or None where it is none that we know."""
+class Array(NamedTuple):
+    """An argument that is an array, as it was found at the entry of a call."""
+
+    data: Any
+    library: Library
+    dtype: str  # NumPy's name, which tells the other byte order apart
+    shape: tuple[int, ...]
+    place: Any  # equal for arrays that can be used together
+    on_host: bool
+
+    def usm(self) -> Any:
+        """See `Library.to_usm`."""
+        return self.library.to_usm(self.data)
+
+    def numpy(self) -> np.ndarray:
+        """The numbers on the host."""
+        return self.library.to_numpy(self.data) if self.on_host else to_host(self.usm())
+
+    def give(self, result: Any) -> Any:
+        """A result that is a USM array, as the user gets it: of this library, and where this array is."""
+        return self.library.from_usm(result, self.data)
+
+
+def describe(x: Any) -> Array | None:
+    """What an array is, or None where it is none that we know, or one that cannot be used (`Library.obstacle`)."""
+    library = library_of(x)
+    if library is None or library.obstacle(x) is not None:
+        return None
+    return Array(x, library, dtype_of(x), tuple(x.shape), library.place(x), library.on_host(x))
+
+
+def library_of(x: Any) -> Library | None:
+    """The library of an array, or None where it is none that we know."""
     cls: type = type(x)
-    return _kind_of_type(cls)
+    return _library_of_type(cls)
 
 
 @lru_cache(maxsize=256)
-def _kind_of_type(cls: type) -> Kind | None:
-    if issubclass(cls, dpnp.ndarray):
-        return Kind.DPNP
-    if issubclass(cls, tensor.usm_ndarray):
-        return Kind.USM
-    if issubclass(cls, np.ndarray) and not issubclass(cls, np.ma.MaskedArray):
-        return Kind.NUMPY
-    if issubclass(cls, _imported("torch", "Tensor")):
-        return Kind.TORCH
-    if issubclass(cls, _imported("array_api_strict._array_object", "Array")):  # no public name
-        return Kind.STRICT
-    return None
+def _library_of_type(cls: type) -> Library | None:
+    return next((library for library in LIBRARIES if library.owns(cls)), None)
 
 
-def obstacle(x: Any, kind: Kind) -> tuple[type[Exception], str] | None:
-    """What keeps an array of a known kind from being used: the exception, and what its message says after the name."""
-    if kind is not Kind.TORCH:
-        return None
-    torch = sys.modules["torch"]
-    if x.device.type not in ("cpu", "xpu"):
-        return TypeError, f"is on the torch device {x.device}; supported are cpu and xpu"
-    if x.is_nested or x.layout is not torch.strided:
-        return TypeError, f"must be a dense tensor, not {'nested' if x.is_nested else x.layout}"
-    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # it stands for tensors and has no memory itself
-        return TypeError, f"must be a plain torch.Tensor of this rank, not {type(x).__module__}.{type(x).__qualname__}"
-    if x.requires_grad and torch.is_grad_enabled():
-        return NotImplementedError, "requires a gradient, which is not supported yet; use detach() or torch.no_grad()"
-    return None
+def dtype_of(x: Any) -> str:
+    """The name of the dtype of an array, the same in all libraries; NumPy's names, which tell the other byte order apart."""
+    return _name_of(x.dtype)
 
 
 @lru_cache(maxsize=256, typed=True)  # dtypes of different libraries must not be compared
@@ -79,94 +253,105 @@ def _name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.").removeprefix("array_api_strict.")
 
 
-def dtype_of(x: Any) -> str:
-    """The name of the dtype of an array, the same for all kinds; NumPy's names, which tell the other byte order apart."""
-    return _name_of(x.dtype)
+def _holds_bits(x: Any, like: Any) -> bool:
+    """Whether a USM array holds the bit patterns of the dtype of `like`, which SYCL does not have; an lse does not."""
+    return BITS.get(dtype_of(like)) == dtype_of(x)
 
 
-def place_of(x: Any, kind: Kind) -> Any:
-    """Where an array is, equal for arrays that can be used together: a queue, a device, or None for NumPy."""
-    if kind is Kind.DPNP or kind is Kind.USM:
-        return x.sycl_queue
-    return None if kind is Kind.NUMPY else x.device
+def from_host(x: np.ndarray, queue: Any) -> Any:
+    """A copy of an array of the host, with any strides, in new device memory: dense, in the same order of axes if it was."""
+    order = _order_of(x)
+    dense = np.ascontiguousarray(_reordered(x, order))
+    with device_turn:
+        memory = MemoryUSMDevice(max(dense.nbytes, 1), queue=queue)
+        if dense.size:
+            memory.copy_from_host(dense.reshape(-1).view("u1"))
+    return _reordered(tensor.usm_ndarray(dense.shape, dtype=dense.dtype, buffer=memory), _undone(order))
 
 
-def on_host(x: Any, kind: Kind | None) -> bool:
-    """Whether the array is in memory of the host, and goes to this rank's device for the call."""
-    return kind in (Kind.NUMPY, Kind.STRICT) or (kind is Kind.TORCH and x.device.type == "cpu")
+def to_host(x: Any) -> np.ndarray:
+    """A copy of a USM array on the host: dense, in the same order of axes if it was.
 
-
-def to_usm(x: Any) -> Any:
-    """The array as a `usm_ndarray`: a view, or if it is on the host a copy on this rank's device.
-
-    USM arrays have no bfloat16: the result then holds the bit patterns as uint16.
+    `tensor.asnumpy` would copy the whole of the allocation, which may be much larger than the array, and which may not hold a
+    whole number of its elements.
     """
-    kind = kind_of(x)
-    if kind is Kind.DPNP:
-        return x.get_array()
-    if kind is Kind.USM:
-        return x
-    if on_host(x, kind):
-        return tensor.asarray(to_numpy(x, kind), sycl_queue=default_queue())
-    # An XPU tensor: the same memory, on the queue that dpctl keeps for its device. This is not the queue of torch, whose work
-    # has to be complete first: it may still write this tensor, or read an earlier result whose memory is used again (see
-    # `empty_like`). Never run: there was no XPU, only the documentation of DLPack in torch and dpctl.
-    x = _readable(x)
-    sys.modules["torch"].xpu.current_stream(x.device).synchronize()
-    return tensor.from_dlpack(x)
+    order = _order_of(x)
+    dense = _reordered(x, order)
+    host = np.empty(dense.shape, dense.dtype)
+    with device_turn:
+        if not dense.flags.c_contiguous:
+            dense = tensor.copy(dense, order="C")
+        x.sycl_queue.wait()
+        if host.size:
+            memory = dense.usm_data if dense.usm_data.nbytes == dense.nbytes else as_usm_memory(dense)
+            memory.copy_to_host(host.reshape(-1).view("u1"))
+    return _reordered(host, _undone(order))
 
 
-def to_numpy(x: Any, kind: Kind | None) -> np.ndarray:
-    """A view of an array on the host, with uint16 for bfloat16."""
-    if kind is Kind.TORCH:
-        return _readable(x).numpy()
-    if kind is Kind.STRICT:  # of its devices, all of which are the host, NumPy may read only this one
-        x = np.asarray(x.to_device(x.__array_namespace__().Device("CPU_DEVICE")))
-    return x.view(np.uint16) if dtype_of(x) == "bfloat16" else x
+def _order_of(x: Any) -> tuple[int, ...]:
+    """The order of axes in which an array is C-contiguous, or the one that it has where there is none."""
+    axes = tuple(range(x.ndim))
+    if x.flags.c_contiguous:
+        return axes
+    order = tuple(sorted(axes, key=lambda axis: -x.strides[axis]))
+    return order if _reordered(x, order).flags.c_contiguous else axes
 
 
-def _readable(x: Any) -> Any:
-    """A torch tensor as other libraries can read it: without a gradient, with uint16 for bfloat16."""
-    x = x.detach().resolve_neg()  # torch negates z.conj().imag only when it reads it
-    return x.view(sys.modules["torch"].uint16) if dtype_of(x) == "bfloat16" else x
+def _reordered(x: Any, order: Sequence[int]) -> Any:
+    """A view with the axes in another order."""
+    return x.transpose(order) if isinstance(x, np.ndarray) else tensor.permute_dims(x, order)
 
 
-def from_usm(x: Any, like: Any) -> Any:
-    """A result as an array of the kind of `like`, and where that is: a view, or a copy if that is on the host.
-
-    bfloat16 comes as uint16, which no other result is: it gets the dtype of `like`, bfloat16 or uint16.
-    """
-    kind = kind_of(like)
-    if kind is Kind.DPNP:
-        return dpnp.asarray(x)
-    if kind is Kind.USM:
-        return x
-    if kind is Kind.TORCH:
-        torch = sys.modules["torch"]
-        if on_host(like, kind):
-            result = torch.from_numpy(tensor.asnumpy(x))
-        else:  # never run, see `to_usm`; torch does not wait for the queue on which the result is computed
-            x.sycl_queue.wait()
-            result = torch.from_dlpack(x)
-        return result.view(like.dtype) if x.dtype == np.uint16 else result
-    host = tensor.asnumpy(x)
-    if kind is Kind.STRICT:
-        return like.__array_namespace__().asarray(host, device=like.device)
-    return host.view(like.dtype) if x.dtype == np.uint16 else host
-
-
-def permute(x: Any, axes: tuple[int, ...]) -> Any:
-    """A view with the axes in another order. What is no array with these axes comes back as it is, for the checks to name."""
-    kind = kind_of(x)
-    if axes == (0, 1, 2, 3) or kind is None or obstacle(x, kind) or x.ndim != len(axes):
-        return x
-    if kind is Kind.USM:
-        return tensor.permute_dims(x, axes)
-    if kind is Kind.STRICT:
-        return x.__array_namespace__().permute_dims(x, axes)
-    return x.permute(axes) if kind is Kind.TORCH else x.transpose(axes)
+def _undone(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that undoes another."""
+    return tuple(map(order.index, range(len(order))))
 
 
 def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """A view of the whole allocation of a USM array, from an element offset, with any shape and strides."""
     return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_data, strides=strides, offset=offset)
+
+
+def kind_of(x: Any) -> Library | None:
+    return library_of(x)
+
+
+def obstacle(x: Any, kind: Library) -> tuple[type[Exception], str] | None:
+    return kind.obstacle(x)
+
+
+def place_of(x: Any, kind: Library) -> Any:
+    return kind.place(x)
+
+
+def on_host(x: Any, kind: Library | None) -> bool:
+    return kind is not None and kind.on_host(x)
+
+
+def to_usm(x: Any) -> Any:
+    library = library_of(x)
+    assert library is not None
+    return library.to_usm(x)
+
+
+def to_numpy(x: Any, kind: Library | None) -> np.ndarray:
+    assert kind is not None
+    return kind.to_numpy(x)
+
+
+def from_usm(x: Any, like: Any) -> Any:
+    library = library_of(like)
+    assert library is not None
+    return library.from_usm(x, like)
+
+
+def permute(x: Any, axes: tuple[int, ...]) -> Any:
+    """A view with the axes in another order. What is no array with these axes comes back as it is, for the checks to name."""
+    library = library_of(x)
+    if axes == (0, 1, 2, 3) or library is None or library.obstacle(x) or x.ndim != len(axes):
+        return x
+    if library.name == "usm_ndarray":
+        return tensor.permute_dims(x, axes)
+    if library.name == "array_api_strict.Array":
+        return x.__array_namespace__().permute_dims(x, axes)
+    return x.permute(axes) if library.name == "torch.Tensor" else x.transpose(axes)

@@ -5,21 +5,28 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from threading import local
-from typing import Any
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet, ref
 
 import numpy as np
 
+from ulysses_dp.kernels import relayout
 from ulysses_dp.kernels.launch import free_uploads
 
-from .._call.spans import spans
 from .arrays import tensor
+from .queue import default_queue
 from .trace import note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    _Cached = TypeVar("_Cached", bound=Any)
 
 POOLED_RESULTS = 8
 POOLED_SHARE = 4  # of the limit, this part may be memory of results
+ALIGNMENT = 8  # bytes: a whole number of elements of any dtype
 LIMIT = "ULYSSES_DP_WORKSPACE"  # bytes that a thread keeps; by default a quarter of the device's memory
 
 
@@ -31,11 +38,19 @@ class _Store:
         self.memories: OrderedDict[tuple[int, Any, str], Any] = OrderedDict()
         self.results: list[tuple[Any, Any]] = []  # of results, in use or given back, with what they are good for
         self.evictions = 0
+        self.seen: dict[Any, deque[ref[Any]]] = {}  # by queue: the last arrays of the user and results
         self.prepared: dict[tuple[int, str], tuple[int, Any]] = {}  # by owner and function: the last call
 
 
 _this_thread = local()
 _stores: WeakSet[_Store] = WeakSet()
+_caches: list[Callable[[], object]] = [free_uploads, relayout._table.cache_clear]  # what `free_workspace` clears, too
+
+
+def freed_with_workspace(cached: _Cached) -> _Cached:
+    """Let `free_workspace` clear the cache of a function, made by `functools.lru_cache`."""
+    _caches.append(cached.cache_clear)
+    return cached
 
 
 def _store() -> _Store:
@@ -60,9 +75,34 @@ def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type:
         memories.move_to_end(key)
     else:
         memories.pop(key, None)  # free the old one first
-        memories[key] = _allocate(queue, nbytes, usm_type)
+        _leave_queues(queue)
+        # dpctl takes no memory for an array of which it does not hold a whole number of elements
+        memories[key] = _allocate(queue, -(-nbytes // ALIGNMENT) * ALIGNMENT, usm_type)
         _bound(queue)
     return tensor.usm_ndarray(shape, dtype=dtype, buffer=memories[key])
+
+
+def _leave_queues(queue: Any) -> None:
+    """Let go of the memory of other queues of which no array is left: nobody will call with them again.
+
+    Python cannot be asked whether a queue is still in use: dpctl itself keeps every queue that it has worked with.
+    """
+    store, mine = _store(), (queue, default_queue())
+    queues = {key[1] for key in store.memories} | {key[0] for key, _ in store.results}
+    gone = [x for x in queues if x not in mine and not any(array() is not None for array in store.seen.get(x, ()))]
+    for left in gone:
+        store.seen.pop(left, None)
+        store.results = [entry for entry in store.results if entry[0][0] != left]
+        for key in [key for key in store.memories if key[1] == left]:
+            del store.memories[key]
+    if gone:
+        store.prepared.clear()
+
+
+def _see(queue: Any, *arrays: Any) -> None:
+    """Remember that there are these arrays on a queue, for as long as they are there."""
+    seen = _store().seen.setdefault(queue, deque(maxlen=POOLED_RESULTS))
+    seen.extend(map(ref, arrays))
 
 
 def _allocate(queue: Any, nbytes: int, usm_type: str) -> Any:
@@ -124,18 +164,32 @@ def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
     """
     dtype = np.dtype(dtype or x.dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    key = (x.sycl_queue, x.usm_type, nbytes)
+    memory = _given_back((x.sycl_queue, x.usm_type, nbytes)) or _new_result(x.sycl_queue, x.usm_type, nbytes)
+    result = tensor.usm_ndarray(shape, dtype=dtype, buffer=memory)
+    _see(x.sycl_queue, x, result)
+    return result
+
+
+def _given_back(key: tuple[Any, str, int]) -> Any:
+    """Memory for a result like this that an earlier one gave back, or None."""
     pool = _store().results
     for place, entry in enumerate(pool):
         if entry[0] == key and _references(entry) == _REFERENCES_OF_POOL:
             pool.append(pool.pop(place))  # the least recently used one is dropped first
-            return tensor.usm_ndarray(shape, dtype=dtype, buffer=entry[1])
-    memory = _allocate(x.sycl_queue, max(nbytes, 1), x.usm_type)
+            return entry[1]
+    return None
+
+
+def _new_result(queue: Any, usm_type: str, nbytes: int) -> Any:
+    """New memory for a result, which the pool will know."""
+    _leave_queues(queue)
+    memory = _allocate(queue, max(nbytes, 1), usm_type)
+    pool = _store().results
     if nbytes:
-        pool.append((key, memory))
-        while len(pool) > POOLED_RESULTS or POOLED_SHARE * sum(size for (_, _, size), _ in pool) > _limit(x.sycl_queue):
+        pool.append(((queue, usm_type, nbytes), memory))
+        while len(pool) > POOLED_RESULTS or POOLED_SHARE * sum(size for (_, _, size), _ in pool) > _limit(queue):
             pool.pop(0)
-    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memory)
+    return memory
 
 
 def release(owner: int) -> None:
@@ -164,5 +218,6 @@ def free_workspace() -> None:
     store.memories.clear()
     store.results.clear()
     store.prepared.clear()
-    spans.cache_clear()
-    free_uploads()
+    store.seen.clear()
+    for clear in _caches:
+        clear()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from helpers import SPLITS, as_view, needs_ranks, part, random_qkv, split
+from helpers import SPLITS, as_view, needs_ranks, outcomes, part, random_qkv, split
 from mpi4py import MPI
 from ulysses_dp.kernels import flash_forward, relayout
 from ulysses_dp.kernels.launch import launch
@@ -219,3 +219,16 @@ def test_file_of_one_rank(tmp_path):
     record.save(tmp_path / "one.json")
     names_in_file = [event["name"] for event in json.loads((tmp_path / "one.json").read_text())["traceEvents"]]
     assert names_in_file == ["process_name", "attention", "attention"]
+
+
+@pytest.mark.parametrize("path", ["/nosuch/trace.json", "/"])
+def test_file_that_cannot_be_written(comm, path):
+    """Rank 0 writes, all ranks raise."""
+    with trace() as record:
+        ulysses_attention(*random_qkv(0, 1, 4, 2, 2, 8), comm=comm)
+    results = outcomes(comm, lambda: record.save(path, comm))
+    assert len(set(results)) == 1
+    assert results[0][0] is OSError or comm.size == 1
+    assert path in results[0][1]
+    with pytest.raises(OSError, match=path):
+        record.save(path)

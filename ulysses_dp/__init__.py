@@ -4,7 +4,6 @@ from ._device.queue import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_
 
 _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
 
-from ._device.trace import trace  # noqa: E402
 from ._device.workspace import free_workspace  # noqa: E402
 from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
@@ -14,6 +13,7 @@ from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .plan import plan  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
+from .tracing import trace  # noqa: E402
 
 __all__ = [
     "AttnType",

@@ -1,12 +1,10 @@
-"""Record what calls do: how long each stage took, what it sent, copied and allocated."""
+"""What calls note of themselves: how long each stage took, what it sent, copied and allocated."""
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import local
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +40,8 @@ class Call:
 
 
 @dataclass
-class Trace:
-    """The calls that ran in a `trace` block, in order."""
+class Record:
+    """Calls, in order."""
 
     calls: list[Call] = field(default_factory=list)
 
@@ -60,62 +58,11 @@ class Trace:
         """Total bytes sent to other ranks."""
         return sum(stage.bytes_sent for stage in self.stages)
 
-    def save(self, path: str | Path, comm: Any = None) -> None:
-        """Write a file for Perfetto (ui.perfetto.dev) or chrome://tracing, one row per rank.
-
-        Collective over `comm`, where the traces of all ranks go into one file, which rank 0 writes; by default the trace of
-        this rank alone. The clocks of the ranks are set against each other with a barrier: to some microseconds.
-
-        Parameters
-        ----------
-        path : str or Path
-            Where to write, in Chrome's trace event format (JSON).
-        comm : mpi4py.MPI.Intracomm, optional
-            The ranks.
-        """
-        from .._ranks import mpi
-
-        rank = 0
-        if comm is None:
-            events = self._events(rank, time.perf_counter())
-        else:
-            ranks = mpi.resolve_comm("Trace.save", comm)
-            rank = ranks.rank
-            mpi.meet(ranks)
-            everyone = mpi.share_object(ranks, self._events(rank, time.perf_counter()))
-            events = [event for of_rank in everyone for event in of_rank]
-        if rank == 0:
-            first = min((event["ts"] for event in events if "ts" in event), default=0.0)
-            for event in events:
-                if "ts" in event:
-                    event["ts"] = round(event["ts"] - first, 3)
-            Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-    def _events(self, rank: int, now: float) -> list[dict[str, Any]]:
-        """The trace as events of Chrome's format, in microseconds before `now`."""
-        events: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}]
-        number = 0
-        for call in self.calls:
-            place = {"pid": rank, "tid": 0}
-            start = 1e6 * (call.start - now)
-            events.append({"name": call.function, "ph": "X", "ts": start, "dur": 1e6 * call.seconds, **place})
-            for stage in call.stages:
-                start, duration = 1e6 * (stage.start - now), 1e6 * stage.seconds
-                details = {x: getattr(stage, x) for x in ("bytes_sent", "messages", "route", "passes", "allocations")}
-                event = {"name": stage.name, **place, "args": {x: value for x, value in details.items() if value}}
-                if stage.exchange:  # may overlap others of its row, which only asynchronous events may
-                    number += 1
-                    event |= {"cat": "exchange", "id": f"{rank}.{number}"}
-                    events += [{**event, "ph": "b", "ts": start}, {**event, "ph": "e", "ts": start + duration}]
-                else:
-                    events.append({**event, "ph": "X", "ts": start, "dur": duration})
-        return events
-
 
 class _Active(local):
     """What this thread records into."""
 
-    trace: Trace | None = None
+    record: Record | None = None
     call: Call | None = None
     stage: Stage | None = None
 
@@ -124,45 +71,24 @@ _active = _Active()
 
 
 @contextmanager
-def trace() -> Iterator[Trace]:
-    """Record the stages of all calls that this thread makes in the block.
-
-    Not collective. Every stage ends with its work done, with or without a trace, so recording changes no timing.
-
-    Yields
-    ------
-    Trace
-        ``calls`` fills up while the block runs, each with its stages: ``agree`` (checks, and the agreement of all ranks on
-        them), ``prepare`` (memory, where that of the last call does not do), ``pack``, ``scatter`` (the first all-to-all),
-        ``attention``, ``gather`` (the second), ``unpack`` and ``confirm`` (that no rank failed). ``Trace.save`` writes a file
-        for Perfetto.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import ulysses_dp
-    >>> q = np.ones((1, 16, 2, 8), dtype=np.float32)
-    >>> with ulysses_dp.trace() as record:
-    ...     out = ulysses_dp.attention(q, q, q)
-    >>> [stage.name for stage in record.stages]
-    ['attention']
-    """
-    outer = _active.trace, _active.call, _active.stage
-    _active.trace, _active.call, _active.stage = record, _, _ = Trace(), None, None
+def recording(record: Record) -> Iterator[None]:
+    """Record the calls that this thread makes in the block."""
+    outer = _active.record, _active.call, _active.stage
+    _active.record, _active.call, _active.stage = record, None, None
     try:
-        yield record
+        yield
     finally:
-        _active.trace, _active.call, _active.stage = outer
+        _active.record, _active.call, _active.stage = outer
 
 
 @contextmanager
 def call(function: str) -> Iterator[None]:
     """Record a call of a public function if a trace is active; a call inside a call is a part of it."""
-    if _active.trace is None or _active.call is not None:
+    if _active.record is None or _active.call is not None:
         yield
         return
     _active.call = entry = Call(function, time.perf_counter())
-    _active.trace.calls.append(entry)
+    _active.record.calls.append(entry)
     try:
         yield
     finally:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import signal
+import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +17,8 @@ import numpy as np
 from .._device.queue import local_rank
 from .._device.trace import stage
 from .._device.workspace import release
+
+ABORT = "ULYSSES_DP_ABORT_ON_SIGNAL"  # if set, SIGINT or SIGTERM to one rank ends the job
 
 
 @cache
@@ -84,6 +90,7 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Ranks:
     if not mpi.Is_initialized() or mpi.Is_finalized():
         when = "is over: MPI_Finalize was called" if mpi.Is_finalized() else "has not started: MPI_Init was not called"
         raise RuntimeError(f"{function}: MPI {when}")
+    _watch_signals()
     if comm is None:
         comm = mpi.COMM_WORLD
     if not isinstance(comm, mpi.Comm):
@@ -97,6 +104,30 @@ def resolve_comm(function: str, comm: Any, name: str = "comm") -> Ranks:
         ranks = Ranks(comm.Dup())
         comm.Set_attr(_keyval(), ranks)
     return ranks
+
+
+@cache
+def _watch_signals() -> None:
+    """If the user has asked for it, a signal to one rank ends the job.
+
+    A thread sees to it where the main thread waits in MPI: it would not come to its handlers, and others would not hear of it.
+    """
+    if not os.environ.get(ABORT) or threading.current_thread() is not threading.main_thread():
+        return
+    world, ending = _mpi().COMM_WORLD, threading.Lock()
+
+    def end(number: int, *_: Any) -> None:
+        if ending.acquire(blocking=False):
+            print(f"ulysses_dp: {signal.Signals(number).name} on rank {world.rank} ends the job", file=sys.stderr, flush=True)
+            world.Abort(128 + number)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=lambda: end(os.read(reader, 1)[0]), daemon=True).start()
 
 
 @cache

@@ -1,5 +1,7 @@
 """The backward passes against the dense gradient: options, splits, layouts, dtypes and kinds, contexts, and bad arguments."""
 
+import pickle
+from copy import deepcopy
 from itertools import combinations
 
 import numpy as np
@@ -42,6 +44,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ulysses_dp import (
+    AttnType,
     attention,
     attention_backward,
     free_workspace,
@@ -850,6 +853,55 @@ def test_context_on_one_rank_alone(comm):
     ctx = {"ctx": forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8))}
     assert_disagree(comm, "ctx", ctx, {}, call_on(comm))
     assert_disagree(comm, "ctx", {}, ctx, call_on(comm))
+
+
+@pytest.mark.parametrize(
+    "names", [(), *((name,) for name in OPTIONS), *COMBINATIONS], ids=lambda names: " ".join(names) or "none"
+)
+@pytest.mark.parametrize("kind", ["numpy", "dpnp"])
+def test_a_context_knows_the_options(comm, names, kind):
+    """They may be left out, or repeated, all or some of them."""
+    options = {"comm": comm, "softmax_scale": 0.3} | some_options(names, 2, 4, 9, 9)
+    options = {name: as_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    q, k, v = (as_kind(part(x, split(9, comm.size), comm.rank), kind) for x in random_qkv(27, 2, 9, 4, 2, 16))
+    out, lse, ctx = ulysses_attention(q, k, v, return_lse=True, return_ctx=True, **options)
+    expected = [as_numpy(x) for x in ulysses_attention_backward(q, q, k, v, out, lse, **options)]
+    for repeated in ({"comm": comm}, dict(list(options.items())[:-1]), options):
+        results = ulysses_attention_backward(q, q, k, v, out, lse, ctx=ctx, **repeated)
+        assert_equal(map(as_numpy, results), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("causal", {"causal": True}, {"causal": False}),
+        ("causal", {}, {"causal": True}),
+        ("softmax_scale", {"softmax_scale": 0.3}, {"softmax_scale": None}),
+        ("window_size", {"window_size": (3, 1)}, {"window_size": (-1, -1)}),
+        ("softcap", {"softcap": 2.0}, {"softcap": 0.0}),
+        ("alibi_slopes", {"alibi_slopes": ones(4)}, {"alibi_slopes": 2 * ones(4)}),
+        ("sinks", {"sinks": ones(4)}, {"sinks": None}),
+        ("seed", DROPOUT, {"seed": 2}),
+        ("dropout_p", DROPOUT, {"dropout_p": 0.2}),
+        ("attn_type", {}, {"attn_type": AttnType.NUMPY}),
+        ("bias", {"bias": ones(1, 1, 1, 1)}, {"bias": ones(1, 4, 1, 1)}),
+    ],
+    ids=described,
+)
+def test_options_that_are_not_those_of_the_context(comm, name, forward, backward):
+    ctx = {"ctx": forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8), **forward)}
+    assert_refused(comm, name, ctx | backward, ctx, call_on(comm))
+
+
+def test_an_option_that_there_is_not(comm):
+    assert_refused(comm, "there is no option 'scale'", {"scale": 1.0}, {}, call_on(comm))
+
+
+def test_a_context_cannot_be_pickled(comm):
+    ctx = forward_context(comm, ones(2, 3, 4, 8), ones(2, 3, 2, 8))
+    for copy in (pickle.dumps, deepcopy):
+        with pytest.raises(TypeError, match="a Context cannot be pickled"):
+            copy(ctx)
 
 
 @pytest.mark.parametrize("bad", [1, "yes", None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -33,6 +33,10 @@ class Context:
     q_rows: tuple[int, ...]
     k_rows: tuple[int, ...]
     parts: tuple[Arrays, ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
+    options: dict[str, Any]  # as the user gave them
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Context cannot be pickled or copied: it holds memory of this rank's device")
 
 
 def attention(
@@ -227,7 +231,7 @@ def ulysses_attention(
         Also return the logarithm of the softmax denominators.
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
-        ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse.
+        ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
     attn_type : AttnType, UserAttention or callable
         The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
         as it takes one.
@@ -356,7 +360,8 @@ def distributed(
             forward = _describe(arrays, geometry, settings, shares, q_rows, k_rows, rank=ranks.rank, keep=return_ctx)
             results, parts = _path.run(function, agreement, link, forward)
             out, lse = results["out"], results.get("lse")
-        context = Context(geometry, q_rows, k_rows, tuple(parts))
+        given = {name: value for name, value in options.items() if name != "return_lse"}
+        context = Context(geometry, q_rows, k_rows, tuple(parts), given)
         user_results = _local.results_to_user(out, lse, settings, q)
     if not return_ctx:
         return user_results

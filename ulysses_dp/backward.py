@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,24 +141,10 @@ def ulysses_attention_backward(
     *,
     comm: Any = None,
     ctx: Context | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    layout: str = "bshd",
-    dtype: str | None = None,
-    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
     overlap: int | str = "auto",
     node_size: int | str = 1,
+    **options: Any,
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
 
@@ -175,11 +162,13 @@ def ulysses_attention_backward(
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     ctx : Context, optional
-        What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again.
+        What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
+        attention need not be repeated.
     softmax_scale, causal, window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
         What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient.
     dropout_p, seed, layout, dtype, attn_type, exchange, overlap, node_size
-        What `ulysses_attention` was given.
+        What `ulysses_attention` was given. With `ctx`, an option that is given must be that of `ctx`; of `bias`, shape and
+        dtype are compared.
 
     Returns
     -------
@@ -210,7 +199,7 @@ def ulysses_attention_backward(
     >>> from ulysses_dp import ulysses_attention, ulysses_attention_backward
     >>> q = np.ones((1, 16, 4, 8), dtype=np.float32)  # 16 rows on every rank
     >>> out, lse, ctx = ulysses_attention(q, q, q, causal=True, return_lse=True, return_ctx=True)
-    >>> dq, dk, dv = ulysses_attention_backward(out, q, q, q, out, lse, ctx=ctx, causal=True)
+    >>> dq, dk, dv = ulysses_attention_backward(out, q, q, q, out, lse, ctx=ctx)
     >>> dq.shape
     (1, 16, 4, 8)
     """
@@ -219,45 +208,35 @@ def ulysses_attention_backward(
 
     # Validate inputs.
     def check() -> Checked[tuple[list[Any], Geometry, Options]]:
-        views, geometry, options = _check(
-            *(dout, q, k, v, out, lse),
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            bias=bias,
-            key_padding_mask=key_padding_mask,
-            sinks=sinks,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            dropout_p=dropout_p,
-            seed=seed,
-            layout=layout,
-            dtype=dtype,
-            attn_type=attn_type,
-        )
+        unknown = sorted(options.keys() - OPTIONS.keys())
+        if unknown:
+            raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
+        given = OPTIONS | (ctx.options if isinstance(ctx, Context) else {}) | options
+        views, geometry, settings = _check(dout, q, k, v, out, lse, **given)
         check_exchange(exchange)
         rows = views[1].shape[1], views[2].shape[1]
         _check_context(ctx, geometry, ranks, rows)
+        if ctx and options:
+            _, _, kept = _check(dout, q, k, v, out, lse, **OPTIONS | ctx.options)
+            _check_equal(settings.common(), kept.common())
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             "overlap": check_overlap(overlap),
             "node_size": check_node_size(node_size, ranks.size),
             **vars(geometry),
-            **options.common(),
+            **settings.common(),
         }
         arrays = [to_usm(x) for x in views]
-        return Checked(rows, common, (arrays, geometry, options), (arrays[0].sycl_queue, exchange))
+        return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, options = agreement.result
+        arrays, geometry, settings = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
-        options.check_lengths(function, sum(q_rows), sum(k_rows))
+        settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
         if ranks.size == 1:
-            grads, dsinks = _differentiate_whole(arrays, geometry, options)
+            grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
             heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
@@ -266,12 +245,19 @@ def ulysses_attention_backward(
             queue = arrays[0].sycl_queue
             link = mpi.link(ranks, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
             kept = ctx.parts if ctx else ()
-            gradient = _describe(arrays, geometry, options, shares, q_rows, k_rows, rank=ranks.rank, kept=kept)
+            gradient = _describe(arrays, geometry, settings, shares, q_rows, k_rows, rank=ranks.rank, kept=kept)
             results, dsinks_of_parts = _path.run(function, agreement, link, gradient)
             grads, dsinks = [results[name] for name in GRADIENTS], None
-            if options.sinks is not None:
+            if settings.sinks is not None:
                 dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts))
-        return _to_user(grads, dsinks, options, q)
+        return _to_user(grads, dsinks, settings, q)
+
+
+_KEYWORDS = [x for x in signature(attention_backward).parameters.values() if x.kind is x.KEYWORD_ONLY]
+OPTIONS = {x.name: x.default for x in _KEYWORDS}  # and their defaults
+_shown = list(signature(ulysses_attention_backward).parameters.values())[:-1]  # without **options
+_shown[-3:-3] = _KEYWORDS
+ulysses_attention_backward.__signature__ = Signature(_shown)  # type: ignore[attr-defined]
 
 
 def _check(
@@ -304,6 +290,13 @@ def _check_context(ctx: Any, geometry: Geometry, here: mpi.Ranks, rows: tuple[in
     theirs = ctx.geometry, ranks, *((ctx.q_rows[here.rank], ctx.k_rows[here.rank]) if ranks == here.size else ())
     if theirs != (geometry, here.size, *rows):
         raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ranks} ranks, not {geometry} on {here.size}")
+
+
+def _check_equal(given: dict[str, str], kept: dict[str, str]) -> None:
+    """Check that the options are those of the forward pass, as far as ranks compare them."""
+    for name, value in given.items():
+        if value != kept[name]:
+            raise ValueError(f"{name} must be what ulysses_attention was given for ctx, {kept[name]}, not {value}")
 
 
 def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, like: Any) -> tuple[Any, ...]:

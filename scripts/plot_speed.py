@@ -62,6 +62,15 @@ PICTURES = {
         ),
         Picture("share of the speed of sgemm", "seq", attention_panel, lambda row: {attention_line(row): row["of_sgemm"]}),
     ],
+    "bench_call": [
+        Picture(
+            "µs",
+            "seq",
+            lambda row: f"{row['case']['heads']} heads",
+            lambda row: {name: 1e6 * seconds for name, seconds in row["least_seconds"].items()},
+            logarithmic=True,
+        )
+    ],
     "bench_exchange": [
         Picture(
             "GB/s",

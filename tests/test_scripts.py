@@ -341,6 +341,19 @@ def test_bench_attention(tmp_path):
     assert "geometric means of 2 rows" in text
 
 
+def test_bench_call(tmp_path):
+    options = "--seconds", 0.01, "--seq", 16, 32, "--json", "rows.json", "--plot", "rows.png"
+    run(sys.executable, ROOT / "scripts/bench_call.py", *options, cwd=tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["case"]["heads"], row["case"]["seq"]) for row in rows] == [(1, 16), (8, 16), (8, 32)]
+    for row in rows:
+        least = row["least_seconds"]
+        assert 0 < least["Python"] < least["ours"]
+        assert 0 < least["kernel"] < least["ours"]
+        assert sum(row["python"].values()) == pytest.approx(1)
+        assert min(row["python"].values()) > 0
+
+
 def test_bench_ulysses_scales(tmp_path):
     options = (
         "--scaling",

@@ -27,7 +27,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
-from ulysses_dp._device.arrays import Kind, dtype_of, kind_of, tensor
+from ulysses_dp._device.arrays import dtype_of, kind_of, tensor
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp._ranks.partition import share_heads
 from ulysses_dp.backends import torch_sdpa
@@ -37,7 +37,7 @@ def like(x, given, dtype=None):
     """Numbers of NumPy as an array of the kind and, if no other is given, dtype of another; bfloat16 as bit patterns."""
     dtype = dtype or (given.dtype if isinstance(given, np.ndarray) else dtype_of(given))  # str(bfloat16) is no dtype of NumPy
     x = oracle.to_bfloat16(x) if dtype == "uint16" else x.astype(dtype)
-    kind = {Kind.STRICT: "array_api_strict"}.get(kind_of(given), kind_of(given).name.lower())
+    kind = kind_of(given).name.split(".")[0].removesuffix("_ndarray")
     return as_kind(x, kind, getattr(given, "sycl_queue", None))
 
 

@@ -56,13 +56,20 @@ def test_layer(comm, problem, attn_type):
 def test_function(comm, problem, kind):
     arrays, expected_out, expected_lse = problem
     mine = [as_kind(x, kind) for x in arrays]
-    out, lse, nothing = ulysses_flash_attn_func(*mine, 0.0, 0.3, True, (-1, -1), None, True, True, comm)
+    out, lse, nothing = ulysses_flash_attn_func(*mine, 0.0, 0.3, True, (-1, -1), 0.0, None, True, True, group=comm)
     assert nothing is None
     assert_like(out, mine[0], expected_out.shape)
     assert_near(out, expected_out)
     assert_near(lse, expected_lse)
     alone = ulysses_flash_attn_func(*mine, softmax_scale=0.3, causal=True)
     np.testing.assert_array_equal(as_numpy(alone), as_numpy(out))
+
+
+@pytest.mark.single
+def test_slopes_in_the_order_of_old_versions_of_flash_attn():
+    q = np.ones((1, 3, 2, 4), np.float32)
+    with pytest.raises(TypeError, match="softcap must be a real number, not ndarray; by position, alibi_slopes come after it"):
+        ulysses_flash_attn_func(q, q, q, 0.0, None, True, (-1, -1), np.ones(2, np.float32))
 
 
 def test_defaults_are_those_of_ulysses_attention(comm, problem):

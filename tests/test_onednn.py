@@ -20,9 +20,9 @@ from test_varlen import LENGTHS, packed
 from ulysses_dp.kernels import flash_backward, flash_forward
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention
-from ulysses_dp._call.options import check_attention
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
+from ulysses_dp._local import check_attention
 from ulysses_dp._ranks.partition import HeadMap
 from ulysses_dp.backends import _onednn, intel_onednn
 

@@ -27,6 +27,10 @@ def ones(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
+def matrix(*shape):
+    return ones(*shape).view(np.matrix)
+
+
 def arguments(**changed):
     """Good arguments of this rank but for what is changed."""
     return {"q": ones(1, 3, 4, 8), "k": ones(1, 3, 2, 8), "v": ones(1, 3, 2, 8)} | changed
@@ -68,6 +72,7 @@ BAD_ARRAYS = {
     "kinds": (lambda: {"k": dpnp.ones((1, 3, 2, 8), dtype="f4")}, TypeError, "one kind, not .*k: dpnp.ndarray"),
     "list": (lambda: {"q": arguments()["q"].tolist()}, TypeError, "q must be an array .* not builtins.list"),
     "None": (lambda: {"v": None}, TypeError, "v must be an array .* not builtins.NoneType"),
+    "matrix": (lambda: {"q": matrix(3, 4)}, TypeError, "q must be an array .* not numpy.*matrix"),
     "masked": (lambda: {"k": np.ma.array(arguments()["k"])}, TypeError, "k must be an array .* not numpy.ma.*MaskedArray"),
     "head_dim 257": (lambda: qkv(lambda x: ones(*x.shape[:3], 257)), ValueError, "head_dim .* from 1 to 256, not 257"),
     "head_dim 0": (lambda: qkv(lambda x: ones(*x.shape[:3], 0)), ValueError, "head_dim .* from 1 to 256, not 0"),
@@ -84,6 +89,13 @@ BAD_OPTIONS = [
     ({"causal": 1}, TypeError, "causal must be a bool, not int"),
     ({"causal": None}, TypeError, "causal must be a bool, not NoneType"),
     ({"window_size": (3, -2)}, ValueError, r"window_size must be at least 0, or -1 for no limit, not \(3, -2\)"),
+    ({"window_size": np.array(3)}, TypeError, r"window_size must be two integers \(left, right\), not array\(3\)"),
+    ({"window_size": np.ones((2, 2), int)}, TypeError, "window_size must be an integer, not list"),
+    ({"softmax_scale": np.float16(np.inf)}, ValueError, "softmax_scale must be finite, not inf"),
+    ({"alibi_slopes": [[1.0], [2.0, 3.0]]}, TypeError, "alibi_slopes must be an array or a sequence of numbers"),
+    ({"alibi_slopes": matrix(1, 4)}, TypeError, "alibi_slopes must be an array or a sequence, not numpy.*matrix"),
+    ({"bias": matrix(3, 3)}, TypeError, "bias must be an array .* not numpy.*matrix"),
+    ({"colour": "red"}, TypeError, "there is no option 'colour'; there are softmax_scale, causal"),
     ({"window_size": None}, TypeError, r"window_size must be two integers \(left, right\), not None"),
     ({"alibi_slopes": ones(3)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(1, 4\), .* not \(3,\)"),
 ]
@@ -98,6 +110,11 @@ BAD_KEYWORDS = [
     ({"sinks": ones(3)}, ValueError, r"sinks must have shape \(4,\), one for every head, not \(3,\)"),
     ({"layout": "bdsh"}, ValueError, "layout must be one of bhsd, bshd, sbhd, thd, not 'bdsh'"),
     ({"layout": (0, 1, 2, 2)}, ValueError, "layout must be one of"),
+    ({"layout": (0, 1, 2, ones(1))}, TypeError, "layout must be an integer, not ndarray"),
+    ({"layout": (False, True, 2, 3)}, TypeError, "layout must be an integer, not bool"),
+    ({"layout": np.arange(4)}, TypeError, "layout must be a string, not ndarray"),
+    ({"dtype": ones(3)}, TypeError, "dtype must be a string, not ndarray"),
+    ({"attn_type": ones(3)}, TypeError, "attn_type must be a member of AttnType"),
     ({"layout": 3}, TypeError, "layout must be a string, not int"),
     ({"dtype": np.float32}, TypeError, "dtype must be a string, not type"),
     ({"dtype": "float64"}, TypeError, "q has dtype float32, but dtype is 'float64'"),
@@ -106,6 +123,9 @@ BAD_EXCHANGE = [
     ({"exchange": "fast"}, ValueError, "exchange must be one of 'auto', 'device', 'host', not 'fast'"),
     ({"exchange": None}, ValueError, "exchange must be one of"),
     ({"exchange": ["auto"]}, ValueError, "exchange must be one of"),
+    ({"exchange": np.array(["auto", "host"])}, ValueError, "exchange must be one of"),
+    ({"overlap": np.array(["auto"])}, TypeError, "overlap must be an integer, not ndarray"),
+    ({"node_size": np.array(["auto"])}, TypeError, "node_size must be an integer, not ndarray"),
 ]
 BAD_DROPOUT = [
     ({"dropout_p": 0.1}, ValueError, "seed must be given with dropout_p = 0.1"),
@@ -132,6 +152,51 @@ BAD_FOR_ATTENTION = with_arrays(BAD_ARRAYS) + with_options(BAD_OPTIONS + BAD_KEY
 def test_attention(changed, error, pattern):
     with pytest.raises(error, match=pattern):
         call(attention, arguments(**changed()))
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softmax_scale": np.float16(0.5)},
+        {"softmax_scale": np.longdouble(0.5)},
+        {"softcap": np.float16(5)},
+        {"softcap": np.int8(5)},
+        {"dropout_p": np.float16(0.5), "seed": np.uint64(2**64 - 1)},
+        {"alibi_slopes": np.ones(4, np.float16)},
+        {"sinks": np.ones(4, np.float16)},
+        {"window_size": [np.int8(2), np.int64(1)]},
+        {"window_size": np.array([2, 1], np.int8)},
+        {"layout": (np.int64(0), 1, 2, 3)},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy(options):
+    """Without a warning, which the tests take for an error; and as the numbers of Python."""
+    plain = {name: as_python(value) for name, value in options.items()}
+    np.testing.assert_array_equal(call(attention, arguments(**options)), call(attention, arguments(**plain)))
+
+
+def as_python(value):
+    """The same in Python's numbers; slopes and sinks in float64."""
+    if isinstance(value, tuple | list):
+        return tuple(int(n) for n in value)
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
+    return value.item() if not isinstance(value, np.longdouble) else float(value)
+
+
+@pytest.mark.single
+def test_fields_of_structured_arrays():
+    """Their strides are no multiples of their itemsize."""
+    whole = {}
+    for name, x in arguments(bias=np.arange(36, dtype=np.float32).reshape(1, 4, 3, 3) / 9, sinks=ones(4)).items():
+        packed = np.zeros(x.shape, dtype=[("before", "u1"), ("x", "f4")])
+        packed["x"] = x
+        whole[name] = packed["x"]
+        assert whole[name].strides[-1] == 5
+    copies = {name: x.copy() for name, x in whole.items()}
+    np.testing.assert_array_equal(call(attention, whole), call(attention, copies))
 
 
 def assert_all_raise(comm, bad, good, function, error, pattern):

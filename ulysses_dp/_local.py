@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ._call.checks import NAMES, check_inputs, check_layout, device_of
+from ._call.definitions import Option
 from ._call.layout import Layout, axes_of, from_bshd, inverse, lse_to_user
+from ._call.options import AttentionOptions, check_options
 from ._device.arrays import from_usm, tensor
 from ._device.trace import stage
 from ._device.workspace import empty_like
 from ._ranks.partition import HeadMap
+from .backends import AttnType, LocalAttention, backend_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._call.checks import Geometry
+    from ._call.checks import Geometry, Names
     from ._call.options import Options
+
+
+class LocalOptions(AttentionOptions, total=False):
+    """All options of `attention`, and who computes it."""
+
+    attn_type: Annotated[
+        LocalAttention,
+        Option(
+            AttnType.INTEL_SYCL,
+            lambda name, attn_type, call: attn_type,  # checked by what knows the backends
+            "AttnType, UserAttention or callable",
+            "The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a "
+            "function as it takes one.",
+        ),
+    ]
+
+
+def check_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    names: Names = NAMES,
+    *,
+    layout: Any = "bshd",
+    dtype: Any = None,
+    return_lse: Any,
+    attn_type: Any = AttnType.INTEL_SYCL,
+    backward: bool = False,
+    **options: Any,
+) -> tuple[tuple[Any, Any, Any], Geometry, Options]:
+    """Check all arguments of a call, and choose who computes; returns q, k and v as views (batch, seq, heads, head_dim)."""
+    layout = check_layout(layout)
+    views, geometry = check_inputs(q, k, v, names, layout, dtype)
+    settings = check_options(geometry, views[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
+    backend = backend_for(attn_type).for_call(views[0], device_of(q), geometry, settings, backward=backward)
+    return views, geometry, replace(settings, backend=backend)
 
 
 def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[Any, Any]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 
 from . import _local, _path
 from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
-from ._call.options import Options, check_attention
+from ._call.definitions import takes
 from ._device.arrays import to_usm
 from ._device.copies import copy_arrays
 from ._device.trace import call
 from ._device.workspace import empty_like
+from ._local import LocalOptions
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._ranks.redistribution import as_columns
-from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._call.options import Options
     from ._ranks.partition import Heads
 
 
@@ -39,28 +42,15 @@ class Context:
         raise TypeError("a Context cannot be pickled or copied: it holds memory of this rank's device")
 
 
+@takes(LocalOptions)
 def attention(
     q: Any,
     k: Any,
     v: Any,
     /,
     *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    layout: str = "bshd",
-    dtype: str | None = None,
     return_lse: bool = False,
-    attn_type: LocalAttention = AttnType.INTEL_SYCL,
+    **options: Unpack[LocalOptions],
 ) -> Any:
     r"""Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
 
@@ -74,42 +64,9 @@ def attention(
     k, v : same kind, dtype and device as q
         Keys and values, (batch, seq_k, kv_heads, head_dim). heads is a multiple of kv_heads: query head h reads kv head
         ``h // (heads // kv_heads)``.
-    softmax_scale : float, optional
-        Factor of the dot products; 1/sqrt(head_dim) by default.
-    causal : bool
-        Query i sees the keys j <= i + seq_k - seq_q: the mask is aligned to the last query and key, as in flash-attn.
-    window_size : (int, int)
-        Query i sees the keys from i + seq_k - seq_q - left to i + seq_k - seq_q + right; -1 means no limit. Keys outside the
-        window take no time.
-    softcap : float
-        If positive, a score s becomes softcap * tanh(s / softcap), before ALiBi and bias.
-    alibi_slopes : array or sequence of float, optional
-        (heads,) or (batch, heads): slope * \|i + seq_k - seq_q - j\| is subtracted from the score of query i and key j.
-    bias : array, optional
-        Added to the scores; 4 axes, broadcastable to (batch, heads, seq_q, seq_k), float32, float64, float16 or bfloat16, on
-        the host or on the queue of q. What it repeats by strides of 0 is not copied. -inf hides a key.
-    key_padding_mask : array of bool, optional
-        (batch, seq_k): True for the keys that take part.
-    sinks : array or sequence of float, optional
-        (heads,): a logit per head, whose exponential is added to the softmax denominator.
-    cu_seqlens_q, cu_seqlens_k : array or sequence of int, optional
-        With layout "thd": where the packed sequences start, from 0 to the number of rows. Queries of a sequence see keys of the
-        same sequence only, and `causal`, `window_size` and `alibi_slopes` count within it. `cu_seqlens_k` is `cu_seqlens_q` by
-        default.
-    dropout_p : float
-        Probability with which a weight is dropped; those that stay are divided by 1 - dropout_p. Which ones are dropped is a
-        function of seed, batch, head, query and key alone (Philox4x32-10).
-    seed : int, optional
-        From 0 to 2**64 - 1; needed if dropout_p is positive.
-    layout : {"bshd", "sbhd", "bhsd", "thd"} or tuple of int
-        The axes of q, k, v and out: b batch, s seq, h heads, d head_dim; t the rows of all packed sequences, which count as one
-        batch in bias, key_padding_mask and dropout. A tuple says which axes are batch, seq, heads and head_dim.
-    dtype : str, optional
-        "bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.
+    {options}
     return_lse : bool
         Also return the logarithm of the softmax denominators.
-    attn_type : AttnType, UserAttention or callable
-        The implementation: a member of `AttnType`, what `register_attention` returned, or a function as it takes one.
 
     Returns
     -------
@@ -148,32 +105,15 @@ def attention(
     True
     """
     # Validate inputs.
-    views, geometry, options = check_attention(
-        *(q, k, v),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        bias=bias,
-        key_padding_mask=key_padding_mask,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-        dtype=dtype,
-        return_lse=return_lse,
-        attn_type=attn_type,
-    )
-    options.check_lengths("attention", views[0].shape[1], views[1].shape[1])
+    views, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, **options)
+    settings.check_lengths("attention", views[0].shape[1], views[1].shape[1])
     # Delegate.
     with call("attention"):
-        out, lse = _local.attend_whole([to_usm(x) for x in views], geometry, options)
-        return _local.results_to_user(out, lse, options, q)
+        out, lse = _local.attend_whole([to_usm(x) for x in views], geometry, settings)
+        return _local.results_to_user(out, lse, settings, q)
 
 
+@takes(LocalOptions)
 def ulysses_attention(
     q: Any,
     k: Any,
@@ -181,26 +121,12 @@ def ulysses_attention(
     /,
     *,
     comm: Any = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    layout: str = "bshd",
-    dtype: str | None = None,
     return_lse: bool = False,
     return_ctx: bool = False,
-    attn_type: LocalAttention = AttnType.INTEL_SYCL,
     exchange: str = "auto",
-    overlap: int | str = "auto",
-    node_size: int | str = 1,
+    overlap: SupportsIndex | str = "auto",
+    node_size: SupportsIndex | str = 1,
+    **options: Unpack[LocalOptions],
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
 
@@ -218,23 +144,17 @@ def ulysses_attention(
         Keys and values of this rank, (batch, seq_k_local, kv_heads, head_dim). heads is a multiple of kv_heads: query head h
         reads kv head ``h // (heads // kv_heads)``. If on any rank seq_k_local is not seq_local, k and v travel in a message
         of their own.
+    {names}
+        As in `attention`, in rows of the whole sequences: the result does not depend on the number of ranks. Arrays are for all
+        heads and for the rows of all ranks, and the same on every rank, which uses the part for its heads. `cu_seqlens_q`
+        counts rows in the concatenation of the rows of all ranks.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default. heads need not be a multiple of the number of ranks, nor be as many.
-    softmax_scale, causal, window_size, softcap
-        As in `attention`, in rows of the whole sequences: the result does not depend on the number of ranks.
-    alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
-        As in `attention`, for all heads and for the rows of all ranks, and the same on every rank. `cu_seqlens_q` counts rows
-        in the concatenation of the rows of all ranks. Each rank uses the part for its heads.
-    dropout_p, seed, layout, dtype
-        As in `attention`.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
-    attn_type : AttnType, UserAttention or callable
-        The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
-        as it takes one.
     exchange : {"auto", "device", "host"}
         Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
     overlap : int or "auto"
@@ -294,22 +214,8 @@ def ulysses_attention(
         overlap=overlap,
         node_size=node_size,
         return_ctx=return_ctx,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        bias=bias,
-        key_padding_mask=key_padding_mask,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-        dtype=dtype,
         return_lse=return_lse,
-        attn_type=attn_type,
+        **options,
     )
 
 
@@ -321,8 +227,8 @@ def distributed(
     *,
     comm: Any,
     exchange: str = "auto",
-    overlap: int | str = "auto",
-    node_size: int | str = 1,
+    overlap: SupportsIndex | str = "auto",
+    node_size: SupportsIndex | str = 1,
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -332,7 +238,7 @@ def distributed(
 
     # Validate inputs.
     def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options]]:
-        views, geometry, settings = check_attention(q, k, v, names, **options)
+        views, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}

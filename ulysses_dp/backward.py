@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from inspect import Signature, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
 from . import _local, _path
 from ._call.checks import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
+from ._call.definitions import takes
 from ._call.layout import PACKED, from_bshd, to_bshd
-from ._call.options import Options, check_attention
 from ._device.arrays import dtype_of, from_usm, kind_of, tensor, to_usm
 from ._device.trace import call, stage
 from ._device.workspace import scratch
+from ._local import LocalOptions
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from .attention import Context
-from .backends import AttnType, LocalAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Unpack
+
+    from ._call.options import Options
     from ._ranks.partition import Heads
 
 GRADIENTS = ("dq", "dk", "dv")
 
 
+@takes(LocalOptions)
 def attention_backward(
     dout: Any,
     q: Any,
@@ -37,22 +40,7 @@ def attention_backward(
     out: Any,
     lse: Any,
     /,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    layout: str = "bshd",
-    dtype: str | None = None,
-    attn_type: LocalAttention = AttnType.INTEL_SYCL,
+    **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `attention`: the vector-Jacobian product for a cotangent of its result.
 
@@ -66,10 +54,8 @@ def attention_backward(
         What `attention` was given.
     out, lse : arrays
         What `attention` returned with ``return_lse=True``.
-    softmax_scale, causal, window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
+    {names}
         What `attention` was given. `alibi_slopes` and `bias` get no gradient.
-    dropout_p, seed, layout, dtype, attn_type
-        What `attention` was given.
 
     Returns
     -------
@@ -105,31 +91,15 @@ def attention_backward(
     True
     """
     # Validate inputs.
-    views, geometry, options = _check(
-        *(dout, q, k, v, out, lse),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        bias=bias,
-        key_padding_mask=key_padding_mask,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-        dtype=dtype,
-        attn_type=attn_type,
-    )
-    options.check_lengths("attention_backward", views[1].shape[1], views[2].shape[1])
+    views, geometry, settings = _check(dout, q, k, v, out, lse, **options)
+    settings.check_lengths("attention_backward", views[1].shape[1], views[2].shape[1])
     # Delegate.
     with call("attention_backward"):
-        grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, options)
-        return _to_user(grads, dsinks, options, q)
+        grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, settings)
+        return _to_user(grads, dsinks, settings, q)
 
 
+@takes(LocalOptions)
 def ulysses_attention_backward(
     dout: Any,
     q: Any,
@@ -142,9 +112,9 @@ def ulysses_attention_backward(
     comm: Any = None,
     ctx: Context | None = None,
     exchange: str = "auto",
-    overlap: int | str = "auto",
-    node_size: int | str = 1,
-    **options: Any,
+    overlap: SupportsIndex | str = "auto",
+    node_size: SupportsIndex | str = 1,
+    **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
 
@@ -159,16 +129,16 @@ def ulysses_attention_backward(
         What `ulysses_attention` was given.
     out, lse : arrays
         What `ulysses_attention` returned with ``return_lse=True``.
+    {names}
+        What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient. With `ctx`, an option that is given must
+        be that of `ctx`; of `bias`, shape and dtype are compared.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     ctx : Context, optional
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
-    softmax_scale, causal, window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k
-        What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient.
-    dropout_p, seed, layout, dtype, attn_type, exchange, overlap, node_size
-        What `ulysses_attention` was given. With `ctx`, an option that is given must be that of `ctx`; of `bias`, shape and
-        dtype are compared.
+    exchange, overlap, node_size
+        What `ulysses_attention` was given.
 
     Returns
     -------
@@ -208,16 +178,13 @@ def ulysses_attention_backward(
 
     # Validate inputs.
     def check() -> Checked[tuple[list[Any], Geometry, Options]]:
-        unknown = sorted(options.keys() - OPTIONS.keys())
-        if unknown:
-            raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
-        given = OPTIONS | (ctx.options if isinstance(ctx, Context) else {}) | options
+        given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
         views, geometry, settings = _check(dout, q, k, v, out, lse, **given)
         check_exchange(exchange)
         rows = views[1].shape[1], views[2].shape[1]
         _check_context(ctx, geometry, ranks, rows)
         if ctx and options:
-            _, _, kept = _check(dout, q, k, v, out, lse, **OPTIONS | ctx.options)
+            _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
             _check_equal(settings.common(), kept.common())
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
@@ -253,18 +220,13 @@ def ulysses_attention_backward(
         return _to_user(grads, dsinks, settings, q)
 
 
-_KEYWORDS = [x for x in signature(attention_backward).parameters.values() if x.kind is x.KEYWORD_ONLY]
-OPTIONS = {x.name: x.default for x in _KEYWORDS}  # and their defaults
-_shown = list(signature(ulysses_attention_backward).parameters.values())[:-1]  # without **options
-_shown[-3:-3] = _KEYWORDS
-ulysses_attention_backward.__signature__ = Signature(_shown)  # type: ignore[attr-defined]
-
-
 def _check(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Any, dtype: Any, **options: Any
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Any = "bshd", dtype: Any = None, **options: Any
 ) -> tuple[tuple[Any, ...], Geometry, Options]:
     """Check all arguments; returns dout, q, k, v, out as views (batch, seq, heads, head_dim), and lse (batch, heads, seq)."""
-    views, geometry, settings = check_attention(q, k, v, layout=layout, dtype=dtype, return_lse=True, backward=True, **options)
+    views, geometry, settings = _local.check_attention(
+        q, k, v, layout=layout, dtype=dtype, return_lse=True, backward=True, **options
+    )
     of_q = dtype_of(q), tuple(q.shape)
     rows = (geometry.heads, views[0].shape[1])
     of_lse = geometry.compute_dtype, rows if layout == PACKED else (geometry.batch, *rows)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._call.checks import Names, check_axes
+from ._call.definitions import takes
 from ._call.layout import axes_to_bshd
+from ._call.options import MoreOptions
 from .attention import distributed
 from .backends import AttnType, LocalAttention
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Unpack
+
+    from ._call.options import Real, Window
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")
@@ -60,25 +68,23 @@ class UlyssesAttention:
         self.attn_type = attn_type
         self._axes = axes_to_bshd(heads, seq)
 
+    @takes(MoreOptions)
     def __call__(
         self,
         query: Any,
         key: Any,
         value: Any,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
+        dropout_p: Real = 0.0,
+        softmax_scale: Real | None = None,
+        causal: bool | np.bool_ = False,
+        window_size: Window = (-1, -1),
+        softcap: Real = 0.0,
         alibi_slopes: Any = None,
         deterministic: bool = False,
         return_attn_probs: bool = False,
         *,
-        bias: Any = None,
-        key_padding_mask: Any = None,
-        sinks: Any = None,
-        seed: int | None = None,
         dtype: str | None = None,
+        **options: Unpack[MoreOptions],
     ) -> Any:
         """Attention of the rows of this rank. Collective over the group; see `ulysses_attention` for what is raised.
 
@@ -99,7 +105,7 @@ class UlyssesAttention:
             The result is bit-identical on repetition either way.
         return_attn_probs : bool
             Return ``(out, lse, None)``, as flash-attn does without dropout.
-        bias, key_padding_mask, sinks, seed, dtype
+        {names}, dtype
             As in `ulysses_attention`.
 
         Returns
@@ -117,43 +123,38 @@ class UlyssesAttention:
             return_attn_probs,
             comm=self.sequence_process_group,
             layout=self._axes,
+            dtype=dtype,
             names=_CLASS_NAMES,
+            attn_type=self.attn_type,
             dropout_p=dropout_p,
             softmax_scale=softmax_scale,
             causal=causal,
             window_size=window_size,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
-            bias=bias,
-            key_padding_mask=key_padding_mask,
-            sinks=sinks,
-            seed=seed,
-            dtype=dtype,
-            attn_type=self.attn_type,
+            **options,
         )
 
 
+@takes(MoreOptions)
 def ulysses_flash_attn_func(
     q: Any,
     k: Any,
     v: Any,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    dropout_p: Real = 0.0,
+    softmax_scale: Real | None = None,
+    causal: bool | np.bool_ = False,
+    window_size: Window = (-1, -1),
+    softcap: Real = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    group: Any = None,
     *,
-    softcap: float = 0.0,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    seed: int | None = None,
+    group: Any = None,
     dtype: str | None = None,
+    **options: Unpack[MoreOptions],
 ) -> Any:
-    """`ulysses_attention` with the signature of ``flash_attn_func``, plus the communicator.
+    """`ulysses_attention` with the signature of ``flash_attn_func`` (flash-attn 2.6 and later), plus the communicator.
 
     Collective over `group`.
 
@@ -168,15 +169,17 @@ def ulysses_flash_attn_func(
         Factor of the dot products; 1/sqrt(head_dim) by default.
     causal : bool
         Query i sees the keys j <= i + seq_k - seq_q.
-    window_size, alibi_slopes
+    window_size, softcap, alibi_slopes
         As in `ulysses_attention`.
     deterministic : bool
         The result is bit-identical on repetition either way.
     return_attn_probs : bool
         Return ``(out, lse, None)``, as flash-attn does without dropout.
+    {names}
+        As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    softcap, bias, key_padding_mask, sinks, seed, dtype
+    dtype : str, optional
         As in `ulysses_attention`.
 
     Returns
@@ -208,19 +211,16 @@ def ulysses_flash_attn_func(
         return_attn_probs,
         comm=group,
         layout="bshd",
+        dtype=dtype,
         names=_FUNCTION_NAMES,
+        attn_type=AttnType.INTEL_SYCL,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        bias=bias,
-        key_padding_mask=key_padding_mask,
-        sinks=sinks,
-        seed=seed,
-        dtype=dtype,
-        attn_type=AttnType.INTEL_SYCL,
+        **options,
     )
 
 

@@ -13,6 +13,7 @@ from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 
 from .._device.arrays import LIBRARIES, Library, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
+from .._device.dtypes import DTYPES, names
 from .._device.queue import default_queue
 from .._ranks.partition import group_size
 from .layout import LAYOUTS, PACKED, Layout, to_bshd
@@ -20,8 +21,7 @@ from .layout import LAYOUTS, PACKED, Layout, to_bshd
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# dtypes, and the one in which attention computes with each
-COMPUTE_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
+COMPUTE_DTYPES = {dtype.name: dtype.compute for dtype in DTYPES.values()}
 EXCHANGES = ("auto", "device", "host")
 
 
@@ -38,7 +38,7 @@ class Geometry:
     @property
     def compute_dtype(self) -> str:
         """In which dtype attention computes, and gives lse."""
-        return COMPUTE_DTYPES[self.dtype]
+        return DTYPES[self.dtype].compute
 
     @property
     def group(self) -> int:
@@ -94,24 +94,34 @@ def check_dtype(name: str, x: Any, dtype: str | None) -> str:
     given = dtype_of(x)
     if given == "uint16" and dtype == "bfloat16":
         return dtype
-    if given not in COMPUTE_DTYPES:
+    if given not in DTYPES:
         hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
-        raise TypeError(f"{name} has dtype {given}; supported are {', '.join(COMPUTE_DTYPES)} in native byte order{hint}")
+        raise TypeError(f"{name} has dtype {given}; supported are {names()} in native byte order{hint}")
     if dtype is not None and dtype != given:
         raise TypeError(f"{name} has dtype {given}, but dtype is {dtype!r}")
     return given
 
 
-def check_layout(layout: Any, dtype: Any) -> None:
-    """Check the names of the layout and of the dtype."""
-    for name, value, known in (("layout", layout, {*LAYOUTS, PACKED}), ("dtype", dtype, {None, *COMPUTE_DTYPES})):
-        if name == "layout" and isinstance(value, tuple):
-            if len(value) == 4 and set(value) == {0, 1, 2, 3}:
-                continue
-        elif not isinstance(value, str | None):
-            raise TypeError(f"{name} must be a string, not {type(value).__name__}")
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(sorted(filter(None, known)))}, not {value!r}")
+def check_layout(layout: Any) -> Layout:
+    """Check the layout; returns it, with plain integers if it says which axes are which."""
+    if isinstance(layout, tuple):
+        for axis in layout:
+            check_integer("layout", axis)
+        if sorted(layout) == [0, 1, 2, 3]:
+            return tuple(map(int, layout))
+    elif not isinstance(layout, str):
+        raise TypeError(f"layout must be a string, not {type(layout).__name__}; or a tuple of 4 numbers of axes")
+    elif layout == PACKED or layout in LAYOUTS:
+        return layout
+    raise ValueError(f"layout must be one of {', '.join(sorted([*LAYOUTS, PACKED]))}, not {shown(layout)}")
+
+
+def check_dtype_name(dtype: Any) -> None:
+    """Check what the user says of the dtype."""
+    if not isinstance(dtype, str | None):
+        raise TypeError(f"dtype must be a string, not {type(dtype).__name__}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {names()}, not {shown(dtype)}")
 
 
 def device_of(x: Any) -> Any:
@@ -143,9 +153,9 @@ def check_places(names: Sequence[str], arrays: Sequence[Any], kind: Library) -> 
         raise ValueError(f"{_join(names)} must be on one device, not {_each(names, places)}")
 
 
-def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Any, dtype: Any) -> tuple[tuple[Any, Any, Any], Geometry]:
+def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: Any) -> tuple[tuple[Any, Any, Any], Geometry]:
     """Check q, k and v against each other; returns them as views (batch, seq, heads, head_dim)."""
-    check_layout(layout, dtype)
+    check_dtype_name(dtype)
     arrays = q, k, v
     kinds = tuple(check_array(name, x, layout, dtype) for name, x in zip(names[:3], arrays, strict=True))
     views = to_bshd(q, layout), to_bshd(k, layout), to_bshd(v, layout)
@@ -184,8 +194,8 @@ def _check_shapes(
 
 def check_exchange(exchange: Any) -> None:
     """Check the wish for a route through MPI."""
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, not {exchange!r}")
+    if not isinstance(exchange, str) or exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, not {shown(exchange)}")
 
 
 def check_overlap(overlap: Any) -> int:
@@ -242,6 +252,15 @@ def check_integer(name: str, n: Any) -> None:
     """Check that it is an integer, of Python or NumPy, and no bool."""
     if not isinstance(n, numbers.Integral) or isinstance(n, bool):
         raise TypeError(f"{name} must be an integer, not {type(n).__name__}")
+
+
+def shown(x: Any) -> str:
+    """A value in a message: short, and whatever it is."""
+    try:
+        text = str(x) if isinstance(x, numbers.Number) else repr(x)
+    except Exception:  # the user's class may raise anything
+        return f"a {type(x).__qualname__}"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _join(names: Sequence[str]) -> str:

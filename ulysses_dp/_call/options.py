@@ -1,32 +1,291 @@
-"""The options of attention: their checks, what all ranks must agree on, and the part of them that one rank's heads need.
+"""The options of attention, each defined once: its type, default, documentation and check, and which part of it a rank needs.
 
-Options that are arrays are global: they cover all rows and all heads, and every rank passes the same.
+The signatures and docstrings of the public functions, the agreement of the ranks and what the backends get are made of these
+definitions (`definitions`). Options that are arrays are global: they cover all rows and all heads, and every rank passes the
+same.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict
 
 import numpy as np
 
 from ulysses_dp.kernels.flash_forward import Extras
 
-from .._device.arrays import dtype_of, kind_of, on_host, tensor, to_numpy, to_usm
-from ..backends import backend_for
-from .checks import NAMES, Geometry, Names, check_flag, check_inputs, check_integer, check_kind, device_of
+from .._device.arrays import dtype_of, kind_of, on_host, tensor, to_host, to_numpy, to_usm
+from .._device.dtypes import DTYPES, names
+from .checks import Geometry, check_flag, check_integer, check_kind, shown
+from .definitions import Option, options_of
 from .layout import PACKED, Layout
 from .spans import UNLIMITED, spans, trim
 
 if TYPE_CHECKING:
-    from ..backends import Backend
+    from collections.abc import Mapping
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
-BIAS_DTYPES = ("float32", "float64", "float16", "bfloat16")
+Real = float | np.floating[Any] | np.integer[Any]
+Window = tuple[SupportsIndex, SupportsIndex] | list[int] | np.ndarray[Any, Any]
+
+
+class Call(NamedTuple):
+    """What the checks of the options know of a call."""
+
+    geometry: Geometry
+    layout: Layout
+    q: Any  # the user's array
+
+
+def _check_causal(name: str, causal: Any, call: Call) -> bool:
+    check_flag(name, causal)
+    return bool(causal)
+
+
+def _check_scale(name: str, scale: Any, call: Call) -> float:
+    if scale is None:
+        return 1 / math.sqrt(call.geometry.head_dim)
+    number = _real(name, scale, " or None")
+    size: Any = abs(number)
+    if not size < math.inf:
+        raise ValueError(f"{name} must be finite, not {shown(scale)}")
+    if size > MAX_SCALE:
+        raise ValueError(f"{name} must be at most {MAX_SCALE:g} in size, not {shown(scale)}")
+    return float(number)
+
+
+def _check_window(name: str, window_size: Any, call: Call) -> tuple[int, int]:
+    pair = window_size.tolist() if isinstance(window_size, np.ndarray) else window_size
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{name} must be two integers (left, right), not {shown(window_size)}")
+    for n in pair:
+        check_integer(name, n)
+        if n < -1:
+            raise ValueError(f"{name} must be at least 0, or -1 for no limit, not {tuple(pair)}")
+    left, right = pair
+    return int(left), int(right)
+
+
+def _check_softcap(name: str, softcap: Any, call: Call) -> float:
+    number = _real(name, softcap)
+    if number != 0 and not 1 / MAX_SCALE <= number <= MAX_SCALE:
+        raise ValueError(f"{name} must be from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, or 0 for none, not {shown(softcap)}")
+    return float(number)
+
+
+def _check_dropout(name: str, dropout_p: Any, call: Call) -> float:
+    number = _real(name, dropout_p)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be from 0 to less than 1, not {shown(dropout_p)}")
+    return float(number)
+
+
+def _check_seed(name: str, seed: Any, call: Call) -> int | None:
+    if seed is None:
+        return None
+    check_integer(name, seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name} must be from 0 to 2**64 - 1, not {shown(seed)}")
+    return int(seed)
+
+
+def _check_slopes(name: str, slopes: Any, call: Call) -> np.ndarray | None:
+    batch, heads = call.geometry.batch, call.geometry.heads
+    array = _numbers(name, slopes, (heads,), *([] if call.layout == PACKED else [(batch, heads)]))
+    if array is None:
+        return None
+    if not (abs(array) <= MAX_SCALE).all():
+        raise ValueError(f"{name} must be finite and at most {MAX_SCALE:g} in size")
+    return array.reshape(-1, heads) if heads else np.empty((1, 0))
+
+
+def _check_sinks(name: str, sinks: Any, call: Call) -> np.ndarray | None:
+    array = _numbers(name, sinks, (call.geometry.heads,))
+    if array is not None and not (abs(array[~np.isneginf(array)]) <= MAX_SCALE).all():
+        raise ValueError(f"{name} must be finite, or -inf for none, and at most {MAX_SCALE:g} in size")
+    return array
+
+
+def _check_mask(name: str, mask: Any, call: Call) -> np.ndarray | None:
+    if mask is None:
+        return None
+    array = _small_array(name, mask)
+    if array.dtype != bool:
+        raise TypeError(f"{name} must be bool, not {array.dtype}")
+    if array.ndim != 2 or array.shape[0] != call.geometry.batch:
+        raise ValueError(f"{name} must be ({call.geometry.batch}, seq_k), one for every key, not {array.shape}")
+    return array
+
+
+def _check_bias(name: str, bias: Any, call: Call) -> Any:
+    if bias is None:
+        return None
+    kind = check_kind(name, bias)
+    if dtype_of(bias) not in DTYPES:
+        raise TypeError(f"{name} has dtype {dtype_of(bias)}; supported are {names()}")
+    batch, heads, shape, q = call.geometry.batch, call.geometry.heads, tuple(bias.shape), call.q
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+        raise ValueError(f"{name} must be broadcastable to ({batch}, {heads}, seq_q, seq_k), with 4 axes, not {shape}")
+    if not on_host(bias, kind) and (on_host(q, kind_of(q)) or to_usm(bias).sycl_queue != to_usm(q).sycl_queue):
+        raise ValueError(f"{name} must be on the host or on the queue of q, not {kind.name} elsewhere")
+    return bias
+
+
+def _check_cu_seqlens(name: str, x: Any, call: Call) -> tuple[int, ...] | None:
+    if x is None:
+        return None
+    array = _small_array(name, x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if array.ndim != 1 or array.size < 1:
+        raise ValueError(f"{name} must have one axis and at least one number, not shape {array.shape}")
+    starts = tuple(map(int, array))
+    if starts[0] != 0 or any(b < a for a, b in pairwise(starts)):
+        raise ValueError(f"{name} must start with 0 and not decrease, not {_shorten(starts)}")
+    return starts
+
+
+def _as_it_is(name: str, value: Any, call: Call) -> Any:
+    """What is checked with the arrays."""
+    return value
+
+
+class FlashAttnOptions(TypedDict, total=False):
+    """The options that flash-attn has, too."""
+
+    softmax_scale: Annotated[
+        Real | None, Option(None, _check_scale, "float, optional", "Factor of the dot products; 1/sqrt(head_dim) by default.")
+    ]
+    causal: Annotated[
+        bool | np.bool_,
+        Option(
+            False,
+            _check_causal,
+            "bool",
+            "Query i sees the keys j <= i + seq_k - seq_q: the mask is aligned to the last query and key, as in flash-attn.",
+        ),
+    ]
+    window_size: Annotated[
+        Window,
+        Option(
+            UNLIMITED,
+            _check_window,
+            "(int, int)",
+            "Query i sees the keys from i + seq_k - seq_q - left to i + seq_k - seq_q + right; -1 means no limit. Keys outside "
+            "the window take no time.",
+        ),
+    ]
+    softcap: Annotated[
+        Real,
+        Option(
+            0.0, _check_softcap, "float", "If positive, a score s becomes softcap * tanh(s / softcap), before ALiBi and bias."
+        ),
+    ]
+    alibi_slopes: Annotated[
+        Any,
+        Option(
+            None,
+            _check_slopes,
+            "array or sequence of float, optional",
+            r"(heads,) or (batch, heads): slope * \|i + seq_k - seq_q - j\| is subtracted from the score of query i and key j.",
+            heads_axis=1,
+        ),
+    ]
+    dropout_p: Annotated[
+        Real,
+        Option(
+            0.0,
+            _check_dropout,
+            "float",
+            "Probability with which a weight is dropped; those that stay are divided by 1 - dropout_p. Which ones are dropped "
+            "is a function of seed, batch, head, query and key alone (Philox4x32-10).",
+        ),
+    ]
+
+
+class MoreOptions(TypedDict, total=False):
+    """The options that `UlyssesAttention` and `ulysses_flash_attn_func` have besides those of flash-attn."""
+
+    seed: Annotated[
+        SupportsIndex | None,
+        Option(None, _check_seed, "int, optional", "From 0 to 2**64 - 1; needed if dropout_p is positive."),
+    ]
+    bias: Annotated[
+        Any,
+        Option(
+            None,
+            _check_bias,
+            "array, optional",
+            "Added to the scores; 4 axes, broadcastable to (batch, heads, seq_q, seq_k), float32, float64, float16 or "
+            "bfloat16, on the host or on the queue of q. What it repeats by strides of 0 is not copied. -inf hides a key.",
+        ),
+    ]
+    key_padding_mask: Annotated[
+        Any, Option(None, _check_mask, "array of bool, optional", "(batch, seq_k): True for the keys that take part.")
+    ]
+    sinks: Annotated[
+        Any,
+        Option(
+            None,
+            _check_sinks,
+            "array or sequence of float, optional",
+            "(heads,): a logit per head, whose exponential is added to the softmax denominator.",
+            heads_axis=0,
+        ),
+    ]
+
+
+class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
+    """All options that say what attention computes."""
+
+    cu_seqlens_q: Annotated[
+        Any,
+        Option(
+            None,
+            _check_cu_seqlens,
+            "array or sequence of int, optional",
+            'With layout "thd": where the packed sequences start, from 0 to the number of rows. Queries of a sequence see keys '
+            "of the same sequence only, and `causal`, `window_size` and `alibi_slopes` count within it.",
+        ),
+    ]
+    cu_seqlens_k: Annotated[
+        Any,
+        Option(
+            None, _check_cu_seqlens, "array or sequence of int, optional", "The same of the keys; `cu_seqlens_q` by default."
+        ),
+    ]
+
+
+class AttentionOptions(ScoreOptions, total=False):
+    """All options of `attention` that say what it computes, and of which arrays."""
+
+    layout: Annotated[
+        str | tuple[SupportsIndex, ...],
+        Option(
+            "bshd",
+            _as_it_is,
+            '{"bshd", "sbhd", "bhsd", "thd"} or tuple of int',
+            "The axes of q, k, v and out: b batch, s seq, h heads, d head_dim; t the rows of all packed sequences, which count "
+            "as one batch in bias, key_padding_mask and dropout. A tuple says which axes are batch, seq, heads and head_dim.",
+        ),
+    ]
+    dtype: Annotated[
+        str | None,
+        Option(
+            None,
+            _as_it_is,
+            "str, optional",
+            '"bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.',
+        ),
+    ]
+
+
+OPTIONS = options_of(ScoreOptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,27 +295,39 @@ class Options:
     softmax_scale: float
     causal: bool
     return_lse: bool
-    backend: Backend
     layout: Layout
     window_size: tuple[int, int]
     softcap: float
     dropout_p: float
-    seed: int
+    seed: int | None
     alibi_slopes: np.ndarray | None  # (1 or batch, heads), float64
     sinks: np.ndarray | None  # (heads,), float64
     key_padding_mask: np.ndarray | None  # (1 or batch, seq_k), bool
     bias: Any  # the user's array, 4-D
     cu_seqlens_q: tuple[int, ...] | None
     cu_seqlens_k: tuple[int, ...] | None
+    backend: Any = None  # who computes: known to those above, who know the backends
 
-    @property
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """What is not as by default, by name; without the seed where nothing is drawn."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        given = {name: value for name, value in values.items() if value is not None and value is not OPTIONS[name].default}
+        return {
+            name: value
+            for name, value in given.items()
+            if (OPTIONS[name].default is None or value != OPTIONS[name].default) and (name != "seed" or self.dropout_p)
+        }
+
+    @cached_property
     def plain(self) -> bool:
         """Whether there is no option that needs more than the causal kernel."""
-        return (
-            self.window_size == UNLIMITED
-            and not (self.softcap or self.dropout_p)
-            and all(x is None for x in (self.alibi_slopes, self.sinks, self.key_padding_mask, self.bias, self.cu_seqlens_q))
-        )
+        return self.given.keys() <= {"softmax_scale", "causal"}
+
+    def for_heads(self, name: str, heads: slice) -> Any:
+        """An option as some heads need it."""
+        axis, value = OPTIONS[name].heads_axis, getattr(self, name)
+        return value if value is None or axis is None else value[(slice(None),) * axis + (heads,)]
 
     def diagonal(self, seq_q: int, seq_k: int) -> int:
         """Query i of the plain kernel sees the keys up to i + this."""
@@ -119,12 +390,12 @@ class Options:
         return Extras(
             spans=table,
             softcap=self.softcap,
-            slopes=None if self.alibi_slopes is None else self.alibi_slopes[:, mine],
-            sinks=None if self.sinks is None else self.sinks[mine],
+            slopes=self.for_heads("alibi_slopes", mine),
+            sinks=self.for_heads("sinks", mine),
             bias=None if bias is None else tensor.broadcast_to(bias, (batch, heads, seq_q, seq_k)),
             padding=self.key_padding_mask,
             dropout_p=self.dropout_p,
-            seed=self.seed,
+            seed=self.seed or 0,
             first_head=first_head,
         )
 
@@ -136,201 +407,90 @@ class Options:
         if x.shape[1] > 1:
             x = x[:, heads]
         if dtype_of(self.bias) == "bfloat16":
-            x = _bfloat16_to_float32(x if on_host(self.bias, kind) else tensor.asnumpy(x))
+            x = _bfloat16_to_float32(x if on_host(self.bias, kind) else to_host(x))
+        if isinstance(x, np.ndarray):
+            x = np.ascontiguousarray(x)  # strides may be no multiples of the itemsize
         return tensor.asarray(x, dtype=dtype, sycl_queue=q.sycl_queue)
-
-
-def check_attention(
-    q: Any, k: Any, v: Any, names: Names = NAMES, *, layout: Any, dtype: Any = None, backward: bool = False, **options: Any
-) -> tuple[tuple[Any, Any, Any], Geometry, Options]:
-    """Check all arguments of a call of attention; returns q, k and v as views (batch, seq, heads, head_dim)."""
-    views, geometry = check_inputs(q, k, v, names, layout, dtype)
-    settings = check_options(geometry, views, names, layout=layout, **options)
-    backend = settings.backend.for_call(views[0], device_of(q), geometry, settings, backward=backward)
-    if backend is not settings.backend:
-        settings = replace(settings, backend=backend)
-    return views, geometry, settings
 
 
 def check_options(
     geometry: Geometry,
-    views: tuple[Any, Any, Any],
-    names: Names,
+    q: Any,
+    layout: Layout,
+    options: Mapping[str, Any],
     *,
-    layout: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    alibi_slopes: Any,
     return_lse: Any,
-    attn_type: Any,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
+    return_lse_name: str = "return_lse",
 ) -> Options:
-    """Check the options, as far as that goes without the rows of the other ranks; the default of the scale is filled in."""
-    for name, flag in (("causal", causal), (names.return_lse, return_lse)):
-        check_flag(name, flag)
-    backend = backend_for(attn_type)
-    cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-    cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
-    if layout == PACKED:
-        if cu_seqlens_q is None:
-            raise ValueError("cu_seqlens_q must be given with layout 'thd'")
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        if len(cu_seqlens_k) != len(cu_seqlens_q):
-            lengths = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
-            raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, not {lengths}")
-    elif cu_seqlens_q is not None or cu_seqlens_k is not None:
-        name = "cu_seqlens_k" if cu_seqlens_q is None else "cu_seqlens_q"
-        raise ValueError(f"{name} is for layout 'thd', not {layout!r}")
-    window = _check_window(window_size)
-    if window == (-1, 0):  # the plain kernel has that, too
-        causal, window = True, UNLIMITED
-    batch, heads = geometry.batch, geometry.heads
-    packed = layout == PACKED
-    return Options(
-        softmax_scale=_check_scale(softmax_scale, geometry.head_dim),
-        causal=bool(causal),
-        return_lse=bool(return_lse),
-        backend=backend,
-        layout=layout,
-        window_size=window,
-        softcap=_check_softcap(softcap),
-        dropout_p=_check_dropout(dropout_p, seed),
-        seed=0 if seed is None else _check_seed(seed),
-        alibi_slopes=_check_numbers("alibi_slopes", alibi_slopes, [(heads,)] + [(batch, heads)] * (not packed), heads),
-        sinks=None if sinks is None else _check_numbers("sinks", sinks, [(heads,)], heads)[0],  # type: ignore[index]
-        key_padding_mask=_check_mask(key_padding_mask, batch),
-        bias=_check_bias(bias, views[0], batch, heads),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    """Check the options, as far as that goes without the rows of the other ranks; the defaults are filled in."""
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(options_of(AttentionOptions))}")
+    check_flag(return_lse_name, return_lse)
+    call = Call(geometry, layout, q)
+    checked = {name: option.check(name, options.get(name, option.default), call) for name, option in OPTIONS.items()}
+    if checked["dropout_p"] > 0 and checked["seed"] is None:
+        given = shown(options["dropout_p"])
+        raise ValueError(f"seed must be given with dropout_p = {given}: all ranks have to draw the same numbers")
+    if checked["window_size"] == (-1, 0):  # the plain kernel has that, too
+        checked |= {"causal": True, "window_size": UNLIMITED}
+    checked["cu_seqlens_k"] = _check_packing(layout, checked["cu_seqlens_q"], checked["cu_seqlens_k"])
+    return Options(**checked, layout=layout, return_lse=bool(return_lse))
 
 
-def _check_scale(scale: Any, head_dim: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    size: Any = abs(_check_real("softmax_scale", scale, " or None"))
-    if not size < math.inf:
-        raise ValueError(f"softmax_scale must be finite, not {scale}")
-    if size > MAX_SCALE:
-        raise ValueError(f"softmax_scale must be at most {MAX_SCALE:g} in size, not {scale}")
-    return float(scale)
+def _check_packing(layout: Layout, starts_q: tuple[int, ...] | None, starts_k: tuple[int, ...] | None) -> Any:
+    """Check that packed sequences and their layout go together; returns where those of the keys start."""
+    if layout != PACKED:
+        if starts_q is not None or starts_k is not None:
+            name = "cu_seqlens_k" if starts_q is None else "cu_seqlens_q"
+            raise ValueError(f"{name} is for layout 'thd', not {layout!r}")
+        return None
+    if starts_q is None:
+        raise ValueError("cu_seqlens_q must be given with layout 'thd'")
+    if starts_k is None:
+        return starts_q
+    if len(starts_k) != len(starts_q):
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, not {len(starts_q)} and {len(starts_k)}")
+    return starts_k
 
 
-def _check_window(window_size: Any) -> tuple[int, int]:
-    if not isinstance(window_size, tuple | list | np.ndarray) or len(window_size) != 2:
-        raise TypeError(f"window_size must be two integers (left, right), not {window_size!r}")
-    for n in window_size:
-        check_integer("window_size", n)
-        if n < -1:
-            raise ValueError(f"window_size must be at least 0, or -1 for no limit, not {tuple(window_size)}")
-    left, right = window_size
-    return int(left), int(right)
-
-
-def _check_softcap(softcap: Any) -> float:
-    if _check_real("softcap", softcap) != 0 and not 1 / MAX_SCALE <= softcap <= MAX_SCALE:
-        raise ValueError(f"softcap must be from {1 / MAX_SCALE:g} to {MAX_SCALE:g}, or 0 for none, not {softcap}")
-    return float(softcap)
-
-
-def _check_dropout(dropout_p: Any, seed: Any) -> float:
-    if not 0 <= _check_real("dropout_p", dropout_p) < 1:
-        raise ValueError(f"dropout_p must be from 0 to less than 1, not {dropout_p}")
-    if dropout_p > 0 and seed is None:
-        raise ValueError(f"seed must be given with dropout_p = {dropout_p}: all ranks have to draw the same numbers")
-    return float(dropout_p)
-
-
-def _check_seed(seed: Any) -> int:
-    check_integer("seed", seed)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
-    return int(seed)
-
-
-def _check_real(name: str, x: Any, alternative: str = "") -> Any:
+def _real(name: str, x: Any, alternative: str = "") -> Any:
     if not isinstance(x, numbers.Real) or isinstance(x, bool):
-        raise TypeError(f"{name} must be a real number{alternative}, not {type(x).__name__}")
-    return x
+        hint = "; by position, alibi_slopes come after it, as in flash-attn" if name == "softcap" else ""
+        raise TypeError(f"{name} must be a real number{alternative}, not {type(x).__name__}{hint}")
+    return float(x) if isinstance(x, np.generic) else x  # limits are beyond the range of np.float16
 
 
 def _small_array(name: str, x: Any) -> np.ndarray:
-    """A small array of any kind, or a sequence of numbers, on the host."""
+    """A small array of any kind, or a sequence of numbers, on the host; what bfloat16 numbers are, in float32."""
     kind = kind_of(x)
     if kind is not None:
         check_kind(name, x)
-        return to_numpy(x, kind) if on_host(x, kind) else tensor.asnumpy(to_usm(x))
+        array = to_numpy(x, kind) if on_host(x, kind) else to_host(to_usm(x))
+        return _bfloat16_to_float32(array) if dtype_of(x) == "bfloat16" else array
     if not isinstance(x, list | tuple):
         raise TypeError(f"{name} must be an array or a sequence, not {type(x).__module__}.{type(x).__qualname__}")
-    return np.asarray(x)
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array or a sequence of numbers, but {error}") from error
 
 
 def _bfloat16_to_float32(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def _check_numbers(name: str, x: Any, shapes: list[tuple[int, ...]], heads: int) -> np.ndarray | None:
-    """Check real numbers, some for every head; as (1 or batch, heads), float64."""
+def _numbers(name: str, x: Any, *shapes: tuple[int, ...]) -> np.ndarray | None:
+    """Real numbers in an array of one of these shapes, as float64."""
     if x is None:
         return None
     array = _small_array(name, x)
-    if kind_of(x) is not None and dtype_of(x) == "bfloat16":
-        array = _bfloat16_to_float32(array)
     if array.dtype.kind not in "fi":
         raise TypeError(f"{name} must be real numbers, not {array.dtype}")
-    if not (abs(array[~np.isneginf(array)] if name == "sinks" else array) <= MAX_SCALE).all():
-        raise ValueError(f"{name} must be finite and at most {MAX_SCALE:g} in size")
     if array.shape not in shapes:
         expected = " or ".join(f"{shape}" for shape in dict.fromkeys(shapes))
         raise ValueError(f"{name} must have shape {expected}, one for every head, not {array.shape}")
-    return array.astype(np.float64).reshape(-1, heads) if heads else np.empty((1, 0))
-
-
-def _check_mask(mask: Any, batch: int) -> np.ndarray | None:
-    if mask is None:
-        return None
-    array = _small_array("key_padding_mask", mask)
-    if array.dtype != bool:
-        raise TypeError(f"key_padding_mask must be bool, not {array.dtype}")
-    if array.ndim != 2 or array.shape[0] != batch:
-        raise ValueError(f"key_padding_mask must be ({batch}, seq_k), one for every key, not {array.shape}")
-    return array
-
-
-def _check_bias(bias: Any, q: Any, batch: int, heads: int) -> Any:
-    if bias is None:
-        return None
-    kind = check_kind("bias", bias)
-    if dtype_of(bias) not in BIAS_DTYPES:
-        raise TypeError(f"bias has dtype {dtype_of(bias)}; supported are {', '.join(BIAS_DTYPES)}")
-    shape = tuple(bias.shape)
-    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
-        raise ValueError(f"bias must be broadcastable to ({batch}, {heads}, seq_q, seq_k), with 4 axes, not {shape}")
-    if not on_host(bias, kind) and (on_host(q, kind_of(q)) or to_usm(bias).sycl_queue != to_usm(q).sycl_queue):
-        raise ValueError(f"bias must be on the host or on the queue of q, not {kind.value} elsewhere")
-    return bias
-
-
-def _check_cu_seqlens(name: str, x: Any) -> tuple[int, ...] | None:
-    if x is None:
-        return None
-    array = _small_array(name, x)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, not {array.dtype}")
-    if array.ndim != 1 or array.size < 1:
-        raise ValueError(f"{name} must have one axis and at least one number, not shape {array.shape}")
-    numbers = tuple(map(int, array))
-    if numbers[0] != 0 or any(b < a for a, b in pairwise(numbers)):
-        raise ValueError(f"{name} must start with 0 and not decrease, not {_shorten(numbers)}")
-    return numbers
+    return array.astype(np.float64)
 
 
 def _shorten(numbers: tuple[int, ...]) -> str:

@@ -417,7 +417,8 @@ def test_no_device_or_kernels_on_one_rank(comm, monkeypatch, run, module, name):
     assert len(set(results)) == 1, results
     assert results[0] is not None
     assert results[0][0] is RuntimeError
-    assert results[0][1].endswith(f"rank {comm.size - 1}: no use" if comm.size > 1 else ": no use")
+    by = f"rank {comm.size - 1}: " if comm.size > 1 else ""
+    assert results[0][1].endswith(f": {by}RuntimeError: no use")
     assert outcomes(comm, lambda: run(comm)) == [None] * comm.size
 
 

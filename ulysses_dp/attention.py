@@ -12,6 +12,7 @@ from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, ch
 from ._call.definitions import takes
 from ._device.arrays import to_usm
 from ._device.copies import copy_arrays
+from ._device.queue import device_turn
 from ._device.trace import call
 from ._device.workspace import empty_like
 from ._local import LocalOptions
@@ -108,7 +109,7 @@ def attention(
     views, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, **options)
     settings.check_lengths("attention", views[0].shape[1], views[1].shape[1])
     # Delegate.
-    with call("attention"):
+    with call("attention"), device_turn:
         out, lse = _local.attend_whole([to_usm(x) for x in views], geometry, settings)
         return _local.results_to_user(out, lse, settings, q)
 
@@ -255,7 +256,8 @@ def distributed(
         # Delegate.
         parts: list[Arrays] = []
         if ranks.size == 1:
-            out, lse = _local.attend_whole(arrays, geometry, settings)
+            with device_turn:
+                out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
             heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together

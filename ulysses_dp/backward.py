@@ -10,7 +10,8 @@ from . import _local, _path
 from ._call.checks import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
 from ._call.definitions import takes
 from ._call.layout import PACKED, from_bshd, to_bshd
-from ._device.arrays import dtype_of, from_usm, kind_of, tensor, to_usm
+from ._device.arrays import dtype_of, from_host, from_usm, kind_of, to_host, to_usm
+from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._local import LocalOptions
@@ -94,7 +95,7 @@ def attention_backward(
     views, geometry, settings = _check(dout, q, k, v, out, lse, **options)
     settings.check_lengths("attention_backward", views[1].shape[1], views[2].shape[1])
     # Delegate.
-    with call("attention_backward"):
+    with call("attention_backward"), device_turn:
         grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, settings)
         return _to_user(grads, dsinks, settings, q)
 
@@ -203,7 +204,8 @@ def ulysses_attention_backward(
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
         if ranks.size == 1:
-            grads, dsinks = _differentiate_whole(arrays, geometry, settings)
+            with device_turn:
+                grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
             heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
@@ -265,7 +267,7 @@ def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, 
     results = tuple(from_usm(from_bshd(x, options.layout), like) for x in grads)
     if dsinks is None:
         return results
-    return (*results, from_usm(tensor.asarray(dsinks, sycl_queue=grads[0].sycl_queue), like))
+    return (*results, from_usm(from_host(dsinks, grads[0].sycl_queue), like))
 
 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:
@@ -293,7 +295,7 @@ def _of_sinks(lse: Any, delta: Any, sinks: np.ndarray | None) -> np.ndarray | No
     """
     if sinks is None:
         return None
-    lse, delta = tensor.asnumpy(lse), tensor.asnumpy(delta)
+    lse, delta = to_host(lse), to_host(delta)
     total = np.zeros(len(sinks))
     for head, sink in enumerate(sinks):
         for lse_row, delta_row in zip(lse[:, head], delta[:, head], strict=True):

@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ._call.checks import COMPUTE_DTYPES, check_aspects, check_kind, check_places
+from ._call.checks import check_device, check_kind, check_places, shown
 from ._device.arrays import dtype_of, from_usm, tensor, to_usm
+from ._device.copies import copy_arrays
+from ._device.dtypes import DTYPES, DType, names
+from ._device.queue import device_turn
+from ._device.workspace import empty_like
 
 NAMES = ("out_a", "lse_a", "out_b", "lse_b")
 
@@ -74,22 +78,24 @@ def merge_attention(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, /, *, dtype:
     True
     """
     # Validate inputs.
-    name = _check((out_a, lse_a, out_b, lse_b), dtype)
+    out_dtype = _check((out_a, lse_a, out_b, lse_b), dtype)
     # Delegate.
-    out, lse = _merge(*map(to_usm, (out_a, lse_a, out_b, lse_b)), bfloat16=name == "bfloat16")
-    lse.sycl_queue.wait()
-    return from_usm(out, out_a), from_usm(lse, lse_a)
+    with device_turn:
+        out, lse = _merge([to_usm(x) for x in (out_a, lse_a, out_b, lse_b)], out_dtype)
+        lse.sycl_queue.wait()
+        return from_usm(out, out_a), from_usm(lse, lse_a)
 
 
-def _check(arrays: tuple[Any, Any, Any, Any], dtype: Any) -> str:
-    """Check the arguments; returns the name of the dtype of the results."""
+def _check(arrays: tuple[Any, Any, Any, Any], dtype: Any) -> DType:
+    """Check the arguments; returns the dtype of out."""
     kinds = [check_kind(name, x) for name, x in zip(NAMES, arrays, strict=True)]
     for name, kind in zip(NAMES, kinds, strict=True):
         if kind is not kinds[0]:
             raise TypeError(f"{name} must be of the kind of out_a, {kinds[0].value}, not {kind.value}")
-    if not (dtype is None or (isinstance(dtype, str) and dtype == "bfloat16")):
-        error = ValueError if isinstance(dtype, str) else TypeError
-        raise error(f"dtype must be None or 'bfloat16', not {dtype!r}")
+    if not isinstance(dtype, str | None):
+        raise TypeError(f"dtype must be None or 'bfloat16', not {shown(dtype)}")
+    if dtype not in (None, "bfloat16"):
+        raise ValueError(f"dtype must be None or 'bfloat16', not {dtype!r}")
     out_a = arrays[0]
     if out_a.ndim not in (3, 4):
         raise ValueError(
@@ -97,39 +103,40 @@ def _check(arrays: tuple[Any, Any, Any, Any], dtype: Any) -> str:
             f"not shape {tuple(out_a.shape)}"
         )
     given = dtype_of(out_a)
-    out_dtype = "bfloat16" if dtype and given == "uint16" else given
-    if out_dtype not in COMPUTE_DTYPES:
+    out_dtype = DTYPES["bfloat16"] if dtype and given == "uint16" else DTYPES.get(given)
+    if out_dtype is None:
         hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
-        raise TypeError(f"out_a has dtype {given}; supported are {', '.join(COMPUTE_DTYPES)} in native byte order{hint}")
-    if dtype and out_dtype != dtype:
+        raise TypeError(f"out_a has dtype {given}; supported are {names()} in native byte order{hint}")
+    if dtype and out_dtype.name != dtype:
         raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {given}; expected uint16 or bfloat16")
     *_, rows, heads, _ = out_a.shape
-    shapes = tuple(out_a.shape), (*out_a.shape[:-3], heads, rows)
-    dtypes = given, COMPUTE_DTYPES[out_dtype]
-    for number, (name, x) in enumerate(zip(NAMES, arrays, strict=True)):
-        if tuple(x.shape) != shapes[number % 2]:
-            raise ValueError(f"{name} must have the shape {shapes[number % 2]} that fits out_a, not {tuple(x.shape)}")
-        if dtype_of(x) != dtypes[number % 2]:
-            raise TypeError(f"{name} must have the dtype {dtypes[number % 2]} that fits out_a, not {dtype_of(x)}")
+    of_out = tuple(out_a.shape), given
+    of_lse = (*out_a.shape[:-3], heads, rows), out_dtype.compute
+    for name, x, (shape, expected) in zip(NAMES, arrays, 2 * (of_out, of_lse), strict=True):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape} that fits out_a, not {tuple(x.shape)}")
+        if dtype_of(x) != expected:
+            raise TypeError(f"{name} must have the dtype {expected} that fits out_a, not {dtype_of(x)}")
     check_places(NAMES, arrays, kinds[0])
-    check_aspects(out_a, ("float64", "fp64"), ("float16", "fp16"))
+    check_device(out_a)
     return out_dtype
 
 
-def _merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, bfloat16: bool) -> tuple[Any, Any]:
+def _merge(arrays: list[Any], dtype: DType) -> tuple[Any, Any]:
     """The same of USM arrays."""
+    out_a, lse_a, out_b, lse_b = arrays
     highest = tensor.maximum(lse_a, lse_b)
     highest = tensor.where(tensor.isinf(highest), 0, highest)  # inf - inf would be nan
     weight_a, weight_b = (tensor.exp(lse - highest) for lse in (lse_a, lse_b))
     total = weight_a + weight_b
     # Weights of exp(lse - merged lse) would get the rounding error of the merged lse, 3e-5 in float32 if it is 1000.
     parts = [
-        _part(weight / total, lse == -np.inf, _to_float32(out, bfloat16))
+        _part(weight / total, lse == -np.inf, _converted(out, dtype.compute))
         for weight, lse, out in ((weight_a, lse_a, out_a), (weight_b, lse_b, out_b))
     ]
     out = tensor.add(*parts, order="C")
     lse = tensor.add(highest, tensor.log(total), order="C")
-    return _to_bfloat16(out) if bfloat16 else tensor.astype(out, out_a.dtype, copy=False), lse
+    return _converted(out, dtype.stored), lse
 
 
 def _part(weight: Any, unseen: Any, out: Any) -> Any:
@@ -143,16 +150,11 @@ def _rows_first(x: Any) -> Any:
     return tensor.permute_dims(x, (0, 2, 1) if x.ndim == 3 else (1, 0))
 
 
-def _to_float32(x: Any, bfloat16: bool) -> Any:
-    """The numbers as float32, or as they are if they are float64."""
-    if bfloat16:
-        bits = tensor.astype(x, "uint32", order="C") << 16
-        return tensor.usm_ndarray(bits.shape, dtype="float32", buffer=bits.usm_data)
-    return tensor.astype(x, "float32", copy=False) if x.dtype == np.float16 else x
-
-
-def _to_bfloat16(x: Any) -> Any:
-    """C-contiguous float32 numbers rounded to the nearest bfloat16, ties to even, as uint16."""
-    bits = tensor.usm_ndarray(x.shape, dtype="uint32", buffer=x.usm_data)
-    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-    return tensor.astype(tensor.where(tensor.isnan(x), 0x7FC0, rounded), "uint16")
+def _converted(x: Any, dtype: str) -> Any:
+    """The numbers of a USM array in another dtype, by the conversion that attention has."""
+    if x.dtype == dtype:
+        return x
+    result = empty_like(x, x.shape, dtype)
+    packed = x.ndim == 3
+    copy_arrays([x[None, ...] if packed else x], [result[None, ...] if packed else result])
+    return result

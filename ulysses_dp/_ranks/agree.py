@@ -12,6 +12,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from .._device.queue import device_turn
 from .._device.trace import stage
 from .._device.workspace import evictions, prepared, set_prepared
 from . import mpi
@@ -129,7 +130,8 @@ class CollectiveCall:
         """Do what this rank does alone, unless something failed before."""
         if self._error is None:
             try:
-                return step(*arguments)
+                with device_turn:
+                    return step(*arguments)
             except Exception as caught:  # the other ranks wait for this one in an exchange
                 self._error = caught
         return None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._device.queue import local_rank
+from .._device.queue import device_turn, local_rank
 from .._device.trace import stage
 from .._device.workspace import release
 
@@ -290,8 +290,9 @@ class AllToAll:
         source, target = self._source, self._target
         self._stage.open()
         try:
-            source.array.sycl_queue.wait()  # MPI knows nothing of queues
-            _copy_others(source.array, source.host, source.own)
+            with device_turn:
+                source.array.sycl_queue.wait()  # MPI knows nothing of queues
+                _copy_others(source.array, source.host, source.own)
         except Exception as error:  # the other ranks wait for this one
             self._error = error
         # elements, not bytes, are counted: an int holds two to eight times as many
@@ -312,7 +313,8 @@ class AllToAll:
             self._request.Wait()
         if self._error is not None:
             raise self._error
-        _copy_others(self._target.host, self._target.array, self._target.own)
+        with device_turn:
+            _copy_others(self._target.host, self._target.array, self._target.own)
         self._stage.close()
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 from numba.core import types
@@ -28,13 +30,13 @@ from . import (  # noqa: E402
     flash_forward,
     flash_forward_gpu,
     manifest,
-    relayout,
-    row_dot,
+    panel_copy,
+    row_product,
 )
 
 logging.disable(logging.NOTSET)
 
-KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, relayout, row_dot)
+KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_product)
 PARTS = 8
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 
@@ -58,16 +60,37 @@ dpex_kernel_target.target_context.data_model_manager.register(_NoArray, EmptyStr
 def _compile(function, parameters, type_names):
     """The compiled kernel of `function`, whose arguments after the item and the empty array are `parameters`.
 
-    The kinds of the parameters are "int64", "real", and pointers: "table" to int64, any other to the type of its name.
+    The kinds of the parameters are "int64", "real", groups of these (see arguments.py), and pointers: "table" to int64, any
+    other to the type of its name.
     """
+    named, expected = tuple(signature(function).parameters)[2:], tuple(name for name, _ in parameters)
+    if named != expected:
+        raise TypeError(f"kernel {function.__name__} has the parameters {named}, the list of its arguments says {expected}")
     names = {"int64": "int64", "table": "int64", **type_names}
     kinds = {kind: getattr(types, name) for kind, name in names.items()}
-    pointers = {kind: types.CPointer(kinds[kind], addrspace=1) for kind in names if kind not in SCALARS}
 
-    signature = (NdItemType(1), _NoArray(), *((kinds | pointers)[kind] for _, kind in parameters))
-    dispatcher = dpex.kernel([signature])(function)
+    def type_of(kind):
+        if isinstance(kind, type):
+            return types.NamedTuple([kinds[field] for _, field in _fields(kind)], kind)
+        return kinds[kind] if kind in SCALARS else types.CPointer(kinds[kind], addrspace=1)
+
+    dispatcher = dpex.kernel([(NdItemType(1), _NoArray(), *(type_of(kind) for _, kind in parameters))])(function)
     (result,) = dispatcher.overloads.values()
     return result.kernel_device_ir_module
+
+
+def _fields(group):
+    """The names and kinds of the numbers of a group."""
+    return [(name, {int: "int64", float: "real"}[kind]) for name, kind in get_type_hints(group).items()]
+
+
+def _flat(parameters):
+    """The arguments of the compiled kernel: (name, kind), with the numbers of a group one by one."""
+    for name, kind in parameters:
+        if isinstance(kind, type):
+            yield from ((f"{name}.{field}", field_kind) for field, field_kind in _fields(kind))
+        else:
+            yield name, kind
 
 
 def _with_sub_group(spirv: bytes, size: int) -> bytes:
@@ -94,41 +117,54 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
     return np.concatenate([words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]).tobytes()
 
 
-def _compile_part(part: int) -> tuple[dict[str, dict], dict[str, bytes]]:
-    """Entries of the manifest and SPIR-V of every `PARTS`-th kernel, by name."""
+def compile_variant(module, name, type_names, constants) -> tuple[dict[str, Any], bytes]:
+    """The entry of the manifest, and the SPIR-V, of one kernel."""
+    device_module = _compile(module.kernel(**constants), module.ARGUMENTS, type_names)
+    spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
+    entry = {
+        "entry": device_module.kernel_name,
+        "build_options": getattr(module, "BUILD_OPTIONS", {}),
+        "arguments": [
+            (argument, type_names.get(kind, kind) if kind in SCALARS else "pointer")
+            for argument, kind in _flat(module.ARGUMENTS)
+        ],
+        "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in constants.items()},
+    }
+    return entry, _with_sub_group(spirv, sub_group) if sub_group else spirv
+
+
+def _sources() -> set[str]:
+    """The files of this package that this process has used: what the SPIR-V depends on."""
+    used = {name.removeprefix(f"{__package__}.") for name in sys.modules if name.startswith(f"{__package__}.")}
+    return {f"{name}.py" for name in (used | {"compile"}) - {"manifest"}}
+
+
+def _compile_part(part: int) -> tuple[dict[str, dict], dict[str, bytes], set[str]]:
+    """Entries of the manifest and SPIR-V of every `PARTS`-th kernel, by name; and the sources they were made of."""
     entries, modules = {}, {}
     variants = [(module, *variant) for module in KERNELS for variant in module.variants()]
-    for module, name, type_names, options in variants[part::PARTS]:
-        device_module = _compile(module.kernel(**options), module.ARGUMENTS, type_names)
-        spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
-        modules[name] = _with_sub_group(spirv, sub_group) if sub_group else spirv
-        entries[name] = {
-            "entry": device_module.kernel_name,
-            "build_options": getattr(module, "BUILD_OPTIONS", {}),
-            "arguments": [
-                (argument, type_names.get(kind, kind) if kind in SCALARS else "pointer") for argument, kind in module.ARGUMENTS
-            ],
-            "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in options.items()},
-        }
+    for module, name, type_names, constants in variants[part::PARTS]:
+        entries[name], modules[name] = compile_variant(module, name, type_names, constants)
         print("compiled", name, flush=True)
-    return entries, modules
+    return entries, modules, _sources()
 
 
 def main(folder: Path) -> None:
-    entries, modules = {}, {}
+    entries, modules, sources = {}, {}, set()
     # Every part in a process of its own, on all cores: numba slows down with every function that it has compiled. The parts
     # are the same on any machine, because the names of the entry points count the kernels of a process.
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for part_entries, part_modules in pool.map(_compile_part, range(PARTS)):
+        for part_entries, part_modules, part_sources in pool.map(_compile_part, range(PARTS)):
             entries |= part_entries
             modules |= part_modules
+            sources |= part_sources
     # only now, so that what was there stays until it can be replaced
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.iterdir():
         stale.unlink()
     for name, spirv in modules.items():
         (folder / f"{name}.spv").write_bytes(spirv)
-    manifest.write(folder, entries)
+    manifest.write(folder, entries, sources)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ in those for dk and dv.
     totals   head_dim registers for each gradient of the kernel
     columns  of k and v, or of q and dout; one of 16 numbers at a time in one register, broadcast lane by lane
 
-A step takes `columns` columns: their dot products with both rows, their weights and slopes, and their parts of the totals.
+A step takes `columns` columns: their dot products with both rows, p and ds, and their parts of the totals.
 Where dk and dv together have no room in 256 registers, each has a kernel of its own, which costs a fifth product.
 
 Keys see queries as queries see keys if both are counted from the last one to the first: row r sees the columns up to
@@ -22,36 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import flash_forward_gpu
-from .flash_backward import place_of_rows
-from .flash_forward_gpu import pack_rows
-from .launch import launch, place
+from .arguments import Place, Sizes
+from .flash_forward_gpu import BUILD_OPTIONS as BUILD_OPTIONS
+from .flash_forward_gpu import SUB_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-POINTERS = (
-    ("rows", "pointer"), ("cols_a", "pointer"), ("cols_b", "pointer"), ("grad_a", "pointer"), ("grad_b", "pointer"),
-    ("lse", "pointer"), ("delta", "pointer"),
-)  # fmt: skip
-PLACES = tuple(
-    (f"{array}_{part}", "int64")
-    for array in ("cols_a", "cols_b", "grad_a", "grad_b", "lse", "delta")
-    for part in ("offset", "batch", "seq", "head")
+_ARRAYS = ("cols_a", "cols_b", "grad_a", "grad_b", "lse", "delta")
+ARGUMENTS = (
+    *((name, "pointer") for name in ("rows", *_ARRAYS)),
+    *((f"{name}_at", Place) for name in _ARRAYS),
+    *(("rows_offset", "int64"), ("sizes", Sizes), ("still", "int64"), ("scale", "real"), ("zero", "real")),
 )
-SCALARS = (
-    ("rows_offset", "int64"), ("row_heads", "int64"), ("q_heads", "int64"), ("group", "int64"), ("head_shift", "int64"),
-    ("row_count", "int64"), ("col_count", "int64"), ("diagonal", "int64"), ("row_blocks", "int64"), ("still", "int64"),
-    ("dot_scale", "real"), ("scale", "real"), ("zero", "real"),
-)  # fmt: skip
-ARGUMENTS = POINTERS + PLACES + SCALARS
 
 # Columns of a step by head_dim. More make a longer loop: 16 for head_dim 64 would raise the share of multiply-adds by 0.03 and
 # the loop from 40 to 75 KB. For 128 the registers hold no more.
 COLUMNS = {32: 16, 64: 8, 80: 8, 96: 8, 128: 4}
 TOGETHER = 64  # the largest head_dim for which the registers hold dk and dv
-SUB_GROUP = flash_forward_gpu.SUB_GROUP
-BUILD_OPTIONS = flash_forward_gpu.BUILD_OPTIONS
 
 
 def name(gradients: str, head_dim: int) -> str:
@@ -74,7 +62,7 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
 
 def kernel(*, gradients: str, head_dim: int, columns: int) -> Callable[..., None]:
     """Make the numba-dpex kernel function for one of `kernels_of(head_dim)`."""
-    from .intrinsics import group_index
+    from .intrinsics import element, group_index
     from .subgroup import divide, gradient_operations, lane_index, tile_operations
 
     into_keys = gradients != "dq"
@@ -85,27 +73,32 @@ def kernel(*, gradients: str, head_dim: int, columns: int) -> Callable[..., None
     infinity, one, log2e = real(np.inf), real(1), real(math.log2(math.e))
     panel = SUB_GROUP * head_dim
 
-    def flash_backward(
+    def backward_registers(
         item, no_array, rows, cols_a, cols_b, grad_a, grad_b, lse, delta,
-        cols_a_offset, cols_a_batch, cols_a_seq, cols_a_head, cols_b_offset, cols_b_batch, cols_b_seq, cols_b_head,
-        grad_a_offset, grad_a_batch, grad_a_seq, grad_a_head, grad_b_offset, grad_b_batch, grad_b_seq, grad_b_head,
-        lse_offset, lse_batch, lse_seq, lse_head, delta_offset, delta_batch, delta_seq, delta_head,
-        rows_offset, row_heads, q_heads, group, head_shift, row_count, col_count, diagonal, row_blocks, still,
-        dot_scale, scale, zero,
+        cols_a_at, cols_b_at, grad_a_at, grad_b_at, lse_at, delta_at, rows_offset, sizes, still, scale, zero,
     ):  # fmt: skip
+        if into_keys:
+            row_heads, row_count, col_count = sizes.kv_heads, sizes.seq_k, sizes.seq_q
+            # counted from the last row and column
+            diagonal = sizes.diagonal + sizes.seq_q - sizes.seq_k
+        else:
+            row_heads, row_count, col_count = sizes.heads, sizes.seq_q, sizes.seq_k
+            diagonal = sizes.diagonal
+        to_log2 = scale * log2e  # the hardware has exp2
         index = group_index()  # a work-group is one sub-group
         lane = lane_index()
-        pair = divide(index, row_blocks)  # (batch, head of the rows)
+        pair = divide(index, sizes.row_blocks)  # (batch, head of the rows)
         # the rows with the most columns under a causal mask first
-        block = row_blocks - 1 - (index - pair * row_blocks)
+        block = sizes.row_blocks - 1 - (index - pair * sizes.row_blocks)
         b = divide(pair, row_heads)
         row_head = pair - b * row_heads
         first = block * SUB_GROUP
         row = first + lane
-        rows_start = rows_offset + (pair * row_blocks + block) * 2 * panel
+        rows_start = rows_offset + (pair * sizes.row_blocks + block) * 2 * panel
         if into_keys:
             # the query heads of this rank that read this kv head
-            head_begin, head_end = max(row_head * group - head_shift, 0), min((row_head + 1) * group - head_shift, q_heads)
+            head_begin = max(row_head * sizes.group - sizes.head_shift, 0)
+            head_end = min((row_head + 1) * sizes.group - sizes.head_shift, sizes.heads)
         else:
             head_begin, head_end = row_head, row_head + 1
 
@@ -115,22 +108,22 @@ def kernel(*, gradients: str, head_dim: int, columns: int) -> Callable[..., None
 
         # numba puts the code of this function where it is called; constants for the last two leave nothing to hide
         def step(total_a, total_b, h, start, available, visible):
-            head, col_head = (h, h) if into_keys else (row_head, divide(row_head + head_shift, group))
-            place_a = cols_a_offset + b * cols_a_batch + col_head * cols_a_head + start * cols_a_seq
-            place_b = cols_b_offset + b * cols_b_batch + col_head * cols_b_head + start * cols_b_seq
+            head, col_head = (h, h) if into_keys else (row_head, divide(row_head + sizes.head_shift, sizes.group))
+            place_a = element(cols_a_at, b, col_head, start)
+            place_b = element(cols_b_at, b, col_head, start)
             # `still` is 0, but the compiler does not know: it would load the panels once, before the loop, and spill
             rows_a = rows_start + start * still
             query = min(start + lane, col_count - 1) if into_keys else min(row, row_count - 1)
-            of_lse = lse[lse_offset + b * lse_batch + head * lse_head + query * lse_seq] * log2e
+            of_lse = lse[element(lse_at, b, head, query)] * log2e
             of_lse = infinity if of_lse == -infinity else of_lse  # a query that sees nothing has no weights
-            weights = weigh(dot(rows, rows_a, cols_a, place_a, cols_a_seq, available), dot_scale, of_lse, visible)
+            p = weigh(dot(rows, rows_a, cols_a, place_a, cols_a_at.seq, available), to_log2, of_lse, visible)
             if with_a:
-                of_delta = delta[delta_offset + b * delta_batch + head * delta_head + query * delta_seq]
-                slopes = dot(rows, rows_a + panel, cols_b, place_b, cols_b_seq, available)
-                slopes = differentiate(weights, slopes, of_delta, visible)
-                total_a = accumulate(total_a, slopes, cols_a, place_a, cols_a_seq, available, visible)
+                of_delta = delta[element(delta_at, b, head, query)]
+                dp = dot(rows, rows_a + panel, cols_b, place_b, cols_b_at.seq, available)
+                ds = differentiate(p, dp, of_delta, visible)
+                total_a = accumulate(total_a, ds, cols_a, place_a, cols_a_at.seq, available, visible)
             if with_b:
-                total_b = accumulate(total_b, weights, cols_b, place_b, cols_b_seq, available, visible)
+                total_b = accumulate(total_b, p, cols_b, place_b, cols_b_at.seq, available, visible)
             return total_a, total_b
 
         total_a, total_b = fill(zero), fill(zero)
@@ -153,58 +146,8 @@ def kernel(*, gradients: str, head_dim: int, columns: int) -> Callable[..., None
 
         if row < row_count:
             if with_a:
-                store(grad_a, grad_a_offset + b * grad_a_batch + row_head * grad_a_head + row * grad_a_seq, total_a, scale)
+                store(grad_a, element(grad_a_at, b, row_head, row), total_a, scale)
             if with_b:
-                store(grad_b, grad_b_offset + b * grad_b_batch + row_head * grad_b_head + row * grad_b_seq, total_b, one)
+                store(grad_b, element(grad_b_at, b, row_head, row), total_b, one)
 
-    return flash_backward
-
-
-def flash_backward_gpu(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    lse: Any,
-    delta: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    scratch: Callable[..., Any],
-    *,
-    scale: float,
-    diagonal: int,
-    group: int,
-    head_shift: int = 0,
-) -> None:
-    """`flash_backward` by this schedule; `scratch(name, shape)` gives USM memory for the panels of the rows."""
-    head_dim = q.shape[3]
-    reversed_arrays = [tuple(x[:, ::-1] for x in pair) for pair in ((k, v), (q, dout), (dk, dv))]
-    reversed_numbers = tuple(x[:, :, ::-1] for x in (lse, delta))
-    of_queries, *of_keys = kernels_of(head_dim)
-    for kernels, rows, cols, grads, numbers, row_diagonal in (
-        ([of_queries], (q, dout), (k, v), (dq, dq), (lse, delta), diagonal),
-        (of_keys, *reversed_arrays, reversed_numbers, diagonal + q.shape[1] - k.shape[1]),
-    ):
-        batch, row_count, row_heads, _ = rows[0].shape
-        if grads[0].size == 0:
-            continue
-        row_blocks = -(-row_count // SUB_GROUP)
-        panels = scratch("panels of rows", (batch * row_heads * row_blocks * 2 * SUB_GROUP * head_dim,))
-        pack_rows(rows, panels)
-        scalars = (
-            *(number for x in (*cols, *grads) for number in place(x)[:4]),
-            *(number for x in numbers for number in place_of_rows(x)),
-            *(place(panels)[0], row_heads, q.shape[2], group, head_shift),
-            *(row_count, cols[0].shape[1], row_diagonal, row_blocks, 0),
-            *(scale * math.log2(math.e), scale, 0.0),
-        )
-        for gradients in kernels:
-            launch(
-                q.sycl_queue,
-                name(gradients, head_dim),
-                [x.usm_data for x in (panels, *cols, *grads, *numbers)],
-                scalars,
-                groups=batch * row_heads * row_blocks,
-                lanes=SUB_GROUP,
-            )
+    return backward_registers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
@@ -58,10 +59,24 @@ def mad(typing_context, a, b, c):
     return a(a, a, a), generate
 
 
-def _exp2_coefficients(degree):
+def inlined(function):
+    """The function for use in kernels: numba puts its code where it is called, before it looks at types.
+
+    So arguments may be private arrays, which must not reach a function that is really called: they would be memory.
+    """
+    return njit(inline="always")(function)
+
+
+@inlined
+def element(at, b, head, row):
+    """The number of the first element of a row of an array, in its memory."""
+    return at.offset + b * at.batch + head * at.head + row * at.seq
+
+
+def _exp_coefficients(degree):
     """Polynomial for 2**x on [-0.5, 0.5] that is least squares in relative error at Chebyshev nodes, and exactly 1 at 0.
 
-    Exactly, because a running sum is multiplied by 2**0 for every block of keys that does not raise the maximum.
+    Exactly, because a running sum is multiplied by exp(0) for every block of keys that does not raise the maximum.
     """
     x = 0.5 * np.cos(np.pi * (np.arange(200) + 0.5) / 200)
     powers = np.vander(x, degree + 1, increasing=True)[:, 1:]
@@ -69,41 +84,47 @@ def _exp2_coefficients(degree):
     return [1.0, *(float(np.float32(c)) for c in rest)]
 
 
-_EXP2 = _exp2_coefficients(5)
+_EXP = _exp_coefficients(5)
 
 
-def _exp2_float32(builder, x):
-    """2**x for x <= 0 to 2e-7: 0 at and below -127, nan for nan. Inline, because the library call does not vectorise as well.
+def _exp_float32(builder, x):
+    """exp(x) for x <= 0 to 2e-7: 0 at and below -88.03, nan for nan. Inline, the library call does not vectorise as well.
 
-    Adding 1.5 * 2**23 rounds x to the integer n that then stands in the low bits; the polynomial takes x - n, and n goes into
-    the exponent field of the scale. At n = -127 that field is 0, so the scale, and with it the result, is exactly 0.
+    With y = x log2(e), adding 1.5 * 2**23 rounds y to the integer n that then stands in the low bits; the polynomial takes
+    y - n, and n goes into the exponent field of the scale. At n = -127 that field is 0, so the scale, and with it the result,
+    is exactly 0.
     """
 
     def constant(value):
         return ir.Constant(_F32, value)
 
+    def mad(a, b, c):
+        return _call_builtin(builder, "_Z3madfff", _F32, [a, b, c])
+
+    log2e = constant(float(np.float32(np.log2(np.e))))
+    lowest = constant(float(np.float32(-127 * np.log(2))))
     # ordered comparison: nan is not below the bound and passes through
-    x = builder.select(builder.fcmp_ordered("<", x, constant(-127.0)), constant(-127.0), x)
-    shifted = builder.fadd(x, constant(12582912.0))
-    fraction = builder.fsub(x, builder.fsub(shifted, constant(12582912.0)))
-    result = constant(_EXP2[-1])
-    for coefficient in _EXP2[-2::-1]:
-        result = _call_builtin(builder, "_Z3madfff", _F32, [result, fraction, constant(coefficient)])
+    x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
+    shifted = mad(x, log2e, constant(12582912.0))
+    fraction = mad(x, log2e, builder.fsub(constant(12582912.0), shifted))
+    result = constant(_EXP[-1])
+    for coefficient in _EXP[-2::-1]:
+        result = mad(result, fraction, constant(coefficient))
     exponent = builder.add(builder.bitcast(shifted, _I32), ir.Constant(_I32, 127))
     scale = builder.bitcast(builder.shl(exponent, ir.Constant(_I32, 23)), _F32)
     return builder.fmul(result, scale)
 
 
 @intrinsic
-def exp2(typing_context, x):
-    """2**x for x <= 0; 0 for -inf and nan for nan."""
+def exp(typing_context, x):
+    """e**x for x <= 0; 0 for -inf and nan for nan."""
     if x not in _LLVM:
-        raise TypingError(f"exp2 takes float32 or float64, not {x}")
+        raise TypingError(f"exp takes float32 or float64, not {x}")
 
     def generate(context, builder, signature, arguments):
         if x == types.float32:
-            return _exp2_float32(builder, arguments[0])
-        return _call_builtin(builder, "_Z4exp2d", _LLVM[x], [arguments[0]])
+            return _exp_float32(builder, arguments[0])
+        return _call_builtin(builder, "_Z3expd", _LLVM[x], [arguments[0]])
 
     return x(x), generate
 

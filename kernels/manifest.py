@@ -1,7 +1,7 @@
 """The list of compiled kernels: what the build writes beside the SPIR-V and the launcher reads.
 
-The manifest holds the hash of every source that a kernel is made of, so that SPIR-V older than its source is an error and
-never a silently stale kernel.
+The manifest holds the hash of every file that the build used to make a kernel, so that SPIR-V older than its source is an error
+and never a silently stale kernel. The launchers are in other files: a change of these changes no kernel.
 """
 
 from __future__ import annotations
@@ -10,30 +10,25 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 FOLDER = Path(__file__).parent / "spirv"
 _FILE = "manifest.json"
-_SOURCES = (
-    "compile.py",
-    "flash_backward.py",
-    "flash_backward_gpu.py",
-    "flash_forward.py",
-    "flash_forward_gpu.py",
-    "intrinsics.py",
-    "relayout.py",
-    "row_dot.py",
-    "subgroup.py",
-)
 
 
-def _source_hashes() -> dict[str, str]:
-    return {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in _SOURCES}
+def _hash(source: str) -> str:
+    path = Path(__file__).with_name(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
-def write(folder: Path, kernels: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of `kernels`: per name entry point, build options by backend, arguments and constants."""
-    (folder / _FILE).write_text(json.dumps({"sources": _source_hashes(), "kernels": kernels}, indent=1) + "\n")
+def write(folder: Path, kernels: dict[str, dict[str, Any]], sources: Collection[str]) -> None:
+    """Write the manifest of `kernels`, per name entry point, build options by backend, arguments and constants; and of the
+    files that they were made of."""
+    hashes = {source: _hash(source) for source in sorted(sources)}
+    (folder / _FILE).write_text(json.dumps({"sources": hashes, "kernels": kernels}, indent=1) + "\n")
 
 
 @cache
@@ -49,7 +44,7 @@ def read() -> dict[str, dict[str, Any]]:
     if not path.exists():
         raise RuntimeError(f"no compiled kernels in {FOLDER}: install the package (pip install .), or run `make kernels`")
     manifest = json.loads(path.read_text())
-    changed = sorted(name for name, digest in _source_hashes().items() if manifest["sources"].get(name) != digest)
+    changed = [source for source, digest in manifest["sources"].items() if _hash(source) != digest]
     if changed:
         raise RuntimeError(
             f"the compiled kernels are older than {', '.join(changed)}: run `make kernels`, or install the package again"

@@ -300,17 +300,17 @@ def gradient_operations(head_dim, columns, by_column):
 
     @intrinsic
     def differentiate(typing_context, weights, dots, delta, visible):
-        """Slopes of the scores: weight * (dot - delta)."""
+        """Derivatives of the scores: weight * (dot - delta)."""
 
         def generate(context, builder, signature, arguments):
             emitter = Emitter(context, builder)
             weights, dots = (emitter.unpack(x, columns) for x in arguments[:2])
             delta, visible = arguments[2:]
-            slopes = []
+            derivatives = []
             for t, (weight, dot) in enumerate(zip(weights, dots, strict=True)):
-                slope = builder.fmul(weight, builder.fsub(dot, of_column(emitter, delta, t)))
-                slopes.append(where_seen(emitter, t, visible, slope, zero))
-            return emitter.pack(scores, slopes)
+                derivative = builder.fmul(weight, builder.fsub(dot, of_column(emitter, delta, t)))
+                derivatives.append(where_seen(emitter, t, visible, derivative, zero))
+            return emitter.pack(scores, derivatives)
 
         return scores(scores, scores, _FLOAT, types.int64), generate
 

@@ -48,7 +48,7 @@ PAUSE = 0.005  # seconds
 PLACES = {
     "checks": ("ulysses_dp/_call/",),
     "arrays": ("ulysses_dp/_device/",),
-    "backends": ("ulysses_dp/backends/", "ulysses_dp/schedule.py"),
+    "backends": ("ulysses_dp/backends/", "kernels/schedules.py"),
     "kernels": ("kernels/",),
     "dpnp": ("dpnp/", "dpctl/"),
     "other": ("",),

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import dpnp
 import numpy as np
+from ulysses_dp.kernels import schedules
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS
 
-from ulysses_dp import AttnType, attention, schedule
+from ulysses_dp import AttnType, attention
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp.backends import usable
 
@@ -42,12 +43,12 @@ def measure(head_dim: int, seq: int, seconds: float) -> dict[str, float]:
     inputs = arrays(head_dim, seq, "float32")
 
     def call(name: str) -> None:
-        os.environ[schedule.SCHEDULE] = name
+        os.environ[schedules.SCHEDULE] = name
         attention(*inputs)
 
-    names = schedule.candidates(default_queue().sycl_device, inputs[0].dtype, head_dim)
-    medians = in_turns({name: partial(call, name) for name in names}, seconds)
-    os.environ.pop(schedule.SCHEDULE)
+    possible = schedules.candidates(default_queue().sycl_device, inputs[0].dtype, head_dim)
+    medians = in_turns({schedule.name: partial(call, schedule.name) for schedule in possible}, seconds)
+    os.environ.pop(schedules.SCHEDULE)
     return {name: round(value / min(medians.values()), 3) for name, value in medians.items()}
 
 
@@ -120,15 +121,15 @@ def main() -> None:
 
     device = default_queue().sycl_device
     print(f"{device.name.strip()}: time relative to the best schedule, {HEADS} heads, {arguments.seq} rows, float32")
-    print("head_dim  " + "".join(f"{name:>8}" for name in schedule.ROWS))
+    print("head_dim  " + "".join(f"{name:>8}" for name in schedules.SCHEDULES))
     costs = {}
     for head_dim in (0, *HEAD_DIMS):
         costs[head_dim] = measure(head_dim or ANY, arguments.seq, arguments.seconds)
-        cells = (f"{costs[head_dim].get(name, float('nan')):8.2f}".replace("nan", "  -") for name in schedule.ROWS)
+        cells = (f"{costs[head_dim].get(name, float('nan')):8.2f}".replace("nan", "  -") for name in schedules.SCHEDULES)
         print(f"{head_dim or 'other':8}  " + "".join(cells), flush=True)
     if arguments.save:
-        schedule.write(arguments.save, device.name.strip(), costs)
-        print(f"saved; to use it: export {schedule.TUNING}={arguments.save.resolve()}")
+        schedules.write(arguments.save, device.name.strip(), costs)
+        print(f"saved; to use it: export {schedules.TUNING}={arguments.save.resolve()}")
     compare_backends(arguments.seconds)
 
 

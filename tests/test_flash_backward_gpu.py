@@ -7,15 +7,15 @@ import pytest
 from helpers import as_view, random_qkv
 from test_backward import check, local
 from test_flash_forward import GUARD, guarded
-from ulysses_dp.kernels import flash_forward
-from ulysses_dp.kernels.flash_backward import reference
-from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP, flash_backward_gpu
+from ulysses_dp.kernels import cpu_schedule, reference
+from ulysses_dp.kernels.arguments import Problem
+from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
+from ulysses_dp.kernels.schedules import SCHEDULES
 
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp._device.workspace import scratch
-from ulysses_dp.backends import intel_sycl
 
 pytestmark = [
     pytest.mark.single,
@@ -32,7 +32,7 @@ def inputs(seed, batch, seq_q, heads, kv_heads, head_dim, seq_k=None, **options)
     """Random dout, q, k and v, with the lse and delta that belong to them; float32."""
     q, k, v = random_qkv(seed, batch, seq_q, heads, kv_heads, head_dim, seq_k=seq_k)
     dout = np.random.default_rng(seed + 1).standard_normal(q.shape).astype(np.float32)
-    out, lse = flash_forward.reference(q, k, v, **options)
+    out, lse = reference.forward(q, k, v, **options)
     delta = np.einsum("bihd,bihd->bhi", dout, out)
     return dout, q, k, v, lse.astype(np.float32), delta.astype(np.float32)
 
@@ -45,7 +45,8 @@ def run(dout, q, k, v, lse, delta, *, layout="padded", **options):
     numbers = [tensor.asarray(np.ascontiguousarray(x.transpose(2, 0, 1)), sycl_queue=queue) for x in (lse, delta)]
     arrays += [tensor.permute_dims(x, (1, 2, 0)) for x in numbers]
     grads, around = zip(*(guarded(x.shape, (1, 0, 2, 3), x.dtype) for x in (q, k, v)), strict=True)
-    flash_backward_gpu(*arrays, *grads, partial(scratch, queue, dtype=np.dtype("float32")), **options)
+    memory = partial(scratch, queue, dtype=np.dtype("float32"))
+    SCHEDULES["gpu"].backward(arrays[:4], *arrays[4:], grads, Problem(**options), memory)
     for whole in map(tensor.asnumpy, around):
         whole[(slice(1, -1),) * whole.ndim] = GUARD
         assert (whole == GUARD).all()
@@ -68,7 +69,7 @@ def test_every_head_dim_of_the_forward():
 def test_against_the_reference(head_dim, layout, seq_q, seq_k, diagonal):
     options = {"scale": head_dim**-0.5, "diagonal": diagonal, "group": 3}
     arrays = inputs(head_dim, 2, seq_q, 6, 2, head_dim, seq_k, **options)
-    compare(run(*arrays, layout=layout, **options), reference(*arrays, **options))
+    compare(run(*arrays, layout=layout, **options), reference.backward(*arrays, **options))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -77,7 +78,7 @@ def test_every_length(causal):
         seq_k = 50 - seq
         options = {"scale": 0.2, "diagonal": seq_k - seq if causal else seq_k, "group": 1}
         arrays = inputs(seq, 1, seq, 1, 1, 64, seq_k, **options)
-        compare(run(*arrays, **options), reference(*arrays, **options))
+        compare(run(*arrays, **options), reference.backward(*arrays, **options))
 
 
 def test_every_diagonal():
@@ -85,7 +86,7 @@ def test_every_diagonal():
     for diagonal in range(-42, 56):
         options = {"scale": 0.2, "diagonal": diagonal, "group": 1}
         arrays = inputs(0, 1, 40, 1, 1, 64, 55, **options)
-        compare(run(*arrays, **options), reference(*arrays, **options))
+        compare(run(*arrays, **options), reference.backward(*arrays, **options))
 
 
 @pytest.mark.parametrize("head_shift", [0, 1, 2])
@@ -95,7 +96,7 @@ def test_groups_of_heads(head_dim, head_shift):
     options = {"scale": 0.125, "diagonal": 0, "group": 3, "head_shift": head_shift}
     arrays = inputs(0, 2, 29, 5, (4 + head_shift) // 3 + 2, head_dim, **options)
     grads = run(*arrays, **options)
-    compare(grads, reference(*arrays, **options))
+    compare(grads, reference.backward(*arrays, **options))
     for grad in grads[1:]:
         assert (grad[:, :, -1] == 0).all()
 
@@ -117,7 +118,7 @@ def test_queries_with_lse_of_minus_infinity(diagonal):
     assert (grads[0][:, :20] == 0).all()
     of_others = [x[:, 20:] if n in (0, 1) else x[..., 20:] if n > 3 else x for n, x in enumerate(arrays)]
     options["diagonal"] += 20
-    dq, dk, dv = reference(*of_others, **options)
+    dq, dk, dv = reference.backward(*of_others, **options)
     compare([grads[0][:, 20:], *grads[1:]], [dq, dk, dv])
 
 
@@ -151,7 +152,7 @@ def test_repetition_is_bit_identical():
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_the_public_function(monkeypatch, comm, head_dim, form, causal):
     monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
-    monkeypatch.setattr(intel_sycl, "flash_backward", None)  # the other schedule
+    monkeypatch.setattr(cpu_schedule, "launch", None)  # the other schedule
     whole = random_qkv(2, 2, 50, 4, 2, head_dim, seq_k=57)
     check(comm, whole, function=local, form=form, causal=causal)
 

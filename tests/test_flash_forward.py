@@ -1,14 +1,20 @@
 """The compiled attention kernels against the reference beside their source, and against the oracle where nan is masked."""
 
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
 from helpers import as_view, random_qkv
 from oracle import TOLERANCE
-from ulysses_dp.kernels.flash_forward import HEAD_DIMS, TILES, TILES_OF, flash_forward, reference
+from ulysses_dp.kernels import reference
+from ulysses_dp.kernels.arguments import Problem
+from ulysses_dp.kernels.flash_forward import HEAD_DIMS, TILES, TILES_OF
+from ulysses_dp.kernels.schedules import SCHEDULES
 
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
+from ulysses_dp._device.workspace import scratch
 
 pytestmark = pytest.mark.single
 
@@ -24,13 +30,14 @@ def guarded(shape, order, dtype):
     return tensor.permute_dims(whole[(slice(1, -1),) * len(order)], tuple(map(order.index, range(len(order))))), whole
 
 
-def run(q, k, v, *, layout="padded", kernel=flash_forward, **options):
-    """What a kernel writes; the inputs lie between nan, the outputs between numbers that must stay."""
+def run(q, k, v, *, layout="padded", tile="short", **problem):
+    """What the kernel of a schedule writes; the inputs lie between nan, the outputs between numbers that must stay."""
     batch, seq_q, heads, _ = q.shape
     q_usm, k_usm, v_usm = (as_view(x, "usm", layout, default_queue()) for x in (q, k, v))
     out, around_out = guarded(q.shape, (1, 0, 2, 3), q.dtype)
     lse, around_lse = guarded((batch, heads, seq_q), (2, 0, 1), q.dtype)
-    kernel(q_usm, k_usm, v_usm, out, lse, **({"tile": "short"} if kernel is flash_forward else {}) | options)
+    memory = partial(scratch, default_queue(), dtype=lse.dtype)
+    SCHEDULES[tile].forward(q_usm, k_usm, v_usm, out, lse, Problem(**problem), memory)
     for whole in map(tensor.asnumpy, (around_out, around_lse)):
         whole[(slice(1, -1),) * whole.ndim] = GUARD
         assert (whole == GUARD).all()
@@ -64,7 +71,7 @@ def test_against_reference(dtype, tile, head_dim, seq_q, seq_k, diagonal):
     q, k, v = random_qkv(head_dim, 1, seq_q, 2, 2, head_dim, dtype, seq_k)
     options = {"scale": head_dim**-0.5, "diagonal": diagonal, "group": 1}
     results = run(q, k, v, tile=tile, **options)
-    compare(results, reference(q, k, v, **options), dtype)
+    compare(results, reference.forward(q, k, v, **options), dtype)
     if diagonal in (seq_k, seq_k - seq_q):
         compare(results, oracle.dense_attention(q, k, v, causal=diagonal < seq_k), dtype)
 
@@ -75,7 +82,7 @@ def test_every_diagonal(dtype, tile):
     q, k, v = random_qkv(0, 1, 50, 1, 1, 16, dtype, 70)
     for diagonal in range(-52, 72):
         options = {"scale": 0.25, "diagonal": diagonal, "group": 1}
-        compare(run(q, k, v, tile=tile, **options), reference(q, k, v, **options), dtype)
+        compare(run(q, k, v, tile=tile, **options), reference.forward(q, k, v, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +90,7 @@ def test_every_length(dtype):
     for seq in range(1, 100):
         q, k, v = random_qkv(seq, 1, seq, 1, 1, 3, dtype, 100 - seq)
         options = {"scale": 0.5, "diagonal": 100, "group": 1}
-        compare(run(q, k, v, **options), reference(q, k, v, **options), dtype)
+        compare(run(q, k, v, **options), reference.forward(q, k, v, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +98,7 @@ def test_many_keys(dtype):
     """Rounding errors do not add up over hundreds of blocks."""
     q, k, v = random_qkv(0, 1, 25, 2, 2, 64, dtype, 20011)
     options = {"scale": 0.125, "diagonal": 20011 - 25, "group": 1}
-    compare(run(q, k, v, **options), reference(q, k, v, **options), dtype)
+    compare(run(q, k, v, **options), reference.forward(q, k, v, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +116,7 @@ def test_early_and_late_keys_weigh_the_same(dtype):
 def test_layouts(dtype, layout):
     q, k, v = random_qkv(0, 3, 41, 4, 4, 16, dtype, 45)
     options = {"scale": 0.25, "diagonal": 4, "group": 1}
-    compare(run(q, k, v, layout=layout, **options), reference(q, k, v, **options), dtype)
+    compare(run(q, k, v, layout=layout, **options), reference.forward(q, k, v, **options), dtype)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
@@ -118,7 +125,7 @@ def test_groups_of_heads(group):
     for head_shift in range(group):
         q, k, v = random_qkv(group, 2, 29, heads, (heads - 1 + head_shift) // group + 1, 16)
         options = {"scale": 0.25, "diagonal": 0, "group": group, "head_shift": head_shift}
-        compare(run(q, k, v, **options), reference(q, k, v, **options), "float32")
+        compare(run(q, k, v, **options), reference.forward(q, k, v, **options), "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +133,7 @@ def test_groups_of_heads(group):
 def test_scales(dtype, scale):
     q, k, v = random_qkv(0, 1, 30, 2, 2, 16, dtype, 70)
     options = {"scale": scale, "diagonal": 40, "group": 1}
-    compare(run(q, k, v, **options), reference(q, k, v, **options), dtype)
+    compare(run(q, k, v, **options), reference.forward(q, k, v, **options), dtype)
 
 
 @pytest.mark.parametrize("seq_q", [0, 5])

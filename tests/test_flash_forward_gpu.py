@@ -7,12 +7,11 @@ import oracle
 import pytest
 from helpers import random_qkv
 from test_flash_forward import compare, run
-from ulysses_dp.kernels.flash_forward import reference
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, flash_forward_gpu
+from ulysses_dp.kernels import reference
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 
 from ulysses_dp import attention, trace
 from ulysses_dp._device.queue import default_queue
-from ulysses_dp._device.workspace import scratch
 
 pytestmark = [
     pytest.mark.single,
@@ -20,9 +19,7 @@ pytestmark = [
 ]
 
 
-def run_gpu(q, k, v, **options):
-    memory = partial(scratch, default_queue(), dtype=np.dtype("float32"))
-    return run(q, k, v, kernel=lambda *arrays, **settings: flash_forward_gpu(*arrays, memory, **settings), **options)
+run_gpu = partial(run, tile="gpu")
 
 
 @pytest.mark.parametrize("head_dim", GPU_TILES)
@@ -34,14 +31,14 @@ def run_gpu(q, k, v, **options):
 def test_against_the_reference(head_dim, layout, seq_q, seq_k, diagonal):
     q, k, v = random_qkv(head_dim, 2, seq_q, 6, 2, head_dim, seq_k=seq_k)
     options = {"scale": head_dim**-0.5, "diagonal": diagonal, "group": 3}
-    compare(run_gpu(q, k, v, layout=layout, **options), reference(q, k, v, **options), "float32")
+    compare(run_gpu(q, k, v, layout=layout, **options), reference.forward(q, k, v, **options), "float32")
 
 
 @pytest.mark.parametrize("head_shift", [0, 1, 2])
 def test_groups_of_heads(head_shift):
     q, k, v = random_qkv(0, 2, 29, 6, (5 + head_shift) // 3 + 1, 64)
     options = {"scale": 0.125, "diagonal": 0, "group": 3, "head_shift": head_shift}
-    compare(run_gpu(q, k, v, **options), reference(q, k, v, **options), "float32")
+    compare(run_gpu(q, k, v, **options), reference.forward(q, k, v, **options), "float32")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -1,6 +1,7 @@
 """The launcher, and the manifest that guards it from kernels that are not those of the sources."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from ulysses_dp.kernels import (
     flash_forward,
     flash_forward_gpu,
     manifest,
-    relayout,
-    row_dot,
+    panel_copy,
+    row_product,
 )
 from ulysses_dp.kernels.launch import _kernel, launch
 
@@ -20,7 +21,7 @@ from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
 
-SOURCES = manifest._SOURCES
+SOURCES = json.loads((manifest.FOLDER / "manifest.json").read_text())["sources"]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def copied(tmp_path):
 def test_manifest_lists_every_variant():
     expected = {
         name
-        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, relayout, row_dot)
+        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_product)
         for name, *_ in kernel.variants()
     }
     assert set(manifest.read()) == expected
@@ -54,6 +55,20 @@ def test_changed_source(copied, source):
         file.write("# changed\n")
     with pytest.raises(RuntimeError, match=f"^the compiled kernels are older than {source}: run `make kernels`"):
         copied.read()
+
+
+def test_missing_source(copied):
+    copied.FOLDER.with_name("tile.py").unlink()
+    with pytest.raises(RuntimeError, match=r"^the compiled kernels are older than tile.py: run `make kernels`"):
+        copied.read()
+
+
+@pytest.mark.parametrize("source", ["launch.py", "schedules.py", "cpu_schedule.py", "relayout.py", "row_dot.py", "manifest.py"])
+def test_changed_launcher(copied, source):
+    """A change of what only launches kernels does not make these stale."""
+    with copied.FOLDER.with_name(source).open("a") as file:
+        file.write("# changed\n")
+    assert copied.read() == manifest.read()
 
 
 def test_no_kernels(copied):

@@ -17,7 +17,7 @@ from test_backward import check as check_gradient
 from test_backward import distributed as gradient_distributed
 from test_backward import local as gradient_local
 from test_varlen import LENGTHS, packed
-from ulysses_dp.kernels import flash_backward, flash_forward
+from ulysses_dp.kernels import reference
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention
 from ulysses_dp._device.arrays import tensor
@@ -162,7 +162,7 @@ def test_views_of_an_exchange_buffer(query_heads, kv_heads, heads, head_dim, cau
     backend.forward(q, k, v, out, lse, options, heads)
     how = {"scale": 8**-0.5, "diagonal": 0 if causal else seq, "group": heads.group, "head_shift": heads.shift}
     dense = [tensor.asnumpy(x) for x in (q, k, v, dout)]
-    expected_out, expected_lse = flash_forward.reference(*dense[:3], **how)
+    expected_out, expected_lse = reference.forward(*dense[:3], **how)
     np.testing.assert_allclose(tensor.asnumpy(out), expected_out, rtol=0, atol=1e-5)
     np.testing.assert_allclose(tensor.asnumpy(lse), expected_lse, rtol=0, atol=1e-5)
 
@@ -170,7 +170,7 @@ def test_views_of_an_exchange_buffer(query_heads, kv_heads, heads, head_dim, cau
     backend.delta(dout, out, delta)
     backend.backward((dout, q, k, v, lse, delta), (dq, dk, dv), options, heads)
     numbers = dense[3], *dense[:3], expected_lse, tensor.asnumpy(delta)
-    for gradient, expected in zip((dq, dk, dv), flash_backward.reference(*numbers, **how), strict=True):
+    for gradient, expected in zip((dq, dk, dv), reference.backward(*numbers, **how), strict=True):
         np.testing.assert_allclose(tensor.asnumpy(gradient), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
     result = tensor.zeros_like(out)

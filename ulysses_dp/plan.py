@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
+from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from ._call.checks import COMPUTE_DTYPES, Geometry, check_flag, check_integer
 from ._device.trace import Call, Stage

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward import Extras, reference
+from ulysses_dp.kernels.reference import forward
+from ulysses_dp.kernels.score import ScoreOptions
 
 from ._call.spans import spans
 from ._ranks.partition import group_size
@@ -74,7 +75,7 @@ def dense_attention(
     seq_q, heads, head_dim = q.shape[1:]
     seq_k, kv_heads = k.shape[1:3]
     ends = tuple(map(int, cu_seqlens_q)) if cu_seqlens_q is not None else None
-    extras = Extras(
+    options = ScoreOptions(
         spans=spans(
             *(seq_q, seq_k),
             causal=causal,
@@ -91,4 +92,4 @@ def dense_attention(
         seed=seed,
     )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return reference(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), extras=extras)
+    return forward(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), options=options)

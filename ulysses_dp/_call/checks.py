@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ulysses_dp.kernels import manifest
-from ulysses_dp.kernels.flash_forward import MAX_HEAD_DIM
+from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from .._device.arrays import LIBRARIES, Library, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
 from .._device.dtypes import DTYPES, names

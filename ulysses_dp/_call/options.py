@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, Typ
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward import Extras
+from ulysses_dp.kernels import score
 
 from .._device.arrays import dtype_of, kind_of, on_host, tensor, to_host, to_numpy, to_usm
 from .._device.dtypes import DTYPES, names
@@ -367,7 +367,7 @@ class Options:
                         f"not {tuple(self.bias.shape)}"
                     )
 
-    def extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> Extras | None:
+    def extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions | None:
         """The options for the heads of USM array q, the first of which has this number; None where the plain kernel will do.
 
         The bias is of this dtype, that of q by default.
@@ -387,7 +387,7 @@ class Options:
         if self.key_padding_mask is not None:
             table = trim(table, np.any(self.key_padding_mask, axis=0))
         bias = None if self.bias is None else self.local_bias(q, mine, dtype or q.dtype)
-        return Extras(
+        return score.ScoreOptions(
             spans=table,
             softcap=self.softcap,
             slopes=self.for_heads("alibi_slopes", mine),
@@ -410,7 +410,7 @@ class Options:
             x = _bfloat16_to_float32(x if on_host(self.bias, kind) else to_host(x))
         if isinstance(x, np.ndarray):
             x = np.ascontiguousarray(x)  # strides may be no multiples of the itemsize
-        return tensor.asarray(x, dtype=dtype, sycl_queue=q.sycl_queue)
+        return tensor.asarray(_in_range(x, dtype), dtype=dtype, sycl_queue=q.sycl_queue)
 
 
 def check_options(
@@ -478,6 +478,14 @@ def _small_array(name: str, x: Any) -> np.ndarray:
 
 def _bfloat16_to_float32(x: np.ndarray) -> np.ndarray:
     return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def _in_range(x: Any, dtype: Any) -> Any:
+    """A bias of a wider dtype with no finite number beyond the range of `dtype`: only -inf hides a key."""
+    if x.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return x
+    library, limits = np if isinstance(x, np.ndarray) else tensor, np.finfo(dtype)
+    return library.where(library.isinf(x), x, library.clip(x, float(limits.min), float(limits.max)))
 
 
 def _numbers(name: str, x: Any, *shapes: tuple[int, ...]) -> np.ndarray | None:

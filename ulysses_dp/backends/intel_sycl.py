@@ -5,14 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.flash_backward import TILES_OF, flash_backward
-from ulysses_dp.kernels.flash_backward_gpu import flash_backward_gpu
-from ulysses_dp.kernels.flash_forward import flash_forward
-from ulysses_dp.kernels.flash_forward_gpu import flash_forward_gpu
+from ulysses_dp.kernels.arguments import Problem
+from ulysses_dp.kernels.schedules import choose
 
 from .._device.copies import copy_arrays, readable
 from .._device.workspace import scratch
-from ..schedule import choose, fastest
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
@@ -29,57 +26,52 @@ HEAD_MAJOR_FROM = 1024 * 64
 
 
 class IntelSycl(Backend):
-    """All options, on any SYCL device. 16-bit arrays are computed in float32, in copies."""
+    """All options, on any SYCL device. What the chosen kernels do not read as it is, 16-bit arrays for instance, is copied."""
 
     name = "INTEL_SYCL"
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         # a bad environment variable of this rank
-        choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1)
+        choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1, options=not options.plain, backward=backward)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         queue, compute = q.sycl_queue, compute_dtype(q)
+        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options=not options.plain)
         if lse is None:  # the kernels write it either way
             lse = scratch(queue, "lse", (q.shape[0], q.shape[2], q.shape[1]), compute)
-        schedule = choose(queue.sycl_device, compute, q.shape[3], q.shape[1])
-        on_gpu = schedule == "gpu" and options.plain
-        (q,) = readable((q,), "q", compute, by_head=False)
-        k, v = readable((k, v), "k, v", compute, by_head=not on_gpu and _walks_far(q))
-        result = out if out.dtype == compute else scratch(queue, "result before rounding", out.shape, compute)
-        arguments = _arguments(q, k, options, heads)
-        if on_gpu:
-            flash_forward_gpu(q, k, v, result, lse, partial(scratch, queue, dtype=compute), **arguments)
-        else:
-            tile = schedule if schedule != "gpu" else None
-            flash_forward(q, k, v, result, lse, tile=tile, extras=options.extras(q, k.shape[1], heads.first), **arguments)
+        operand = schedule.operands[q.dtype]
+        (q,) = readable((q,), "q", operand, by_head=False)
+        k, v = readable((k, v), "k, v", operand, by_head=schedule.by_head and _walks_far(q))
+        result = out if out.dtype == operand else scratch(queue, "result before rounding", out.shape, operand)
+        schedule.forward(q, k, v, result, lse, _problem(q, k, options, heads), partial(scratch, queue, dtype=compute))
         if result is not out:
             copy_arrays((result,), (out,))
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
         queue, compute = q.sycl_queue, lse.dtype
-        on_gpu = options.plain and choose(queue.sycl_device, compute, q.shape[3], q.shape[1]) == "gpu"
-        by_head = not on_gpu and _walks_far(q)
-        dout, q = readable((dout, q), "dout, q", compute, by_head=by_head)
-        k, v = readable((k, v), "k, v", compute, by_head=by_head)
+        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options=not options.plain, backward=True)
+        operand = schedule.operands[q.dtype]
+        by_head = schedule.by_head and _walks_far(q)
+        dout, q = readable((dout, q), "dout, q", operand, by_head=by_head)
+        k, v = readable((k, v), "k, v", operand, by_head=by_head)
         results = [x if x.dtype == compute else scratch(queue, f"gradient {n}", x.shape, compute) for n, x in enumerate(grads)]
-        arguments = _arguments(q, k, options, heads)
-        if on_gpu:
-            memory = partial(scratch, queue, dtype=compute)
-            flash_backward_gpu(dout, q, k, v, lse, delta, *results, memory, **arguments)
-        else:
-            tile = fastest(queue.sycl_device, q.shape[3], TILES_OF[str(compute)])
-            extras = options.extras(q, k.shape[1], heads.first)
-            flash_backward(dout, q, k, v, lse, delta, *results, extras=extras, tile=tile, **arguments)
+        problem, memory = _problem(q, k, options, heads), partial(scratch, queue, dtype=compute)
+        schedule.backward((dout, q, k, v), lse, delta, tuple(results), problem, memory)
         for result, grad in zip(results, grads, strict=True):
             if result is not grad:
                 copy_arrays((result,), (grad,))
 
 
-def _arguments(q: Any, k: Any, options: Options, heads: HeadMap) -> dict[str, Any]:
-    """What all kernels take besides arrays and extras."""
-    diagonal = options.diagonal(q.shape[1], k.shape[1])
-    return {"scale": options.softmax_scale, "diagonal": diagonal, "group": heads.group, "head_shift": heads.shift}
+def _problem(q: Any, k: Any, options: Options, heads: HeadMap) -> Problem:
+    """The call as the kernels take it."""
+    return Problem(
+        scale=options.softmax_scale,
+        diagonal=options.diagonal(q.shape[1], k.shape[1]),
+        group=heads.group,
+        head_shift=heads.shift,
+        options=options.extras(q, k.shape[1], heads.first),
+    )
 
 
 def _walks_far(rows: Any) -> bool:

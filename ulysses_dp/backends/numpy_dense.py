@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels import flash_backward, flash_forward, row_dot
+from ulysses_dp.kernels import reference, row_dot
 
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
@@ -28,14 +28,14 @@ class NumpyDense(Backend):
         compute = compute_dtype(q)
         (q,) = readable((q,), "q", compute, by_head=False)
         k, v = readable((k, v), "k, v", compute, by_head=False)
-        _compute(flash_forward.reference, (q, k, v), (out, lse), options, q, k, heads)
+        _compute(reference.forward, (q, k, v), (out, lse), options, q, k, heads)
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
         dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
         k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
         arrays = dout, q, k, v, lse, delta
-        _compute(flash_backward.reference, arrays, grads, options, q, k, heads)
+        _compute(reference.backward, arrays, grads, options, q, k, heads)
 
     def delta(self, dout: Any, out: Any, delta: Any) -> None:
         dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
@@ -43,7 +43,7 @@ class NumpyDense(Backend):
 
 
 def _compute(
-    reference: Callable[..., Any],
+    dense: Callable[..., Any],
     arrays: Sequence[Any],
     targets: Sequence[Any],
     options: Options,
@@ -54,17 +54,17 @@ def _compute(
     extras = options.extras(q, k.shape[1], heads.first)
     if extras is not None and extras.bias is not None:
         extras = replace(extras, bias=tensor.asnumpy(extras.bias))
-    results = reference(
+    results = dense(
         *(tensor.asnumpy(x) for x in arrays),
         scale=options.softmax_scale,
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
         group=heads.group,
         head_shift=heads.shift,
-        extras=extras,
+        options=extras,
     )
-    for target, dense in zip(targets, results, strict=True):
+    for target, result in zip(targets, results, strict=True):
         if target is not None:
-            _write(target, dense)
+            _write(target, result)
 
 
 def _write(target: Any, dense: Any) -> None:

@@ -1,0 +1,122 @@
+"""The schedules for CPU vectors: launch flash_forward.py and flash_backward.py by one of their tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import flash_backward, flash_forward
+from .arguments import Sizes, place_by_head, place_of
+from .flash_forward import OPTIONS_TILE, TILES
+from .launch import launch, place, upload
+from .score import OptionNumbers, option_numbers, option_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .arguments import Problem
+    from .score import ScoreOptions
+
+DTYPES = {4: "float32", 8: "float64"}  # by itemsize
+
+
+def serves(tile: str, device: Any, dtype: str, *, options: bool, backward: bool) -> bool:
+    """Whether there are kernels with this tile; every head_dim has one."""
+    if TILES[tile].lanes > device.max_work_group_size:
+        return False
+    if options:
+        return tile == OPTIONS_TILE[dtype]
+    return tile in (flash_backward if backward else flash_forward).TILES_OF[dtype]
+
+
+def launch_forward(tile: str, q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem) -> None:
+    """Write `out` and `lse`; see `schedules.Schedule.forward`."""
+    if out.size == 0:
+        return
+    batch, _, heads, head_dim = q.shape
+    sizes = _sizes(tile, q, k, problem, rows=q.shape[1])
+    tables, numbers = _options(q, problem.options)
+    spans = q.usm_data if problem.options is None else upload(q.sycl_queue, problem.options.spans)
+    launch(
+        q.sycl_queue,
+        flash_forward.name(DTYPES[q.itemsize], head_dim, tile, options=problem.options is not None),
+        [*(x.usm_data for x in (q, k, v, out, lse)), spans, *tables],
+        (
+            *(*place_of(q), *place_of(k), *place_of(v), *place_of(out), *place_by_head(lse)),
+            *(*sizes, problem.scale, 0.0, *numbers),
+        ),
+        groups=batch * heads * sizes.row_blocks,
+        lanes=TILES[tile].lanes,
+    )
+
+
+def launch_backward(
+    tile: str,
+    inputs: tuple[Any, Any, Any, Any],
+    lse: Any,
+    delta: Any,
+    grads: tuple[Any, Any, Any],
+    problem: Problem,
+    scratch: Callable[..., Any],
+) -> None:
+    """Write the gradients; see `schedules.Schedule.backward`."""
+    dout, q, k, v = inputs
+    dq, dk, dv = grads
+    batch, seq_q, heads, head_dim = q.shape
+    seq_k, kv_heads = k.shape[1:3]
+    with_options = problem.options is not None
+    queue = q.sycl_queue
+    tables, numbers = _options(q, problem.options)
+    if problem.options is None:
+        spans, peaks = [q.usm_data] * 2, lse.usm_data
+    else:
+        spans = [upload(queue, x) for x in (problem.options.spans, spans_of_keys(problem.options.spans, seq_k))]
+        peaks = scratch("peaks and rates", (2 * batch * heads * seq_q,)).usm_data
+    for into_keys in (False, True):
+        rows_a, rows_b, cols_a, cols_b = (k, v, q, dout) if into_keys else (q, dout, k, v)
+        grad_a, grad_b = (dk, dv) if into_keys else (dq, dq)
+        if grad_a.size == 0:
+            continue
+        sizes = _sizes(tile, q, k, problem, rows=seq_k if into_keys else seq_q)
+        arrays = rows_a, rows_b, cols_a, cols_b, grad_a, grad_b
+        launch(
+            queue,
+            flash_backward.name(DTYPES[q.itemsize], head_dim, tile, into_keys=into_keys, options=with_options),
+            [*(x.usm_data for x in (*arrays, lse, delta)), peaks, spans[into_keys], spans[0], *tables],
+            (
+                *(number for x in arrays for number in place_of(x)),
+                *(*place_by_head(lse), *place_by_head(delta), *sizes, problem.scale, 0.0, *numbers),
+            ),
+            groups=batch * (kv_heads if into_keys else heads) * sizes.row_blocks,
+            lanes=TILES[tile].lanes,
+        )
+
+
+def _sizes(tile: str, q: Any, k: Any, problem: Problem, *, rows: int) -> Sizes:
+    _, seq_q, heads, head_dim = q.shape
+    row_blocks = -(-rows // (TILES[tile].rows * TILES[tile].lanes))
+    return Sizes(
+        *(heads, k.shape[2], problem.group, problem.head_shift, seq_q, k.shape[1], problem.diagonal, row_blocks, head_dim)
+    )
+
+
+def _options(q: Any, options: ScoreOptions | None) -> tuple[list[Any], OptionNumbers]:
+    """The tables and numbers of the options; the plain kernels do not look at them."""
+    if options is None:
+        return [q.usm_data] * 3, OptionNumbers()
+    queue, heads, bias = q.sycl_queue, q.shape[2], options.bias
+    per_head, padding = (upload(queue, table.astype(q.dtype)) for table in option_tables(options, heads))
+    bias_place = (0,) * 5 if bias is None else place(bias)
+    numbers = option_numbers(options, heads, bias_place, float(np.finfo(q.dtype).max))
+    return [per_head, (q if bias is None else bias).usm_data, padding], numbers
+
+
+def spans_of_keys(spans: np.ndarray, seq_k: int) -> np.ndarray:
+    """For every key the first query that sees it and the end of these queries; (seq_k, 3), int64, the last column unused.
+
+    The first keys and the ends in `spans` never decrease, so the queries of a key follow each other.
+    """
+    key = np.arange(seq_k)
+    first, end = np.searchsorted(spans[:, 1], key, side="right"), np.searchsorted(spans[:, 0], key, side="right")
+    return np.stack([first, np.maximum(end, first), key], axis=-1).astype(np.int64).reshape(seq_k, 3)

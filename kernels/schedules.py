@@ -1,0 +1,174 @@
+"""The schedules: what each can do, what it costs on which device, and the choice between them.
+
+A schedule is one way to compute attention: a tile of the kernels for CPU vectors, or the kernels for GPU registers. What a
+caller needs to know of one is a `Schedule`; nobody asks for its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import cpu_schedule, gpu_schedule
+from .flash_forward import TILES
+from .flash_forward_gpu import SUB_GROUP
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .arguments import Problem
+
+TUNING = "ULYSSES_DP_TUNING"  # a file of scripts/tune.py
+SCHEDULE = "ULYSSES_DP_SCHEDULE"  # one schedule, wherever it can run
+
+# In which dtype kernels for float32 and float64 read arrays. bfloat16 is uint16, which USM arrays know.
+FULL_PRECISION = {
+    np.dtype(array): np.dtype(operand)
+    for array, operand in (("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("uint16", "float32"))
+}
+
+Costs = dict[int, dict[str, float]]  # by head_dim and schedule; head_dim 0 stands for all that are not listed
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One way to compute attention.
+
+    ``forward(q, k, v, out, lse, problem, scratch)`` writes `out`, (batch, seq_q, heads, head_dim), and `lse`, the natural
+    logarithm of the softmax denominator of every row, (batch, heads, seq_q); q is (batch, seq_q, heads, head_dim), k and v are
+    (batch, seq_k, kv_heads, head_dim). They are USM arrays of any strides, but dense in the last axis. ``scratch(slot, shape)``
+    gives USM memory of the dtype of lse.
+
+    ``backward((dout, q, k, v), lse, delta, (dq, dk, dv), problem, scratch)`` writes the gradients; delta is the sum of
+    dout * out of every query row.
+    """
+
+    name: str
+    rows: int  # query rows of a tile
+    operands: Mapping[np.dtype, np.dtype]  # in which dtype it reads arrays of a dtype
+    serves: Callable[..., bool]  # (device, operand dtype, head_dim, options=, backward=)
+    costs: Mapping[str, float]  # time per query row by kind of device, relative to each other; not listed: only if asked for
+    by_head: bool  # whether it runs faster where the rows of a head follow each other
+    forward: Callable[..., None] = field(repr=False)
+    backward: Callable[..., None] = field(repr=False)
+
+    def can(self, device: Any, dtype: Any, head_dim: int, *, options: bool, backward: bool) -> bool:
+        """Whether it can compute attention of arrays of this dtype on this device."""
+        operand = self.operands.get(np.dtype(dtype))
+        return operand is not None and self.serves(device, str(operand), head_dim, options=options, backward=backward)
+
+
+def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
+    """The schedule by a tile of the kernels for CPU vectors. It also runs on GPUs, slowly."""
+
+    def serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
+        return cpu_schedule.serves(tile, device, dtype, options=options, backward=backward)
+
+    def forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem, scratch: Callable[..., Any]) -> None:
+        cpu_schedule.launch_forward(tile, q, k, v, out, lse, problem)
+
+    rows = TILES[tile].rows * TILES[tile].lanes
+    backward = partial(cpu_schedule.launch_backward, tile)
+    return Schedule(tile, rows, FULL_PRECISION, serves, costs, by_head=True, forward=forward, backward=backward)
+
+
+def _serves_gpu(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
+    return gpu_schedule.serves(device, dtype, head_dim, options=options)
+
+
+# The costs of CPUs were measured by scripts/tune.py on a Zen 5 CPU, which for AVX2 was limited to that; those of GPUs only say
+# what is preferred.
+_ALL = (
+    _of_tile("wide", {"avx512": 1.0, "avx2": 1.33}),
+    _of_tile("narrow", {"avx512": 1.03, "avx2": 1.0}),
+    _of_tile("short", {"avx512": 1.2, "avx2": 1.17, "gpu": 100.0}),
+    Schedule(
+        *("gpu", SUB_GROUP, FULL_PRECISION, _serves_gpu, {"gpu": 1.0}),
+        by_head=False,
+        forward=gpu_schedule.launch_forward,
+        backward=gpu_schedule.launch_backward,
+    ),
+)
+SCHEDULES = {schedule.name: schedule for schedule in _ALL}
+
+
+def candidates(
+    device: Any, dtype: Any, head_dim: int, *, options: bool = False, backward: bool = False
+) -> tuple[Schedule, ...]:
+    """The schedules that can compute this on a device."""
+    return tuple(x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
+
+
+def choose(device: Any, dtype: Any, head_dim: int, seq_q: int, *, options: bool = False, backward: bool = False) -> Schedule:
+    """The schedule with the least time for this many query rows, rounded up to whole tiles.
+
+    Parameters
+    ----------
+    device : dpctl.SyclDevice
+        Where the kernel will run.
+    dtype : numpy.dtype
+        Of the arrays: float32, float64, float16, or uint16 for bfloat16.
+    head_dim, seq_q : int
+        Sizes of the problem.
+    options : bool
+        Whether there are any of `score.ScoreOptions`.
+    backward : bool
+        Whether for the gradient.
+
+    Notes
+    -----
+    The environment variable ULYSSES_DP_TUNING names a file with costs that `scripts/tune.py` measured on this device, and
+    ULYSSES_DP_SCHEDULE names one schedule to use wherever it can run.
+    """
+    # an empty variable counts as unset
+    wish, tuning = os.environ.get(SCHEDULE) or None, os.environ.get(TUNING) or None
+    return _choose(device, dtype, head_dim, seq_q, options, backward, wish, tuning)
+
+
+@lru_cache(maxsize=1024)
+def _choose(
+    device: Any, dtype: Any, head_dim: int, seq_q: int, options: bool, backward: bool, wish: str | None, tuning: str | None
+) -> Schedule:
+    possible = candidates(device, dtype, head_dim, options=options, backward=backward)
+    if wish is not None and wish not in SCHEDULES:
+        raise ValueError(f"{SCHEDULE} must be one of {', '.join(SCHEDULES)}, not {wish!r}")
+    if not possible:
+        raise NotImplementedError(f"no kernel for dtype {dtype} and head_dim {head_dim} runs on {device.name.strip()}")
+    for schedule in possible:
+        if schedule.name == wish:
+            return schedule
+    costs = default_costs(device) if tuning is None else read(Path(tuning))
+    costs_here = costs.get(head_dim, costs[0])
+    return min(possible, key=lambda x: costs_here.get(x.name, math.inf) * -(-seq_q // x.rows) * x.rows)
+
+
+@cache
+def default_costs(device: Any) -> Costs:
+    """The costs that the schedules declare for this kind of device."""
+    kind = "gpu" if device.is_gpu else "avx512" if device.native_vector_width_float >= 16 else "avx2"
+    return {0: {schedule.name: schedule.costs[kind] for schedule in SCHEDULES.values() if kind in schedule.costs}}
+
+
+@cache
+def read(path: Path) -> Costs:
+    """The costs that `scripts/tune.py` saved."""
+    try:
+        table = {int(head_dim): costs for head_dim, costs in json.loads(path.read_text())["costs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{TUNING} must name a file that scripts/tune.py saved, not {path}: {error}") from error
+    unknown = sorted({name for costs in table.values() for name in costs} - SCHEDULES.keys())
+    if unknown or 0 not in table:
+        raise ValueError(f"{TUNING}: {path} has {f'unknown schedules {unknown}' if unknown else 'no costs for head_dim 0'}")
+    return table
+
+
+def write(path: Path, device: str, costs: Costs) -> None:
+    """Save costs for ULYSSES_DP_TUNING."""
+    path.write_text(json.dumps({"device": device, "costs": costs}, indent=1) + "\n")

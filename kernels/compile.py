@@ -31,12 +31,13 @@ from . import (  # noqa: E402
     flash_forward_gpu,
     manifest,
     panel_copy,
+    row_merge,
     row_product,
 )
 
 logging.disable(logging.NOTSET)
 
-KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_product)
+KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_merge, row_product)
 PARTS = 8
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 

@@ -26,7 +26,9 @@ import numpy as np
 class ScoreOptions:
     """What the kernels with options take besides; everything for the query heads of this call alone."""
 
-    spans: np.ndarray  # (seq_q, 3): first key, end of the keys, key on the diagonal; int64
+    # (seq_q, 3), int64: the first of these keys that a row sees, their end, and of the key on its diagonal the number in the
+    # whole sequence
+    spans: np.ndarray
     softcap: float = 0.0  # 0: none
     slopes: np.ndarray | None = None  # (1 or batch, heads), float64
     sinks: np.ndarray | None = None  # (heads,), float64
@@ -35,6 +37,10 @@ class ScoreOptions:
     dropout_p: float = 0.0
     seed: int = 0
     first_head: int = 0  # number of the first of these heads among all heads, for dropout
+    # the numbers of these rows and keys in the whole sequence: i-th row is first_row + i * step, key j first_key + j * step
+    first_row: int = 0
+    first_key: int = 0
+    step: int = 1
 
 
 class OptionNumbers(NamedTuple):
@@ -54,6 +60,9 @@ class OptionNumbers(NamedTuple):
     threshold: int = 0  # of the random words, those below it drop a weight
     seed: int = 0
     first_head: int = 0
+    first_row: int = 0
+    first_key: int = 0
+    step: int = 1
     softcap: float = 0.0
     per_softcap: float = 0.0  # 1 / softcap
     keep_scale: float = 1.0  # of the weights that dropout keeps
@@ -70,8 +79,8 @@ def option_numbers(options: ScoreOptions, heads: int, bias_place: tuple[int, ...
         *(0 if slopes is None or slopes.shape[0] == 1 else 2 * heads, slopes is not None, options.sinks is not None),
         *(options.bias is not None, padding is not None, *bias_place),
         *(0 if padding is None or padding.shape[0] == 1 else padding.shape[1], threshold(options.dropout_p)),
-        *(options.seed, options.first_head, softcap, min(1 / softcap, largest) if softcap else 0.0),
-        1 / (1 - options.dropout_p),
+        *(options.seed, options.first_head, options.first_row, options.first_key, options.step),
+        *(softcap, min(1 / softcap, largest) if softcap else 0.0, 1 / (1 - options.dropout_p)),
     )
 
 
@@ -182,7 +191,8 @@ def dense_scores(
             part = np.tanh(score / options.softcap)
         score, derivative = options.softcap * part, 1 - part**2
     if options.slopes is not None:
-        score = score - options.slopes[..., None, None] * abs(options.spans[:, 2:] - j)
+        numbers = options.first_key + options.step * j
+        score = score - options.slopes[..., None, None] * abs(options.spans[:, 2:] - numbers)
     seen = np.broadcast_to((options.spans[:, :1] <= j) & (j < options.spans[:, 1:2]), score.shape)
     if options.bias is not None:
         score, seen = score + options.bias, seen & ~np.isneginf(options.bias)
@@ -196,6 +206,7 @@ def dense_kept(options: ScoreOptions, shape: tuple[int, ...]) -> np.ndarray | fl
     if not options.dropout_p:
         return 1.0
     b, h, i, j = np.ogrid[tuple(map(slice, shape))]
+    i, j = options.first_row + options.step * i, options.first_key + options.step * j
     counters = np.stack(np.broadcast_arrays(j // 4, i, h + options.first_head, b), axis=-1)
     drawn = np.take_along_axis(philox(counters, options.seed), np.broadcast_to(j % 4, shape)[..., None], -1)[..., 0]
     return np.where(drawn < threshold(options.dropout_p), 0, 1 / (1 - options.dropout_p))

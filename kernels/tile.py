@@ -102,7 +102,7 @@ def tile_operations(tile: Tile, *, head_dim: int | None, hides: Callable[..., bo
         for row in range(first, min(first + rows * lanes, row_count)):
             begin, inner_begin = min(begin, spans[3 * row]), max(inner_begin, spans[3 * row])
             end, inner_end = max(end, spans[3 * row + 1]), min(inner_end, spans[3 * row + 1])
-        # one draw of random numbers serves four keys
+        # one draw of random numbers serves four keys; see `draw`
         return begin - begin % 4, end, inner_begin, inner_end
 
     return multiply, accumulate, common_columns
@@ -180,11 +180,12 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
             derivative[t] = cap_derivative(score[t], options.per_softcap)
 
     @inlined
-    def add_slopes(score, slope, rows_at, centre, centres, start, columns):
+    def add_slopes(score, slope, rows_at, centre, centres, options, start, columns):
         for j in range(block):
             column = min(start + j, columns - 1)
             for r in range(rows):
-                distance = centres[3 * column + 2] - rows_at[r] if into_keys else centre[r] - column
+                diagonal, key = (centres[3 * column + 2], rows_at[r]) if into_keys else (centre[r], column)
+                distance = diagonal - options.first_key - options.step * key
                 score[r * block + j] = sloped(score[r * block + j], slope, distance)
 
     @inlined
@@ -209,10 +210,10 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
         keep[t] = options.keep_scale if word >= options.threshold else zero
 
     @inlined
-    def keep_of_row(keep, r, row, start, head, b, options):
-        """Four neighbouring keys share a draw."""
+    def keep_of_row(keep, r, row, key, head, b, options):
+        """From a key on whose number is a multiple of 4: four neighbouring keys share a draw."""
         for j in range(0, block, 4):
-            w0, w1, w2, w3 = philox((start + j) >> 2, row, head, b, options.seed)
+            w0, w1, w2, w3 = philox((key + j) >> 2, row, head, b, options.seed)
             t = r * block + j
             keep_key(keep, t, w0, options)
             keep_key(keep, t + 1, w1, options)
@@ -220,29 +221,33 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
             keep_key(keep, t + 3, w3, options)
 
     @inlined
-    def keep_of_key(keep, r, key, start, head, b, options):
-        """The same draws, where the key is the row. No % or //: lanes would differ in the branch for a divisor of 0, and the
-        kernel for keys would take ten times as long."""
+    def keep_of_pairs(keep, r, row, start, head, b, options):
+        """The same draws, one for each pair of query and key. No % or //: lanes would differ in the branch for a divisor of 0,
+        and the kernel for keys would take ten times as long."""
         for j in range(block):
-            w0, w1, w2, w3 = philox(key >> 2, start + j, head, b, options.seed)
-            even, odd = w2 if key & 2 else w0, w3 if key & 2 else w1
-            keep_key(keep, r * block + j, odd if key & 1 else even, options)
+            query, key = (start + j, row) if into_keys else (row, start + j)
+            number = options.first_key + options.step * key
+            w0, w1, w2, w3 = philox(number >> 2, options.first_row + options.step * query, head, b, options.seed)
+            even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
+            keep_key(keep, r * block + j, odd if number & 1 else even, options)
 
     @inlined
     def draw(keep, rows_at, start, h, b, options):
         """By what dropout multiplies the weights of the block."""
+        head, key = h + options.first_head, options.first_key + start
+        together = not into_keys and options.step == 1 and key & 3 == 0
         for r in range(rows):
-            if into_keys:
-                keep_of_key(keep, r, rows_at[r], start, h + options.first_head, b, options)
+            if together:
+                keep_of_row(keep, r, options.first_row + rows_at[r], key, head, b, options)
             else:
-                keep_of_row(keep, r, rows_at[r], start, h + options.first_head, b, options)
+                keep_of_pairs(keep, r, rows_at[r], start, head, b, options)
 
     @inlined
     def change(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options):
         """All that changes a score after the soft cap."""
         if options.use_slopes != 0:
             slope = per_head[b * options.per_head_batch + 2 * h]
-            add_slopes(score, slope, rows_at, centre, centres, start, columns)
+            add_slopes(score, slope, rows_at, centre, centres, options, start, columns)
         if options.use_bias != 0:
             origin = options.bias_offset + b * options.bias_batch + h * options.bias_head
             add_bias(score, bias, origin, rows_at, options, start, columns)

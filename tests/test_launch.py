@@ -13,6 +13,7 @@ from ulysses_dp.kernels import (
     flash_forward_gpu,
     manifest,
     panel_copy,
+    row_merge,
     row_product,
 )
 from ulysses_dp.kernels.launch import _kernel, launch
@@ -37,7 +38,7 @@ def copied(tmp_path):
 def test_manifest_lists_every_variant():
     expected = {
         name
-        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_product)
+        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_merge, row_product)
         for name, *_ in kernel.variants()
     }
     assert set(manifest.read()) == expected

@@ -11,6 +11,7 @@ from .backward import attention_backward, ulysses_attention_backward  # noqa: E4
 from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
+from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
 from .plan import plan  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
 from .tracing import trace  # noqa: E402
@@ -28,9 +29,12 @@ __all__ = [
     "order_ranks",
     "plan",
     "register_attention",
+    "row_positions",
     "scatter_heads",
+    "shard_rows",
     "trace",
     "ulysses_attention",
     "ulysses_attention_backward",
     "ulysses_flash_attn_func",
+    "unshard_rows",
 ]

@@ -7,7 +7,6 @@ with, and in the function between the two redistributions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import count, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ._ranks import mpi
     from ._ranks.agree import Agreement
     from ._ranks.partition import Heads
+    from ._ring import Ring
 
 Arrays = dict[str, Any]  # USM arrays by the names of items
 
@@ -92,6 +92,7 @@ class Description:
     compute: Callable[[int, Arrays], Any]  # of a part, by its number: reads and writes arrays by heads
     keep: bool = False  # whether what comes to heads is new memory
     by_heads: Any = None  # flat memory by heads from which everything goes to rows, if there is one already
+    ring: Ring | None = None  # what computes with the keys of other groups, before `compute`
 
 
 class _Part:
@@ -108,17 +109,19 @@ class _Part:
         self.to_heads = [new(items, keep=what.keep) for items in trips(to_heads)]
         self.to_rows = [new(items, by_heads=what.by_heads) for items in trips(to_rows)]
 
-    def compute(self, step: Callable[[Arrays], Any]) -> Any:
-        """Run a step with all items by heads: those that came, and memory for those that go back."""
+    def at_hand(self) -> Arrays:
+        """All items by heads: those that came, and memory for those that go back."""
         arrays: Arrays = {}
         for move in self.to_heads:
             arrays |= move.received()
         for move in self.to_rows:
             arrays |= move.places()
-        outcome = step(arrays)
+        return arrays
+
+    def fill(self, arrays: Arrays) -> None:
+        """What was computed, to where it is sent from."""
         for move in self.to_rows:
             move.fill(arrays)
-        return outcome
 
 
 def slot_of(call: str, part: int, message: int) -> str:
@@ -126,7 +129,9 @@ def slot_of(call: str, part: int, message: int) -> str:
     return f"{call} {part}.{message}"
 
 
-def run(function: str, agreement: Agreement[Any], link: mpi.Link, what: Description) -> tuple[Arrays, list[Any]]:
+def run(
+    function: str, agreement: Agreement[Any], ranks: mpi.Ranks, link: mpi.Link, what: Description
+) -> tuple[Arrays, list[Any]]:
     """Pack, all-to-all, compute, all-to-all, unpack: while one part is computed, the next one and the last one travel.
 
     Collective. Raises on all ranks, whatever fails on one.
@@ -137,8 +142,10 @@ def run(function: str, agreement: Agreement[Any], link: mpi.Link, what: Descript
         Name of the public function, for messages.
     agreement : Agreement
         Of the ranks on this call.
+    ranks : Ranks
+        All ranks of the call.
     link : Link
-        The ranks, and the way between them.
+        Those that share the heads, and the way between them.
     what : Description
         The call.
 
@@ -149,8 +156,14 @@ def run(function: str, agreement: Agreement[Any], link: mpi.Link, what: Descript
     outcomes : list
         What `compute` returned for every part.
     """
-    call = CollectiveCall(link.ranks, function)
-    parts = call.prepare(agreement, lambda: [_Part(what, link, n) for n in range(len(what.parts))], fresh=what.keep)
+    call = CollectiveCall(ranks, function)
+
+    def prepare() -> list[_Part]:
+        if what.ring is not None:
+            what.ring.prepare()
+        return [_Part(what, link, n) for n in range(len(what.parts))]
+
+    parts = call.prepare(agreement, prepare, fresh=what.keep)
     arrays, results = call.local(what.begin) or ({}, {})
     outcomes: list[Any] = []
 
@@ -166,7 +179,11 @@ def run(function: str, agreement: Agreement[Any], link: mpi.Link, what: Descript
                 send(following)
             for move in part.to_heads:
                 call.exchange(move.wait)
-            outcomes.append(call.local(part.compute, partial(what.compute, number)))
+            at_hand = call.local(part.at_hand)
+            if what.ring is not None:
+                what.ring.compute(call, at_hand)
+            outcomes.append(call.local(what.compute, number, at_hand))
+            call.local(part.fill, at_hand)
             for move in part.to_rows:
                 call.exchange(move.start_to_rows)
         for part in parts:

@@ -21,12 +21,15 @@ from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._ranks.redistribution import as_columns
+from ._ring import Mesh, check_mesh
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._call.options import Options
+    from ._ranks.orders import Order
     from ._ranks.partition import Heads
+    from ._ring import Ring
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,8 @@ class Context:
     k_rows: tuple[int, ...]
     parts: tuple[Arrays, ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
     options: dict[str, Any]  # as the user gave them
+    ring: int
+    order: Order
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Context cannot be pickled or copied: it holds memory of this rank's device")
@@ -127,6 +132,8 @@ def ulysses_attention(
     exchange: str = "auto",
     overlap: SupportsIndex | str = "auto",
     node_size: SupportsIndex | str = 1,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
@@ -167,6 +174,12 @@ def ulysses_attention(
         travels twice, but a rank sends ``node_size + P / node_size - 2`` messages instead of ``P - 1``: for many ranks and
         short sequences (`plan` tells). "auto": the ranks that share memory, or 1 if these are not consecutive and as many on
         every node.
+    ring : int or "auto"
+        If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, as
+        without a ring; the keys of every group travel from group to group, and partial results are merged. So there may be
+        more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as many heads.
+    order : {"contiguous", "zigzag", "zigzag_ranks", "striped"}
+        Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.
 
     Returns
     -------
@@ -214,6 +227,8 @@ def ulysses_attention(
         exchange=exchange,
         overlap=overlap,
         node_size=node_size,
+        ring=ring,
+        order=order,
         return_ctx=return_ctx,
         return_lse=return_lse,
         **options,
@@ -230,6 +245,8 @@ def distributed(
     exchange: str = "auto",
     overlap: SupportsIndex | str = "auto",
     node_size: SupportsIndex | str = 1,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -238,19 +255,21 @@ def distributed(
     ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options]]:
+    def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options, tuple[int, Order]]]:
         views, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
+        mesh = check_mesh(ring, order, ranks.size, geometry, settings, **how)
+        how |= {"ring and order": mesh}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
         arrays = tuple(to_usm(x) for x in views)
         rows = arrays[0].shape[1], arrays[1].shape[1]
-        return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
+        return Checked(rows, common, (arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, settings = agreement.result
+        arrays, geometry, settings, (size, known_order) = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -259,17 +278,23 @@ def distributed(
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
+            mesh = Mesh.of(function, ranks, size, known_order, (q_rows, k_rows), settings)
+            heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
             queue = arrays[0].sycl_queue
-            link = mpi.link(ranks, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
-            forward = _describe(arrays, geometry, settings, shares, q_rows, k_rows, rank=ranks.rank, keep=return_ctx)
-            results, parts = _path.run(function, agreement, link, forward)
+            link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            forward = _describe(
+                *(arrays, geometry, settings, shares, mesh.of_group(q_rows), mesh.of_group(k_rows)),
+                rank=mesh.group.rank,
+                keep=return_ctx,
+                ring=mesh.new_ring(link.route, arrays[1], geometry, settings, heads[mesh.group.rank]),
+            )
+            results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")
         given = {name: value for name, value in options.items() if name != "return_lse"}
-        context = Context(geometry, q_rows, k_rows, tuple(parts), given)
+        context = Context(geometry, q_rows, k_rows, tuple(parts), given, size, known_order)
         user_results = _local.results_to_user(out, lse, settings, q)
     if not return_ctx:
         return user_results
@@ -286,6 +311,7 @@ def _describe(
     *,
     rank: int,
     keep: bool,
+    ring: Ring | None = None,
 ) -> Description:
     """What attention moves and computes: q, k and v there, and out, and lse if it is wanted, back."""
     q, k, v = arrays
@@ -303,10 +329,13 @@ def _describe(
         shape = geometry.batch, mine.q_count, sum(q_rows)
         lse = empty_like(q, shape, lse_dtype) if keep else sent
         heads = HeadMap(geometry.group, mine.shift, mine.q_start)
-        _local.attend(at_hand["q"], at_hand["k"], at_hand["v"], at_hand["out"], lse, options, heads)
+        if ring is None:
+            _local.attend(at_hand["q"], at_hand["k"], at_hand["v"], at_hand["out"], lse, options, heads)
+        else:
+            ring.give(at_hand["out"], lse)
         if keep and sent is not None:
             copy_arrays([as_columns(lse, lse_dtype)], [as_columns(sent, lse_dtype)])
         return {name: at_hand[name] for name in "qkv"} | {"lse": lse} if keep else {}
 
     lists = [_path.forward_lists(geometry, q.dtype, share, q_rows, k_rows, lse=options.return_lse) for share in shares]
-    return Description("forward", q, geometry.batch, lists, begin, attend, keep=keep)
+    return Description("forward", q, geometry.batch, lists, begin, attend, keep=keep, ring=ring)

@@ -19,6 +19,7 @@ from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from ._ring import Mesh, check_mesh
 from .attention import Context
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._call.options import Options
+    from ._ranks.orders import Order
     from ._ranks.partition import Heads
+    from ._ring import Ring
 
 GRADIENTS = ("dq", "dk", "dv")
 
@@ -115,6 +118,8 @@ def ulysses_attention_backward(
     exchange: str = "auto",
     overlap: SupportsIndex | str = "auto",
     node_size: SupportsIndex | str = 1,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
@@ -138,8 +143,8 @@ def ulysses_attention_backward(
     ctx : Context, optional
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
-    exchange, overlap, node_size
-        What `ulysses_attention` was given.
+    exchange, overlap, node_size, ring, order
+        What `ulysses_attention` was given; with `ctx`, ring and order are those of `ctx`.
 
     Returns
     -------
@@ -178,7 +183,7 @@ def ulysses_attention_backward(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[list[Any], Geometry, Options]]:
+    def check() -> Checked[tuple[list[Any], Geometry, Options, tuple[int, Order]]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
         views, geometry, settings = _check(dout, q, k, v, out, lse, **given)
         check_exchange(exchange)
@@ -187,19 +192,22 @@ def ulysses_attention_backward(
         if ctx and options:
             _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
             _check_equal(settings.common(), kept.common())
+        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
+        of = (ctx.ring, ctx.order) if ctx else (ring, order)
+        mesh = check_mesh(*of, ranks.size, geometry, settings, **how)
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
-            "overlap": check_overlap(overlap),
-            "node_size": check_node_size(node_size, ranks.size),
+            **how,
+            "ring and order": mesh,
             **vars(geometry),
             **settings.common(),
         }
         arrays = [to_usm(x) for x in views]
-        return Checked(rows, common, (arrays, geometry, settings), (arrays[0].sycl_queue, exchange))
+        return Checked(rows, common, (arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, settings = agreement.result
+        arrays, geometry, settings, (size, known_order) = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -207,18 +215,27 @@ def ulysses_attention_backward(
             with device_turn:
                 grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
-            heads = share_heads(geometry.heads, geometry.kv_heads, ranks.size)
+            mesh = Mesh.of(function, ranks, size, known_order, (q_rows, k_rows), settings)
+            heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             together = kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else check_overlap(overlap))
             queue = arrays[0].sycl_queue
-            link = mpi.link(ranks, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
-            kept = ctx.parts if ctx else ()
-            gradient = _describe(arrays, geometry, settings, shares, q_rows, k_rows, rank=ranks.rank, kept=kept)
-            results, dsinks_of_parts = _path.run(function, agreement, link, gradient)
+            link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            gradient = _describe(
+                *(arrays, geometry, settings, shares, mesh.of_group(q_rows), mesh.of_group(k_rows)),
+                rank=mesh.group.rank,
+                kept=ctx.parts if ctx else (),
+                ring=mesh.new_ring(
+                    *(link.route, arrays[2], geometry, settings, heads[mesh.group.rank]),
+                    backward=True,
+                    kept=ctx.parts[0] if ctx else None,
+                ),
+            )
+            results, dsinks_of_parts = _path.run(function, agreement, ranks, link, gradient)
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
-                dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts))
+                dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(mesh.ring, geometry.heads).sum(axis=0)
         return _to_user(grads, dsinks, settings, q)
 
 
@@ -315,6 +332,7 @@ def _describe(
     *,
     rank: int,
     kept: tuple[Arrays, ...],
+    ring: Ring | None = None,
 ) -> Description:
     """What the gradient moves and computes: dout and delta, and what the forward pass has not kept, there; dq, dk, dv back."""
     dout, q, k, v, out, lse = arrays
@@ -330,10 +348,13 @@ def _describe(
         if kept:
             at_hand = at_hand | kept[number]
         heads = HeadMap(geometry.group, mine.shift, mine.q_start)
-        inputs = [at_hand[name] for name in ("dout", "q", "k", "v", "lse", "delta")]
-        _local.differentiate(inputs, [at_hand[name] for name in GRADIENTS], options, heads)
+        inputs, grads = ([at_hand[name] for name in names] for names in (("dout", "q", "k", "v", "lse", "delta"), GRADIENTS))
+        if ring is None:
+            _local.differentiate(inputs, grads, options, heads)
+        else:
+            ring.give(*grads)
         sinks = None if options.sinks is None else options.sinks[mine.q_start : mine.q_start + mine.q_count]
         return _of_sinks(at_hand["lse"], at_hand["delta"], sinks)
 
     lists = [_path.gradient_lists(geometry, q.dtype, share, q_rows, k_rows, context=bool(kept)) for share in shares]
-    return Description("gradient", q, geometry.batch, lists, begin, differentiate)
+    return Description("gradient", q, geometry.batch, lists, begin, differentiate, ring=ring)

@@ -219,10 +219,10 @@ def _redistribute(
             link = mpi.link(ranks, usm.sycl_queue, exchange=exchange, node_size=node_size)
             if to_heads:
                 what = _to_heads(usm, blocks_of(split(heads, ranks.size)), column(sizes, 0))
-                _, (result,) = _path.run(function, agreement, link, what)
+                _, (result,) = _path.run(function, agreement, ranks, link, what)
             else:
                 what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank)
-                results, _ = _path.run(function, agreement, link, what)
+                results, _ = _path.run(function, agreement, ranks, link, what)
                 result = results["x"]
         return from_usm(permute(result, inverse(axes)), x)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
@@ -24,7 +24,7 @@ from .._device.dtypes import DTYPES, names
 from .checks import Geometry, check_flag, check_integer, check_kind, shown
 from .definitions import Option, options_of
 from .layout import PACKED, Layout
-from .spans import UNLIMITED, spans, trim
+from .spans import UNLIMITED, Block, spans, trim
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,7 +136,8 @@ def _check_bias(name: str, bias: Any, call: Call) -> Any:
     return bias
 
 
-def _check_cu_seqlens(name: str, x: Any, call: Call) -> tuple[int, ...] | None:
+def check_cu_seqlens(name: str, x: Any, call: Any = None) -> tuple[int, ...] | None:
+    """Check where packed sequences start and end; they are not of a call alone."""
     if x is None:
         return None
     array = _small_array(name, x)
@@ -247,7 +248,7 @@ class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
         Any,
         Option(
             None,
-            _check_cu_seqlens,
+            check_cu_seqlens,
             "array or sequence of int, optional",
             'With layout "thd": where the packed sequences start, from 0 to the number of rows. Queries of a sequence see keys '
             "of the same sequence only, and `causal`, `window_size` and `alibi_slopes` count within it.",
@@ -256,7 +257,7 @@ class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
     cu_seqlens_k: Annotated[
         Any,
         Option(
-            None, _check_cu_seqlens, "array or sequence of int, optional", "The same of the keys; `cu_seqlens_q` by default."
+            None, check_cu_seqlens, "array or sequence of int, optional", "The same of the keys; `cu_seqlens_q` by default."
         ),
     ]
 
@@ -307,6 +308,7 @@ class Options:
     cu_seqlens_q: tuple[int, ...] | None
     cu_seqlens_k: tuple[int, ...] | None
     backend: Any = None  # who computes: known to those above, who know the backends
+    block: Block | None = None  # what of the sequences is at hand; None: all
 
     @cached_property
     def given(self) -> dict[str, Any]:
@@ -331,7 +333,20 @@ class Options:
 
     def diagonal(self, seq_q: int, seq_k: int) -> int:
         """Query i of the plain kernel sees the keys up to i + this."""
-        return seq_k - seq_q if self.causal else seq_k
+        return self._block(seq_q, seq_k).diagonal(causal=self.causal)
+
+    def _block(self, seq_q: int, seq_k: int) -> Block:
+        return self.block or Block.whole(seq_q, seq_k)
+
+    def of_block(self, block: Block) -> Options:
+        """The same for some rows and keys, whose results are merged. A sink counts once, so it is not among them."""
+        return replace(self, block=block, sinks=None)
+
+    @property
+    def mask(self) -> tuple[tuple[str, Any], ...]:
+        """What says which keys a row sees, but for bias and padding: arguments of `spans`."""
+        names = "causal", "window_size", "cu_seqlens_q", "cu_seqlens_k"
+        return tuple((name, getattr(self, name)) for name in names)
 
     def common(self) -> dict[str, str]:
         """What must be the same on all ranks, as text by name. Of the bias, which may be large, its shape and dtype."""
@@ -376,16 +391,11 @@ class Options:
             return None
         batch, seq_q, heads, _ = q.shape
         mine = slice(first_head, first_head + heads)
-        table = spans(
-            seq_q,
-            seq_k,
-            causal=self.causal,
-            window_size=self.window_size,
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k=self.cu_seqlens_k,
-        )
-        if self.key_padding_mask is not None:
-            table = trim(table, np.any(self.key_padding_mask, axis=0))
+        block = self._block(seq_q, seq_k)
+        table = block.spans(spans(block.seq_q, block.seq_k, **dict(self.mask)))
+        padding = None if self.key_padding_mask is None else self.key_padding_mask[:, block.keys.slice]
+        if padding is not None:
+            table = trim(table, np.any(padding, axis=0))
         bias = None if self.bias is None else self.local_bias(q, mine, dtype or q.dtype)
         return score.ScoreOptions(
             spans=table,
@@ -393,10 +403,13 @@ class Options:
             slopes=self.for_heads("alibi_slopes", mine),
             sinks=self.for_heads("sinks", mine),
             bias=None if bias is None else tensor.broadcast_to(bias, (batch, heads, seq_q, seq_k)),
-            padding=self.key_padding_mask,
+            padding=padding,
             dropout_p=self.dropout_p,
             seed=self.seed or 0,
             first_head=first_head,
+            first_row=block.rows.start,
+            first_key=block.keys.start,
+            step=block.rows.step,
         )
 
     def local_bias(self, q: Any, heads: slice, dtype: Any) -> Any:
@@ -406,6 +419,10 @@ class Options:
         x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
         if x.shape[1] > 1:
             x = x[:, heads]
+        if self.block is not None:
+            for axis, of_axis in ((2, self.block.rows), (3, self.block.keys)):
+                if x.shape[axis] > 1:
+                    x = x[(slice(None),) * axis + (of_axis.slice,)]
         if dtype_of(self.bias) == "bfloat16":
             x = _bfloat16_to_float32(x if on_host(self.bias, kind) else to_host(x))
         if isinstance(x, np.ndarray):

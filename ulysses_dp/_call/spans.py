@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from .._device.workspace import freed_with_workspace
+from .._ranks.orders import Rows, Segment, slices
 
 UNLIMITED = (-1, -1)  # a window without limits
 
@@ -39,6 +42,52 @@ def spans(
     table = np.stack([first, end, centre], axis=-1).astype(np.int64).reshape(seq_q, 3)
     table.flags.writeable = False  # it is shared between calls
     return table
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows and keys of a call, with their numbers in the whole sequences. Both have the same step."""
+
+    rows: Segment
+    keys: Segment
+    seq_q: int  # rows of the whole
+    seq_k: int
+
+    @classmethod
+    def whole(cls, seq_q: int, seq_k: int) -> Block:
+        """All rows and keys."""
+        return cls(Segment(0, seq_q), Segment(0, seq_k), seq_q, seq_k)
+
+    def diagonal(self, *, causal: bool) -> int:
+        """Row i of the block sees the keys j <= i + this."""
+        if not causal:
+            return self.keys.length
+        return (self.rows.start + self.seq_k - self.seq_q - self.keys.start) // self.rows.step
+
+    def spans(self, table: np.ndarray) -> np.ndarray:
+        """The spans of the whole for these rows, in keys of the block; the last column keeps its numbers in the whole."""
+        if self == Block.whole(self.seq_q, self.seq_k):
+            return table
+        of_rows = table[self.rows.slice].copy()
+        # the first key of the block at or after a key of the whole
+        of_rows[:, :2] = np.clip(-((self.keys.start - of_rows[:, :2]) // self.keys.step), 0, self.keys.length)
+        return of_rows
+
+
+@lru_cache(maxsize=4096)
+def meetings(
+    rows: Rows, keys: Rows, seq_q: int, seq_k: int, mask: tuple[tuple[str, Any], ...]
+) -> tuple[tuple[slice, slice, Block, int], ...]:
+    """What some rows and some keys see of each other: where the segments lie, and how many pairs of row and key there are."""
+    found = []
+    table = spans(seq_q, seq_k, **dict(mask))
+    for rows_at, of_rows in slices(rows):
+        for keys_at, of_keys in slices(keys):
+            block = Block(of_rows, of_keys, seq_q, seq_k)
+            pairs = int(np.diff(block.spans(table)[:, :2]).sum())
+            if pairs:
+                found.append((rows_at, keys_at, block, pairs))
+    return tuple(found)
 
 
 def trim(table: np.ndarray, visible: np.ndarray) -> np.ndarray:

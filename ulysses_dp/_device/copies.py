@@ -23,6 +23,15 @@ def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
     note(passes=1)
 
 
+def add_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Add arrays of one shape to others in one launch; all are float32, or float64, and the targets dense in the last axis."""
+    batch, seq, heads, width = sources[0].shape
+    pairs = enumerate(zip(sources, targets, strict=True))
+    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width, add=1) for n, (x, y) in pairs]
+    relayout(sources, targets, panels, rows=seq, batch=batch)
+    note(passes=1)
+
+
 def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:
     """Arrays of one shape as the kernels read them: the arrays themselves, or copies in the scratch memory of this name.
 

@@ -24,6 +24,7 @@ class Stage:
     seconds: float = 0.0
     passes: int = 0  #: relayout passes: launches of the kernel that copies arrays into another layout
     allocations: int = 0  #: allocations of device memory
+    pairs: int = 0  #: in a ring: pairs of query and key that were computed, of all heads and batches of this rank
     exchange: bool = False  #: an all-to-all, which may run beside other stages
 
 
@@ -37,6 +38,7 @@ class Call:
     stages: list[Stage] = field(default_factory=list)
     passes: int = 0  #: of all stages, and between them
     allocations: int = 0
+    pairs: int = 0
 
 
 @dataclass
@@ -129,9 +131,10 @@ class Timer:
             self.close()
 
 
-def note(*, passes: int = 0, allocations: int = 0) -> None:
+def note(*, passes: int = 0, allocations: int = 0, pairs: int = 0) -> None:
     """Count work for the call, and the stage, that is under way."""
     for entry in (_active.call, _active.stage):
         if entry is not None:
             entry.passes += passes
             entry.allocations += allocations
+            entry.pairs += pairs

@@ -17,6 +17,7 @@ import numpy as np
 from .._device.queue import device_turn, local_rank
 from .._device.trace import stage
 from .._device.workspace import release
+from .partition import starts
 
 ABORT = "ULYSSES_DP_ABORT_ON_SIGNAL"  # if set, SIGINT or SIGTERM to one rank ends the job
 
@@ -153,6 +154,7 @@ class Ranks:
         self.rank, self.size, self.handle = comm.rank, comm.size, comm.handle
         self._node_size: int | None = None
         self._steps: dict[int, tuple[Any, Any]] = {}
+        self._meshes: dict[int, tuple[Ranks, Ranks]] = {}
 
     def node_size(self, wish: Any) -> int:
         """The size of a node; collective for the first time if it is "auto": then it is found out.
@@ -180,9 +182,23 @@ class Ranks:
             self._steps[node_size] = within, self.comm.Split(self.rank % node_size, self.rank)
         return self._steps[node_size]
 
+    def mesh(self, ring: int) -> tuple[Ranks, Ranks]:
+        """For rings of so many ranks: the Ulysses group of this rank, which are consecutive ranks, and its ring.
+
+        Collective for the first time.
+        """
+        if ring not in self._meshes:
+            size = self.size // ring
+            group = Ranks(self.comm.Split(self.rank // size, self.rank))
+            self._meshes[ring] = group, Ranks(self.comm.Split(self.rank % size, self.rank))
+        return self._meshes[ring]
+
     def free(self) -> None:
         """Give back everything."""
         release(self.handle)
+        for mesh in self._meshes.values():
+            for ranks in mesh:
+                ranks.free()
         for steps in self._steps.values():
             for comm in steps:
                 comm.Free()
@@ -228,6 +244,16 @@ def any_rank(ranks: Ranks, here: bool) -> bool:
 def join(ranks: Ranks, numbers: Any) -> np.ndarray:
     """Some numbers of every rank, one after the other."""
     return np.concatenate(ranks.comm.allgather(numbers))
+
+
+def join_rows(ranks: Ranks, x: np.ndarray, counts: tuple[int, ...]) -> np.ndarray:
+    """Arrays of so many rows of all ranks, one after the other."""
+    mine = np.ascontiguousarray(x)
+    joined = np.empty((sum(counts), *mine.shape[1:]), mine.dtype)
+    row = _mpi().BYTE.Create_contiguous(mine.dtype.itemsize * int(np.prod(mine.shape[1:]))).Commit()
+    ranks.comm.Allgatherv([mine, len(mine), row], [joined, (counts, starts(counts)), row])
+    row.Free()
+    return joined
 
 
 class Link(NamedTuple):
@@ -316,6 +342,70 @@ class AllToAll:
         with device_turn:
             _copy_others(self._target.host, self._target.array, self._target.own)
         self._stage.close()
+
+
+class Parcel(NamedTuple):
+    """A flat USM array on its way to one rank, or from one."""
+
+    array: Any
+    peer: int
+    tag: int
+    host: Any  # a copy of the array in host memory, through which the bytes go; or None
+
+
+class Shift:
+    """A message to one rank and one from another, either of which there may not be: until the end, the arrays are MPI's."""
+
+    def __init__(self, comm: Any, sent: Parcel | None, received: Parcel | None) -> None:
+        self._comm, self._sent, self._received = comm, sent, received
+        self._stage = stage(
+            "shift",
+            bytes_sent=sent.array.nbytes if sent else 0,
+            messages=1 if sent else 0,
+            route="device" if all(x is None or x.host is None for x in (sent, received)) else "host",
+            exchange=True,
+        )
+        self._requests: list[Any] = []
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin to send and to receive."""
+        sent, received = self._sent, self._received
+        if sent or received:
+            self._stage.open()
+        if received:
+            self._requests.append(self._comm.Irecv([_bytes(received), _mpi().BYTE], received.peer, received.tag))
+        if sent:
+            try:
+                sent.array.sycl_queue.wait()  # MPI knows nothing of queues
+                _copy_all(sent.array, sent.host)
+            except Exception as error:  # the other rank waits for this one
+                self._error = error
+            self._requests.append(self._comm.Isend([_bytes(sent), _mpi().BYTE], sent.peer, sent.tag))
+
+    def wait(self) -> None:
+        """Wait for the end; once is enough."""
+        requests, self._requests = self._requests, []
+        if not requests:
+            return
+        _mpi().Request.Waitall(requests)
+        if self._error is not None:
+            raise self._error
+        if self._received:
+            _copy_all(self._received.host, self._received.array)
+        self._stage.close()
+
+
+def _bytes(parcel: Parcel) -> Any:
+    x = parcel.array if parcel.host is None else parcel.host
+    return _mpi().buffer.fromaddress(x._pointer, x.nbytes)
+
+
+def _copy_all(source: Any, target: Any) -> None:
+    """Copy a flat array to or from the host; nothing where MPI reaches the device."""
+    if source is not None and target is not None:
+        target[...] = source
+        target.sycl_queue.wait()
 
 
 def _copy_others(source: Any, target: Any, own: slice) -> None:

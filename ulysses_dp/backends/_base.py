@@ -27,6 +27,7 @@ class Backend:
     is at least one query row; there may be no key.
     """
 
+    in_blocks = False  #: whether it takes options for some rows and keys of a call, as a ring meets them
     name: str  #: of the member of AttnType, or of the user's function
 
     def __str__(self) -> str:

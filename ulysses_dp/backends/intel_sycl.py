@@ -29,6 +29,7 @@ class IntelSycl(Backend):
     """All options, on any SYCL device. What the chosen kernels do not read as it is, 16-bit arrays for instance, is copied."""
 
     name = "INTEL_SYCL"
+    in_blocks = True
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         # a bad environment variable of this rank

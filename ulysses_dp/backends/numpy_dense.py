@@ -23,6 +23,7 @@ class NumpyDense(Backend):
     """Slow, and its memory grows with seq_q x seq_k; all options."""
 
     name = "NUMPY"
+    in_blocks = True
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         compute = compute_dtype(q)

@@ -7,7 +7,16 @@ from gradients import dense_gradient
 from helpers import outcomes, random_qkv, split
 from oracle import TOLERANCE, dense_attention, from_bfloat16, to_bfloat16
 
-from ulysses_dp import AttnType, attention, trace, ulysses_attention, ulysses_attention_backward
+from ulysses_dp import (
+    AttnType,
+    LongContextAttention,
+    UlyssesAttention,
+    attention,
+    trace,
+    ulysses_attention,
+    ulysses_attention_backward,
+    ulysses_flash_attn_func,
+)
 from ulysses_dp._ranks.orders import ORDERS, positions, rows_of_ranks
 
 RINGS = (1, 2, 3, 4, 5, 6)
@@ -162,10 +171,6 @@ def test_more_ranks_than_heads(comm):
     np.testing.assert_allclose(out, dense_attention(*arrays, causal=True)[0][:, rows], atol=1e-5)
 
 
-def pairs_of(record):
-    return sum(stage.pairs for stage in record.stages) + sum(call.pairs for call in record.calls)
-
-
 @pytest.mark.parametrize("order", ["zigzag", "zigzag_ranks"])
 def test_a_causal_mask_loads_all_ranks_alike(comm, order):
     seq = 16 * comm.size
@@ -212,6 +217,28 @@ def test_bad_meshes(comm, options, error, message):
     for kind, text in outcomes(comm, lambda: ulysses_attention(q, q, q, comm=comm, **options)):
         assert kind is error
         assert message in text
+
+
+@pytest.mark.parametrize(("name", "order"), [("basic", "contiguous"), ("zigzag", "zigzag"), ("stripe", "striped")])
+def test_the_class_and_the_functions_of_others(comm, name, order):
+    q, k, v = random_qkv(12, 1, 24, 2, 2, 8)
+    expected, _ = dense_attention(q, k, v, causal=True)
+    for ring in rings(comm):
+        rows = held(24, comm, ring, order)[comm.rank]
+        mine = [x[:, rows] for x in (q, k, v)]
+        layers = (
+            LongContextAttention(ring_impl_type=name, sequence_process_group=comm, ring=ring),
+            UlyssesAttention(comm, ring=ring, order=order),
+        )
+        results = [layer(*mine, causal=True) for layer in layers]
+        results.append(ulysses_flash_attn_func(*mine, causal=True, group=comm, ring=ring, order=order))
+        for result in results:
+            np.testing.assert_allclose(result, expected[:, rows], atol=1e-5)
+
+
+def test_an_unknown_ring_implementation():
+    with pytest.raises(ValueError, match="ring_impl_type must be one of basic, zigzag"):
+        LongContextAttention(ring_impl_type="spiral")
 
 
 def test_rows_that_do_not_fit_the_order(comm):

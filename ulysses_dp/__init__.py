@@ -8,7 +8,8 @@ from ._device.workspace import free_workspace  # noqa: E402
 from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
-from .layer import UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
+from .decode import decode_attention  # noqa: E402
+from .layer import LongContextAttention, UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention  # noqa: E402
 from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
@@ -18,11 +19,13 @@ from .tracing import trace  # noqa: E402
 
 __all__ = [
     "AttnType",
+    "LongContextAttention",
     "Machine",
     "UlyssesAttention",
     "all_to_all_4d",
     "attention",
     "attention_backward",
+    "decode_attention",
     "free_workspace",
     "gather_heads",
     "merge_attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ._call.checks import Names, check_axes
 from ._call.definitions import takes
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._call.options import Real, Window
+    from ._ranks.orders import Order
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
+_ORDERS: dict[str, Order] = {"basic": "contiguous", "zigzag": "zigzag", "stripe": "striped", "strip": "striped"}
 _FUNCTION_NAMES = Names(comm="group", return_lse="return_attn_probs")
 
 
@@ -36,6 +38,8 @@ class UlyssesAttention:
     attn_type : AttnType, UserAttention or callable
         The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
         as it takes one.
+    ring, order
+        As in `ulysses_attention`.
 
     Raises
     ------
@@ -59,6 +63,9 @@ class UlyssesAttention:
         gather_idx: int = 1,
         use_sync: bool = False,
         attn_type: LocalAttention = AttnType.INTEL_SYCL,
+        *,
+        ring: SupportsIndex | str = 1,
+        order: Order = "contiguous",
     ) -> None:
         heads, seq = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
         self.sequence_process_group = sequence_process_group
@@ -66,6 +73,8 @@ class UlyssesAttention:
         self.gather_idx = gather_idx
         self.use_sync = use_sync
         self.attn_type = attn_type
+        self.ring = ring
+        self.order = order
         self._axes = axes_to_bshd(heads, seq)
 
     @takes(MoreOptions)
@@ -126,6 +135,8 @@ class UlyssesAttention:
             dtype=dtype,
             names=_CLASS_NAMES,
             attn_type=self.attn_type,
+            ring=self.ring,
+            order=self.order,
             dropout_p=dropout_p,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -134,6 +145,66 @@ class UlyssesAttention:
             alibi_slopes=alibi_slopes,
             **options,
         )
+
+
+class LongContextAttention(UlyssesAttention):
+    """Ulysses and ring attention together; the signature of ``LongContextAttention`` in yunchang, without its global groups.
+
+    Called as `UlyssesAttention` is, collective over the ranks. In yunchang the degrees of both are set once for a process. Here
+    they belong to the layer.
+
+    Parameters
+    ----------
+    scatter_idx, gather_idx : int
+        As in `UlyssesAttention`.
+    ring_impl_type : {"basic", "zigzag", "stripe", "strip"}
+        Which rows every rank holds: "contiguous", "zigzag" or "striped" of `ulysses_attention`.
+    use_pack_qkv : bool
+        Send q, k and v in one message. They always are, if they have as many rows.
+    use_sync : bool
+        Return only when the result is complete. It always is.
+    attn_type : AttnType, UserAttention or callable
+        As in `UlyssesAttention`.
+    sequence_process_group : mpi4py.MPI.Intracomm, optional
+        The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
+    ring : int or "auto"
+        How many groups there are; yunchang's ``ring_degree``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `scatter_idx` and `gather_idx` are not two different axes of a 4-D array, or `ring_impl_type` is none of these.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import LongContextAttention
+    >>> layer = LongContextAttention(ring_impl_type="zigzag")
+    >>> q = np.ones((1, 16, 4, 8), dtype=np.float32)  # 16 rows on every rank
+    >>> layer(q, q, q, causal=True).shape
+    (1, 16, 4, 8)
+    """
+
+    def __init__(
+        self,
+        scatter_idx: int = 2,
+        gather_idx: int = 1,
+        ring_impl_type: str = "basic",
+        use_pack_qkv: bool = False,
+        use_sync: bool = False,
+        attn_type: LocalAttention = AttnType.INTEL_SYCL,
+        *,
+        sequence_process_group: Any = None,
+        ring: SupportsIndex | str = "auto",
+    ) -> None:
+        if not isinstance(ring_impl_type, str):
+            raise TypeError(f"ring_impl_type must be a string, not {type(ring_impl_type).__name__}")
+        if ring_impl_type not in _ORDERS:
+            raise ValueError(f"ring_impl_type must be one of {', '.join(_ORDERS)}, not {ring_impl_type!r}")
+        order = _ORDERS[ring_impl_type]
+        super().__init__(sequence_process_group, scatter_idx, gather_idx, use_sync, attn_type, ring=ring, order=order)
+        self.use_pack_qkv = use_pack_qkv
+        self.ring_impl_type = ring_impl_type
 
 
 @takes(MoreOptions)
@@ -151,6 +222,8 @@ def ulysses_flash_attn_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
     dtype: str | None = None,
     **options: Unpack[MoreOptions],
 ) -> Any:
@@ -179,7 +252,7 @@ def ulysses_flash_attn_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    dtype : str, optional
+    ring, order, dtype
         As in `ulysses_attention`.
 
     Returns
@@ -211,6 +284,8 @@ def ulysses_flash_attn_func(
         return_attn_probs,
         comm=group,
         layout="bshd",
+        ring=ring,
+        order=order,
         dtype=dtype,
         names=_FUNCTION_NAMES,
         attn_type=AttnType.INTEL_SYCL,

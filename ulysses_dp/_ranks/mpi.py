@@ -377,8 +377,9 @@ class Shift:
             self._requests.append(self._comm.Irecv([_bytes(received), _mpi().BYTE], received.peer, received.tag))
         if sent:
             try:
-                sent.array.sycl_queue.wait()  # MPI knows nothing of queues
-                _copy_all(sent.array, sent.host)
+                with device_turn:
+                    sent.array.sycl_queue.wait()  # MPI knows nothing of queues
+                    _copy_all(sent.array, sent.host)
             except Exception as error:  # the other rank waits for this one
                 self._error = error
             self._requests.append(self._comm.Isend([_bytes(sent), _mpi().BYTE], sent.peer, sent.tag))
@@ -392,7 +393,8 @@ class Shift:
         if self._error is not None:
             raise self._error
         if self._received:
-            _copy_all(self._received.host, self._received.array)
+            with device_turn:
+                _copy_all(self._received.host, self._received.array)
         self._stage.close()
 
 

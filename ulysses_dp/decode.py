@@ -1,0 +1,167 @@
+"""Attention of a few query rows to a key-value cache that stays split over the ranks: one step of generation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _local
+from ._call.checks import check_count, check_flag
+from ._call.definitions import takes
+from ._call.layout import PACKED, from_bshd
+from ._call.spans import Block
+from ._device.arrays import from_host, from_usm, to_host, to_usm
+from ._device.copies import copy_arrays
+from ._device.queue import device_turn
+from ._device.trace import call, stage
+from ._device.workspace import scratch
+from ._local import LocalOptions
+from ._ranks import mpi
+from ._ranks.agree import Checked, CollectiveCall, agree
+from ._ranks.orders import Segment
+from ._ranks.partition import HeadMap, column
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._call.checks import Geometry
+    from ._call.options import Options
+
+
+@takes(LocalOptions)
+def decode_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    /,
+    *,
+    comm: Any = None,
+    length: int | None = None,
+    return_lse: bool = False,
+    **options: Unpack[LocalOptions],
+) -> Any:
+    """Attention of query rows that all ranks have to keys and values of which every rank has some rows.
+
+    Collective over `comm`. Every rank attends to its rows, and the results are merged by their softmax denominators. Nothing of
+    the cache moves: what travels is a result and a number per head from each rank. Made for few rows, as in generation.
+
+    Parameters
+    ----------
+    q : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
+        Queries, (batch, seq_q, heads, head_dim) or what `layout` says, the same on all ranks: the last rows of the sequence.
+        Dtypes and head_dim as in `attention`.
+    k_cache, v_cache : same kind, dtype and device as q
+        Keys and values of this rank, (batch, rows, kv_heads, head_dim). The ranks hold consecutive rows in rank order; rows may
+        differ between ranks and may be 0.
+    {options}
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    length : int, optional
+        How many rows of the cache of this rank count, from the first one on: a cache may be larger than what it holds.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators.
+
+    Returns
+    -------
+    out : same kind, dtype and device as q
+        The shape of q, C-contiguous, the same on all ranks.
+    lse : same kind and device as q
+        Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q).
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, ImportError
+        On all ranks, as `ulysses_attention` does. Packed sequences are a ValueError.
+
+    See Also
+    --------
+    merge_attention : joins attention over different keys on one rank.
+
+    Notes
+    -----
+    The last query and the last key of all ranks have distance 0: with `causal`, query i sees the keys up to number
+    ``total - seq_q + i``. Where neither positions nor `bias` matter (one query row without window, ALiBi and mask), a new row
+    may be appended on any rank; that keeps the ranks equally loaded. Each rank sends
+    ``(P - 1) · batch · seq_q · heads · (head_dim + 1)`` numbers, float32 or float64, whatever the length of the cache.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ulysses_dp import decode_attention
+    >>> q = np.ones((1, 1, 4, 8), dtype=np.float32)  # one new row, on every rank
+    >>> cache = np.ones((1, 16, 2, 8), dtype=np.float32)  # 16 rows on every rank
+    >>> decode_attention(q, cache, cache).shape
+    (1, 1, 4, 8)
+    """
+    function = "decode_attention"
+    ranks = mpi.resolve_comm(function, comm)
+
+    # Validate inputs.
+    def check() -> Checked[tuple[list[Any], Geometry, Options]]:
+        check_flag("return_lse", return_lse)
+        views, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, **options)
+        if settings.layout == PACKED:
+            raise ValueError(f"layout must not be {PACKED!r}: a cache holds one sequence per batch")
+        if not settings.backend.in_blocks:
+            settings.backend.refuse("a cache that is split over ranks")
+        arrays = [to_usm(x) for x in views]
+        rows = arrays[1].shape[1]
+        used = rows if length is None else check_count("length", length)
+        if used > rows:
+            raise ValueError(f"length must be at most the {rows} rows of k_cache, not {used}")
+        queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse}
+        return Checked((used,), vars(geometry) | settings.common() | queries, (arrays, geometry, settings), None)
+
+    with call(function):
+        agreement = agree(ranks, function, check)
+        arrays, geometry, settings = agreement.result
+        seq_q, lengths = arrays[0].shape[1], column(agreement.sizes, 0)
+        settings.check_lengths(function, seq_q, sum(lengths))
+        # Delegate.
+        collective = CollectiveCall(ranks, function)
+        keys = Segment(sum(lengths[: ranks.rank]), lengths[ranks.rank])
+        block = Block(Segment(0, seq_q), keys, seq_q, sum(lengths))
+        part = collective.local(_attend, arrays, geometry, settings.of_block(block))
+        if part is None:  # the others wait for this rank
+            part = np.zeros((*arrays[0].shape[:3], geometry.head_dim + 1), geometry.compute_dtype)
+        with stage("merge", bytes_sent=part.nbytes * (ranks.size - 1), messages=ranks.size - 1, exchange=True):
+            parts = mpi.join_rows(ranks, part[None], (1,) * ranks.size)
+        collective.confirm()
+        with device_turn:
+            return _results(*_merge(parts, settings.sinks), arrays[0], settings, q, return_lse=return_lse)
+
+
+def _attend(arrays: list[Any], geometry: Geometry, options: Options) -> np.ndarray:
+    """Attention to the keys of this rank, on the host: (batch, seq_q, heads, head_dim + 1), whose last number is lse."""
+    q, k, v = arrays
+    assert options.block is not None
+    used, compute = slice(0, options.block.keys.length), np.dtype(geometry.compute_dtype)
+    out = scratch(q.sycl_queue, "decode out", q.shape, compute)
+    lse = scratch(q.sycl_queue, "decode lse", (geometry.batch, geometry.heads, q.shape[1]), compute)
+    _local.attend(q, k[:, used], v[:, used], out, lse, options, HeadMap(geometry.group))
+    return np.concatenate([to_host(out), to_host(lse).swapaxes(1, 2)[..., None]], axis=-1)
+
+
+def _merge(parts: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """out and lse of all keys, from those of the ranks, added up in rank order; a sink is a part without a value."""
+    outs, lses = parts[..., :-1], parts[..., -1].astype(np.float64)
+    of_sinks = -np.inf if sinks is None else sinks
+    highest = np.maximum(lses.max(axis=0), of_sinks)
+    highest = np.where(np.isneginf(highest), 0, highest)
+    weights = np.exp(lses - highest)
+    total = weights.sum(axis=0) + np.exp(of_sinks - highest)
+    with np.errstate(divide="ignore"):
+        lse = highest + np.log(total)
+    shares = weights / np.where(total == 0, 1, total)
+    # what has seen no key has no share, whatever it holds
+    out = sum(np.where(share == 0, 0, share * x) for share, x in zip(shares[..., None], outs, strict=True))
+    return np.asarray(out).astype(parts.dtype), lse.swapaxes(1, 2).astype(parts.dtype)
+
+
+def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Any, *, return_lse: bool) -> Any:
+    """As the user wants them."""
+    result, near = _local.empty_out(usm_q, options.layout), from_host(np.ascontiguousarray(out), usm_q.sycl_queue)
+    copy_arrays((near,), (result,))
+    user_out = from_usm(from_bshd(result, options.layout), like)
+    return (user_out, from_usm(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue), like)) if return_lse else user_out

@@ -6,7 +6,7 @@ with, and in the function between the two redistributions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Lists(NamedTuple):
     to_rows: tuple[Item, ...]
 
 
+@lru_cache(maxsize=256)
 def forward_lists(
     geometry: Geometry,
     dtype: np.dtype,
@@ -53,6 +54,7 @@ def forward_lists(
     )
 
 
+@lru_cache(maxsize=256)
 def gradient_lists(
     geometry: Geometry,
     dtype: np.dtype,
@@ -80,8 +82,7 @@ def gradient_lists(
     )
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(NamedTuple):
     """A distributed call: what it moves, and what it computes in between."""
 
     name: str  # of its scratch memory
@@ -108,19 +109,20 @@ class _Part:
 
         self.to_heads = [new(items, keep=what.keep) for items in trips(to_heads)]
         self.to_rows = [new(items, by_heads=what.by_heads) for items in trips(to_rows)]
+        self._results = self.to_rows if what.by_heads is None else []  # that still have to be computed
 
     def at_hand(self) -> Arrays:
         """All items by heads: those that came, and memory for those that go back."""
         arrays: Arrays = {}
         for move in self.to_heads:
             arrays |= move.received()
-        for move in self.to_rows:
+        for move in self._results:
             arrays |= move.places()
         return arrays
 
     def fill(self, arrays: Arrays) -> None:
         """What was computed, to where it is sent from."""
-        for move in self.to_rows:
+        for move in self._results:
             move.fill(arrays)
 
 

@@ -117,12 +117,13 @@ class Item(NamedTuple):
         return (1 if self.width is None else self.width) * self.dtype.itemsize // dtype.itemsize
 
 
-def trips(items: tuple[Item, ...]) -> list[tuple[Item, ...]]:
+@lru_cache(maxsize=256)
+def trips(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], ...]:
     """The items by their rows: those that are split alike travel in one message."""
     by_rows: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         by_rows.setdefault(item.rows, []).append(item)
-    return [tuple(trip) for trip in by_rows.values()]
+    return tuple(map(tuple, by_rows.values()))
 
 
 def dtype_of_message(items: tuple[Item, ...]) -> np.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,17 +111,15 @@ class Redistribution:
         What several ranks have of one head is added up in rank order. If an array has another dtype than its item, it gets the
         sum rounded; if no rank has any of its heads, zeros.
         """
-        items = self._layout.items
+        items, dtype = self._layout.items, self._layout.dtype
         given = [arrays[item.name] for item in items]
-        results = [
-            x if x.dtype == item.dtype else empty_like(x, x.shape, item.dtype) for item, x in zip(items, given, strict=True)
-        ]
-        targets = [_in_message(item, x, self._layout.dtype) for item, x in zip(items, results, strict=True)]
+        results = [_of_dtype(x, item.dtype) for item, x in zip(items, given, strict=True)]
+        targets = [_in_message(item, x, dtype) for item, x in zip(items, results, strict=True)]
         panels = _unpack_panels(self._layout, tuple(map(place, targets)))
         with stage("unpack"):
             self._relayout([self._by_rows, self._by_heads], targets, panels)
-        for item, x, result in zip(items, given, results, strict=True):
-            if not any(count for _, count in item.heads):
+        for number, (x, result) in enumerate(zip(given, results, strict=True)):
+            if number in self._layout.without_heads:
                 x[...] = 0
             elif result is not x:
                 copy_arrays((result,), (x,))
@@ -233,6 +232,11 @@ def as_columns(x: Any, dtype: np.dtype) -> Any:
     )
 
 
+def _of_dtype(x: Any, dtype: np.dtype) -> Any:
+    """The array itself, or memory for its numbers in another dtype."""
+    return x if x.dtype == dtype else empty_like(x, x.shape, dtype)
+
+
 def _in_message(item: Item, x: Any, dtype: np.dtype) -> Any:
     """An array of an item as its message holds it, (batch, rows, heads, columns)."""
     return x if item.width is not None else as_columns(x, dtype)
@@ -245,6 +249,7 @@ class _Layout:
         self.items, self.dtype = items, dtype_of_message(items)
         self.widths = tuple(item.columns(self.dtype) for item in items)
         self.wide = {item.name for item in items if item.dtype != self.dtype}
+        self.without_heads = {n for n, item in enumerate(items) if not any(count for _, count in item.heads)}  # on any rank
         self.transfer = transfer_of(rank, items, batch)
         self.two_step = TwoStep(self.transfer, node_size) if node_size else None
         # of the blocks of the ranks in the buffer by rows
@@ -271,7 +276,10 @@ def layout_of(rank: int, items: tuple[Item, ...], batch: int, link: mpi.Link) ->
 def _check_numbers(layout: _Layout, link: mpi.Link) -> None:
     """Check that the MPI library can count what every rank exchanges. All ranks know this of all, so all raise the same."""
     transfer, most = layout.transfer, mpi.most_elements()
-    if max(max(transfer.rows) * sum(transfer.sizes), sum(transfer.rows) * max(transfer.sizes)) * transfer.batch <= most:
+    if (
+        most == math.inf
+        or max(max(transfer.rows) * sum(transfer.sizes), sum(transfer.rows) * max(transfer.sizes)) * transfer.batch <= most
+    ):
         return
     for rank in range(link.ranks.size):
         n = layout_of(rank, layout.items, transfer.batch, link).largest_number()

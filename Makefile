@@ -28,10 +28,11 @@ fuzz: .venv/installed
 	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10)
 
 lint: .venv/installed
-	$(BIN)/pip install --quiet ruff mypy
+	$(BIN)/pip install --quiet ruff mypy import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A wheel and an sdist in dist/, checked, and tried on every supported Python found.
 dist: dist/built

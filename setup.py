@@ -122,7 +122,7 @@ setup(
         ],
         "torch": ["torch>=2.5"],
         "peers": ["torch==2.13.0", "yunchang==0.6.4"],
-        "dev": ["mypy", "numpydoc>=1.8", "ruff"],
+        "dev": ["import-linter", "mypy", "numpydoc>=1.8", "ruff"],
     },
     cmdclass={"build_spirv": BuildSpirv, "sdist": SdistWithSpirv},
     classifiers=[

@@ -8,6 +8,7 @@ from checks import outcomes
 from helpers import KINDS, LAYOUTS, SPLITS, as_numpy, as_view, assert_like, needs_ranks, numbered, part, random_qkv, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from ulysses_dp import (
     all_to_all_4d,
@@ -18,6 +19,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
+from ulysses_dp._ranks import mpi
 from ulysses_dp._ranks.redistribution import Redistribution
 
 # whole arrays: batch, seq, heads, head_dim
@@ -243,3 +245,34 @@ def test_cartesian_communicators(comm):
     np.testing.assert_array_equal(scatter_heads(mine, comm=line), expected)
     line.Free()
     grid.Free()
+
+
+@needs_ranks
+@pytest.mark.parametrize("node_size", [1, 2])
+def test_more_numbers_than_the_library_counts(comm, monkeypatch, node_size):
+    """Before MPI 4, counts and displacements are ints: all ranks refuse what one of them could not say."""
+    if comm.size % node_size:
+        pytest.skip("no such nodes")
+    monkeypatch.setattr(mpi, "most_elements", lambda: 1000)
+    small, large = np.ones((1, 2, 2, 8), np.float32), np.ones((1, 200 if comm.rank == 0 else 2, 2, 8), np.float32)
+    for _ in range(2):
+        assert outcomes(comm, lambda: scatter_heads(small, node_size=node_size)) == [None] * comm.size
+        for call in (
+            lambda: scatter_heads(large, node_size=node_size),
+            lambda: ulysses_attention(large, large, large, node_size=node_size),
+        ):
+            results = outcomes(comm, call)
+            assert len(set(results)) == 1
+            assert results[0][0] is NotImplementedError
+            assert "the MPI library counts to 1000" in results[0][1]
+
+
+def test_state_goes_with_its_communicator(comm):
+    """What a communicator keeps is one object, made by the first call on it."""
+    piece = comm.Dup()
+    ranks = mpi.resolve_comm("test", piece)
+    scatter_heads(np.ones((1, 2, 2, 8), np.float32), comm=piece, node_size="auto")
+    assert mpi.resolve_comm("test", piece) is ranks
+    assert mpi.resolve_comm("test", comm) is not ranks
+    piece.Free()
+    assert ranks.comm == MPI.COMM_NULL

@@ -18,6 +18,7 @@ from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from ._call.checks import COMPUTE_DTYPES, Geometry, check_flag, check_integer
 from ._device.trace import Call, Stage
+from ._device.workspace import ALIGNMENT
 from ._path import forward_lists, gradient_lists, slot_of
 from ._ranks.partition import Heads, Item, Transfer, dtype_of_message, share_heads, split, transfer_of
 from ._ranks.redistribution import scratch_bytes
@@ -481,7 +482,7 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
     slots: dict[str, int] = {}
 
     def need(slot: str, elements: int, itemsize: int) -> None:
-        slots[slot] = max(slots.get(slot, 0), max(elements, 1) * itemsize)
+        slots[slot] = max(slots.get(slot, 0), -(-max(elements, 1) * itemsize // ALIGNMENT) * ALIGNMENT)
 
     def copies(slot: str, count: int, size: int, heads: int, by_head: bool) -> None:
         # what an exchange brings lies between other arrays, what the user gives only between other heads

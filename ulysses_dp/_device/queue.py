@@ -22,6 +22,7 @@ _LOCAL_RANK = (
 )
 _SELECTOR = "ONEAPI_DEVICE_SELECTOR"
 _RUNTIMES = ("OCL_ICD_FILENAMES", "OCL_ICD_VENDORS")
+_MASK, _HIERARCHY = "ZE_AFFINITY_MASK", "ZE_FLAT_DEVICE_HIERARCHY"
 # what the OpenCL loader of the wheels needs, in the order of their needs
 _NEEDED_BY_OPENCL = ("libintlc.so.5", "libirng.so", "libimf.so", "libsvml.so")
 
@@ -79,8 +80,9 @@ device_turn = RLock()
 def default_queue() -> Any:
     """The queue for arrays that come without one: the device whose number is this process's number within the node.
 
-    GPUs are taken before the CPU, and Level Zero before OpenCL. It is dpctl's own cached queue of that device, so that
-    arrays made with ``dpnp.asarray(x, device=...)`` share it.
+    GPUs are taken before the CPU, and Level Zero before OpenCL; each tile of a GPU counts, also where Level Zero shows a GPU of
+    several tiles as one device. It is dpctl's own cached queue of that device, so that arrays made with
+    ``dpnp.asarray(x, device=...)`` share it.
 
     Returns
     -------
@@ -102,14 +104,29 @@ def _default_queue() -> Any:
     for kind in ("level_zero:gpu", "opencl:gpu", "cpu"):
         backend, _, device_type = kind.rpartition(":")
         devices = dpctl.get_devices(backend=backend or "all", device_type=device_type)
-        if devices:
-            return dpctl.get_device_cached_queue(devices[local_rank() % len(devices)])
-    settings = "".join(f"; {name} is {os.environ[name]!r}" for name in (_SELECTOR, *_RUNTIMES) if os.environ.get(name))
+        parts = [part for device in devices for part in _tiles(device)]
+        if parts:
+            return dpctl.get_device_cached_queue(parts[local_rank() % len(parts)])
+    names = _SELECTOR, *_RUNTIMES, _MASK, _HIERARCHY
+    settings = "".join(f"; {name} is {os.environ[name]!r}" for name in names if os.environ.get(name))
     raise RuntimeError(
         f"SYCL offers no GPU and no CPU device{settings}. {_SELECTOR}=opencl:cpu, or no such variable, selects the CPU: "
         "intel-opencl-rt has to be installed, and OCL_ICD_FILENAMES unset or the path of its libintelocl.so. level_zero:gpu "
-        "selects GPUs. If a device was asked for before ulysses_dp was imported, import ulysses_dp first."
+        f"selects GPUs: of these, {_MASK} may leave none. Where {_HIERARCHY} is FLAT, or not set, every tile has a number of "
+        "its own, and 0.1 names nothing. If a device was asked for before ulysses_dp was imported, import ulysses_dp first."
     )
+
+
+def _tiles(device: Any) -> list[Any]:
+    """The parts of a GPU that have memory of their own; a device that cannot be split alone."""
+    import dpctl
+
+    if not device.is_gpu:
+        return [device]
+    try:
+        return list(device.create_sub_devices(partition="numa"))
+    except dpctl.SyclSubDeviceCreationError:
+        return [device]
 
 
 def _check_selector() -> None:

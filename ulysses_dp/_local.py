@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ._call.checks import NAMES, check_inputs, check_layout, device_of
@@ -53,9 +54,27 @@ def check_attention(
     """Check all arguments of a call, and choose who computes; returns q, k and v as views (batch, seq, heads, head_dim)."""
     layout = check_layout(layout)
     views, geometry = check_inputs(q, k, v, names, layout, dtype)
-    settings = check_options(geometry, views[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
-    backend = backend_for(attn_type).for_call(views[0], device_of(q), geometry, settings, backward=backward)
-    return views, geometry, replace(settings, backend=backend)
+    if type(attn_type) is AttnType and type(return_lse) is bool and all(map(_is_plain, options.values())):
+        settings = _plain_options(geometry, layout, return_lse, attn_type, tuple((x, type(y), y) for x, y in options.items()))
+    else:
+        settings = check_options(geometry, views[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
+        settings = replace(settings, backend=backend_for(attn_type))
+    backend = settings.backend.for_call(views[0], device_of(q), geometry, settings, backward=backward)
+    return views, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an option says all by its value and type."""
+    return type(value) in (bool, int, float, type(None)) or (type(value) is tuple and all(type(x) is int for x in value))
+
+
+@lru_cache(maxsize=256)
+def _plain_options(
+    geometry: Geometry, layout: Layout, return_lse: bool, attn_type: AttnType, options: tuple[tuple[str, type, Any], ...]
+) -> Options:
+    """The checks that calls with the same plain options need not repeat. The types tell True from 1, which are equal."""
+    checked = check_options(geometry, None, layout, {name: value for name, _, value in options}, return_lse=return_lse)
+    return replace(checked, backend=backend_for(attn_type))
 
 
 def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[Any, Any]:

@@ -32,17 +32,6 @@ COPIES = (
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the schedules ask of a device."""
-
-    name: str = "a GPU"
-    is_gpu: bool = True
-    is_cpu: bool = False
-    sub_group_sizes: tuple[int, ...] = (16, 32)
-    max_work_group_size: int = 1024
-
-
-@dataclass(frozen=True)
 class Case:
     """One call."""
 
@@ -57,6 +46,7 @@ class Case:
     seq_q: int = 21
     seq_k: int = 35
     diagonal: int = 14
+    dense: bool = False  # inputs are C-contiguous, each an allocation of its own, which 2-D block loads can read
     seed: int = 0
 
     def __str__(self) -> str:
@@ -64,11 +54,14 @@ class Case:
         heads = f"{self.kv_heads} kv heads of {self.group}" + (f" from {self.head_shift}" if self.head_shift else "")
         seen = " ".join(self.options) or f"diagonal {self.diagonal}"
         size = f"{self.batch} x {self.seq_q} x {self.seq_k}, {heads}"
-        return f"{direction} {self.dtype} head_dim {self.head_dim}, {size}, {seen}, seed {self.seed}"
+        layout = "dense" if self.dense else "views"
+        return f"{direction} {self.dtype} head_dim {self.head_dim}, {size}, {layout}, {seen}, seed {self.seed}"
 
 
 class Dry:
     """A machine that only notes what it should run."""
+
+    sycl_device = standin.Gpu()
 
     def __init__(self) -> None:
         self.wanted: set[tuple[str, tuple[tuple[int, int], ...]]] = set()
@@ -183,7 +176,7 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
     q, k, v = (rng.standard_normal(shape).astype(case.dtype) for shape in (of_q, of_k, of_k))
     order = (*map(int, rng.permutation(3)), 3)
     schedule = schedules.choose(
-        Gpu(), np.dtype(case.dtype), case.head_dim, case.seq_q, options=bool(case.options), backward=case.backward
+        standin.Gpu(), np.dtype(case.dtype), case.head_dim, case.seq_q, options=bool(case.options), backward=case.backward
     )
     problem = bias_on(machine, problem)
 
@@ -191,6 +184,8 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
         return standin.empty(machine, shape, case.dtype)
 
     def read_only(*arrays: np.ndarray) -> list[Array]:
+        if case.dense:
+            return [standin.asarray(machine, x) for x in arrays]
         return [inside(machine, x, (*map(int, rng.permutation(x.ndim)),) if x.ndim == 3 else order)[0] for x in arrays]
 
     if case.backward:
@@ -221,9 +216,9 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
 
 def kinds() -> Iterator[Case]:
     """A small case of every kind of call."""
-    for dtype, head_dim, backward in product(LIMITS, HEAD_DIMS, (False, True)):
-        yield Case(dtype, head_dim, backward=backward, seq_q=21, seq_k=35, diagonal=14)
-        yield Case(dtype, head_dim, OPTIONS, backward=backward, seq_q=19, seq_k=37, diagonal=18)
+    for dtype, head_dim, backward, dense in product(LIMITS, HEAD_DIMS, (False, True), (False, True)):
+        yield Case(dtype, head_dim, backward=backward, dense=dense, seq_q=21, seq_k=35, diagonal=14)
+        yield Case(dtype, head_dim, OPTIONS, backward=backward, dense=dense, seq_q=19, seq_k=37, diagonal=18)
 
 
 def small(case: Case) -> Case:
@@ -244,6 +239,7 @@ def random_case(seed: int, rows: int) -> Case:
         kv_heads=int(rng.integers(1, 4)),
         group=group,
         head_shift=int(rng.integers(0, group)),
+        dense=bool(rng.random() < 0.5),
         seed=seed,
     )
     # The sizes last, so that a call up to fewer rows launches the same kernels. Short ones are the odd ones.

@@ -49,16 +49,16 @@ def calls() -> Iterator[tuple[str, Callable]]:
 
 def chosen(part: str, random: int) -> Iterator[tuple[int, str]]:
     """Numbers and titles of the calls to run: copies, what launches a kernel for GPUs that no call before did, random ones."""
-    seen: set[str] = set()
+    seen: set[tuple[str, tuple[tuple[int, int], ...]]] = set()
     left = random
     for number, (title, call) in enumerate(calls()):
-        names = {name for name, _ in cases.wanted(lambda machine, call=call: call(machine, compare=False))}
+        kernels = cases.wanted(lambda machine, call=call: call(machine, compare=False))
         is_random = "seed" in title and not title.endswith("seed 0")
         if is_random and left <= 0:
             return
-        if not any(part in name for name in names):
+        if not any(part in name for name, _ in kernels):
             continue
-        for_gpu = {name for name in names if spirv.for_gpu(name)}
+        for_gpu = {kernel for kernel in kernels if spirv.for_gpu(kernel[0])}
         if is_random and for_gpu:
             left -= 1
         elif title.startswith(("forward", "backward")) and not for_gpu - seen:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import standin
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -114,6 +116,8 @@ def assemble(files: list[Path], folder: Path) -> list[Path]:
 
 class Nvidia:
     """The GPU, through CuPy."""
+
+    sycl_device = standin.Gpu()
 
     def __init__(self, files: list[Path], folder: Path):
         import cupy

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import standin
+from . import spirv, standin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def translate(spirv: Path, target: Path) -> None:
+def translate(module: Path, target: Path) -> None:
     """SPIR-V to the LLVM bitcode of a program for Oclgrind."""
 
     def run(*command: Any) -> None:
@@ -48,7 +48,7 @@ def translate(spirv: Path, target: Path) -> None:
         folder = Path(name)
         clang = ("clang-14", "--target=spir64", "-O1", "-fno-vectorize", "-fno-slp-vectorize", "-x", "c", "-emit-llvm", "-c")
         run(*clang, HERE / "oclgrind.c", "-o", folder / "built_ins.bc")
-        run("llvm-spirv-14", "-r", spirv, "-o", folder / "kernel.bc")
+        run("llvm-spirv-14", "-r", module, "-o", folder / "kernel.bc")
         run("llvm-link-14", folder / "kernel.bc", folder / "built_ins.bc", "-o", folder / "linked.bc")
         run("opt-14", "-passes=always-inline", folder / "linked.bc", "-o", folder / "inlined.bc")
         run("llvm-dis-14", folder / "inlined.bc", "-o", folder / "linked.ll")
@@ -74,8 +74,10 @@ class Oclgrind:
     Memory is uninitialised until something is written to it, or full of zeros if it is to be `filled`.
     """
 
-    def __init__(self, spirv: Path, folder: Path, *, filled: bool = False):
-        self.spirv, self.folder, self.filled, self.launches = spirv, folder, filled, 0
+    sycl_device = standin.Gpu()
+
+    def __init__(self, kernels: Path, folder: Path, *, filled: bool = False):
+        self.spirv, self.folder, self.filled, self.launches = kernels, folder, filled, 0
         self.log = folder / "log"
         self.log.touch()
         os.environ.update(CHECKS, OCLGRIND_LOG=str(self.log))
@@ -102,9 +104,10 @@ class Oclgrind:
             raise RuntimeError(f"clCreate{name} returned {code.value}")
         return ctypes.c_void_p(result)
 
-    def _kernel(self, name: str) -> Any:
-        program = self.folder / f"{name}.bc"
-        translate(self.spirv / f"{name}.spv", program)
+    def _kernel(self, name: str, constants: tuple[tuple[int, int], ...]) -> Any:
+        module, program = self.folder / "kernel.spv", self.folder / "kernel.bc"
+        module.write_bytes(spirv.specialise((self.spirv / f"{name}.spv").read_bytes(), dict(constants)))
+        translate(module, program)
         binary, status = program.read_bytes(), ctypes.c_int()
         text = ctypes.create_string_buffer(binary, len(binary))
         size, pointer = ctypes.c_size_t(len(binary)), ctypes.cast(text, ctypes.c_void_p)
@@ -140,9 +143,7 @@ class Oclgrind:
 
     def run(self, name: str, arguments: Sequence[Any], groups: int, lanes: int, constants: dict[int, int]) -> None:
         """Interpret a kernel; ends the process with `FAULT` if a check finds something."""
-        if constants:
-            raise NotImplementedError("specialisation constants")
-        kernel = self.kernel(name)
+        kernel = self.kernel(name, tuple(sorted(constants.items())))
         for number, argument in enumerate(arguments):
             self._call("clSetKernelArg", kernel, number, ctypes.c_size_t(ctypes.sizeof(argument)), ctypes.byref(argument))
         size, local = ctypes.c_size_t(groups * lanes), ctypes.c_size_t(lanes)

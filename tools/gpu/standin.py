@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,21 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What the launchers ask of a device."""
+
+    name: str = "a GPU"
+    is_gpu: bool = True
+    is_cpu: bool = False
+    sub_group_sizes: tuple[int, ...] = (16, 32)
+    max_work_group_size: int = 1024
+
+
 class Machine(Protocol):
-    """What runs kernels."""
+    """What runs kernels. The launchers take it for a queue."""
+
+    sycl_device: Gpu
 
     def allocate(self, nbytes: int) -> Any:
         """Uninitialised memory."""
@@ -44,6 +58,11 @@ class Memory:
     def __init__(self, machine: Machine, nbytes: int):
         self.machine, self.nbytes = machine, max(nbytes, 1)
         self.handle = machine.allocate(self.nbytes)
+
+    @property
+    def _pointer(self) -> int:
+        """An address that is as well aligned as that of the memory: an allocation of its own."""
+        return 0
 
     def write(self, x: np.ndarray) -> Memory:
         """Fill it."""
@@ -126,17 +145,22 @@ def place(x: Array) -> tuple[int, ...]:
 
 
 def launch(
-    machine: Machine, name: str, memories: Sequence[Memory], scalars: Sequence[float], *, groups: int, lanes: int, **more: Any
+    machine: Machine,
+    name: str,
+    memories: Sequence[Memory],
+    scalars: Sequence[float],
+    *,
+    groups: int,
+    lanes: int,
+    constants: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Run a kernel, its arguments as the manifest lists them."""
+    """Run a kernel, its arguments as the manifest lists them, with these values of specialisation constants by number."""
     kinds = [kind for _, kind in manifest().read()[name]["arguments"]]
     pointers = [memory.handle for memory in memories]
     if any(kind != "pointer" for kind in kinds[: len(pointers)]):
         raise RuntimeError(f"kernel {name} takes fewer pointers than {len(pointers)}")
     numbers = [SCALARS[kind](value) for kind, value in zip(kinds[len(pointers) :], scalars, strict=True)]
-    machine.run(name, pointers + numbers, groups, lanes, more.pop("constants", {}))
-    if more:
-        raise TypeError(f"the stand-in of launch knows no {', '.join(more)}")
+    machine.run(name, pointers + numbers, groups, lanes, dict(constants))
 
 
 def manifest() -> Any:

@@ -107,8 +107,8 @@ BAD = {
     "cu_seqlens_q": [[1, 2], [0, 3, 2], [0.0, 1.0], "01", [[0, 1]], [], [0, 10**6]],
     "seed": [-1, 2**64, 1.5, "seed"],
     "return_lse": [1, "yes", None],
-    "q": [None, [1.0], "q", lambda x: x[0], lambda x: x[..., :0], lambda x: as_numpy(x).astype(int)],
-    "k": [None, lambda x: x[..., :-1], lambda x: x[0], lambda x: as_numpy(x).astype(np.int64), lambda x: as_numpy(x)[None]],
+    "q": [None, [1.0], "q", lambda x: x[..., 0], lambda x: x[..., :0], lambda x: as_numpy(x).astype(int)],
+    "k": [None, lambda x: x[..., :-1], lambda x: x[..., 0], lambda x: as_numpy(x).astype(int), lambda x: as_numpy(x)[None]],
     "v": [None, 5, lambda x: x[:, :, :, :0], lambda x: as_numpy(x).astype("O")],
 }
 DIFFERENT = {"causal": True, "softmax_scale": 0.37, "softcap": 7.0, "window_size": (2, 2), "overlap": 2, "return_lse": True}

@@ -285,6 +285,7 @@ def test_scatter_heads(comm, x, options, error, pattern):
     + [
         (GOOD_X, {"exchange": "fast"}, ValueError, "exchange must be one of"),
         (GOOD_X, {"seq_local": -1}, ValueError, "seq_local must not be negative, not -1"),
+        (GOOD_X, {"seq_local": 2**63}, ValueError, r"seq_local must be less than 2\*\*63, not 9223372036854775808"),
         (GOOD_X, {"seq_local": 3.0}, TypeError, "seq_local must be an integer, not float"),
         (GOOD_X, {"seq_local": True}, TypeError, "seq_local must be an integer, not bool"),
     ],

@@ -239,6 +239,8 @@ def check_count(name: str, n: Any) -> int:
     check_integer(name, n)
     if n < 0:
         raise ValueError(f"{name} must not be negative, not {n}")
+    if n >= 2**63:  # the ranks tell each other their numbers in 64 bits
+        raise ValueError(f"{name} must be less than 2**63, not {n}")
     return int(n)
 
 

@@ -1,6 +1,6 @@
 """The class of yunchang and the function of flash-attn against the oracle."""
 
-import itertools
+from itertools import permutations
 
 import numpy as np
 import oracle
@@ -8,7 +8,13 @@ import pytest
 from helpers import COMPLETE, KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
 from oracle import TOLERANCE
 
-from ulysses_dp import UlyssesAttention, attention, ulysses_attention, ulysses_flash_attn_func
+from ulysses_dp import (
+    UlyssesAttention,
+    attention,
+    ulysses_attention,
+    ulysses_attention_backward,
+    ulysses_flash_attn_func,
+)
 
 
 @pytest.fixture
@@ -24,7 +30,7 @@ def assert_near(result, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("heads_axis", "seq_axis"), list(itertools.permutations(range(4), 2)))
+@pytest.mark.parametrize(("heads_axis", "seq_axis"), list(permutations(range(4), 2)))
 def test_axes(comm, problem, kind, heads_axis, seq_axis):
     """The arrays with the heads and the rows on any axes; the batch comes before head_dim."""
     arrays, expected_out, expected_lse = problem
@@ -63,6 +69,21 @@ def test_function(comm, problem, kind):
     assert_near(lse, expected_lse)
     alone = ulysses_flash_attn_func(*mine, softmax_scale=0.3, causal=True)
     np.testing.assert_array_equal(as_numpy(alone), as_numpy(out))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0), (2, 3, 0, 1)], ids=str)
+def test_results_are_c_contiguous_in_every_layout(comm, kind, axes):
+    rows = split(7, comm.size, "uneven")
+    order = np.argsort(axes)  # of the axes of bshd, in the user's array
+    q, k, v = (part(x, rows, comm.rank).transpose(order) for x in random_qkv(2, 2, 7, 4, 2, 8))
+    mine = [as_kind(np.ascontiguousarray(x), kind) for x in (q, k, v)]
+    out, lse = ulysses_attention(*mine, comm=comm, layout=axes, return_lse=True)
+    assert_like(out, mine[0], q.shape)
+    for grad, x in zip(ulysses_attention_backward(out, *mine, out, lse, comm=comm, layout=axes), mine, strict=True):
+        assert_like(grad, x, x.shape)
+    expected = ulysses_attention(*(x.transpose(axes) for x in (q, k, v)), comm=comm)
+    np.testing.assert_array_equal(as_numpy(out).transpose(axes), expected)
 
 
 @pytest.mark.single

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ._call.checks import NAMES, check_inputs, check_layout, device_of
 from ._call.definitions import Option
-from ._call.layout import Layout, axes_of, from_bshd, inverse, lse_to_user
+from ._call.layout import Layout, axes_of, bshd_shape, from_bshd, inverse, lse_to_user, to_bshd
 from ._call.options import AttentionOptions, check_options
-from ._device.arrays import from_usm, tensor
+from ._device.arrays import tensor
+from ._device.copies import copy_arrays
+from ._device.queue import device_turn
 from ._device.trace import stage
 from ._device.workspace import empty_like
 from ._ranks.partition import HeadMap
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from ._call.checks import Geometry, Names
     from ._call.options import Options
+    from ._device.arrays import Array
 
 
 class LocalOptions(AttentionOptions, total=False):
@@ -50,17 +53,18 @@ def check_attention(
     attn_type: Any = AttnType.INTEL_SYCL,
     backward: bool = False,
     **options: Any,
-) -> tuple[tuple[Any, Any, Any], Geometry, Options]:
-    """Check all arguments of a call, and choose who computes; returns q, k and v as views (batch, seq, heads, head_dim)."""
+) -> tuple[tuple[Array, ...], Geometry, Options]:
+    """Check all arguments of a call, and choose who computes; returns what q, k and v are."""
     layout = check_layout(layout)
-    views, geometry = check_inputs(q, k, v, names, layout, dtype)
+    arrays, geometry = check_inputs(q, k, v, names, layout, dtype)
     if type(attn_type) is AttnType and type(return_lse) is bool and all(map(_is_plain, options.values())):
         settings = _plain_options(geometry, layout, return_lse, attn_type, tuple((x, type(y), y) for x, y in options.items()))
     else:
-        settings = check_options(geometry, views[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
+        settings = check_options(geometry, arrays[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
         settings = replace(settings, backend=backend_for(attn_type))
-    backend = settings.backend.for_call(views[0], device_of(q), geometry, settings, backward=backward)
-    return views, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
+    of_q = arrays[0]
+    backend = settings.backend.for_call(of_q.data, device_of(of_q), geometry, settings, backward=backward)
+    return arrays, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
 
 
 def _is_plain(value: Any) -> bool:
@@ -91,7 +95,8 @@ def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) ->
 def empty_out(q: Any, layout: Layout) -> Any:
     """A new USM array for the result, (batch, seq, heads, head_dim), that is C-contiguous in the order of the layout.
 
-    Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd.
+    Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd, and
+    `to_user` copies it.
     """
     axes = axes_of(layout)
     if axes[3] != 3 or axes == (0, 1, 2, 3):
@@ -100,10 +105,31 @@ def empty_out(q: Any, layout: Layout) -> Any:
     return tensor.permute_dims(empty_like(q, tuple(q.shape[axis] for axis in order)), axes)
 
 
-def results_to_user(out: Any, lse: Any, options: Options, like: Any) -> Any:
-    """The results of USM arrays as the user wants them: the axes of the layout, and the kind of `like`."""
-    out = from_usm(from_bshd(out, options.layout), like)
-    return (out, from_usm(lse_to_user(lse, options.layout), like)) if options.return_lse else out
+def rows_of(arrays: Sequence[Array], layout: Layout) -> tuple[int, int]:
+    """The rows of q and of k, which are the first arrays."""
+    of_q, of_k = (bshd_shape(x.shape, layout)[1] for x in arrays[:2])
+    return of_q, of_k
+
+
+def to_usm(arrays: Sequence[Array], layout: Layout) -> list[Any]:
+    """The arrays of a layout as USM arrays, (batch, seq, heads, head_dim)."""
+    return [to_bshd(x.usm(), layout) for x in arrays]
+
+
+def results_to_user(out: Any, lse: Any, options: Options, like: Array) -> Any:
+    """The results of USM arrays as the user wants them: the axes of the layout, and the library of `like`."""
+    out = to_user(out, options.layout, like)
+    return (out, like.give(lse_to_user(lse, options.layout))) if options.return_lse else out
+
+
+def to_user(x: Any, layout: Layout, like: Array) -> Any:
+    """A USM array (batch, seq, heads, head_dim) in the layout of the user, C-contiguous, in the library of `like`."""
+    x = from_bshd(x, layout)
+    with device_turn:
+        if not x.flags.c_contiguous:  # head_dim is not its last axis
+            x, source = empty_like(x, x.shape), x
+            copy_arrays([source], [x])
+        return like.give(x)
 
 
 def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:

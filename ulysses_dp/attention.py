@@ -10,7 +10,6 @@ import numpy as np
 from . import _local, _path
 from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
 from ._call.definitions import takes
-from ._device.arrays import to_usm
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
 from ._device.trace import call
@@ -24,9 +23,12 @@ from ._ranks.redistribution import as_columns
 from ._ring import Mesh, check_mesh
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
     from ._call.options import Options
+    from ._device.arrays import Array
     from ._ranks.orders import Order
     from ._ranks.partition import Heads
     from ._ring import Ring
@@ -111,12 +113,12 @@ def attention(
     True
     """
     # Validate inputs.
-    views, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, **options)
-    settings.check_lengths("attention", views[0].shape[1], views[1].shape[1])
+    arrays, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, **options)
+    settings.check_lengths("attention", *_local.rows_of(arrays, settings.layout))
     # Delegate.
     with call("attention"), device_turn:
-        out, lse = _local.attend_whole([to_usm(x) for x in views], geometry, settings)
-        return _local.results_to_user(out, lse, settings, q)
+        out, lse = _local.attend_whole(_local.to_usm(arrays, settings.layout), geometry, settings)
+        return _local.results_to_user(out, lse, settings, arrays[0])
 
 
 @takes(LocalOptions)
@@ -255,21 +257,21 @@ def distributed(
     ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[tuple[Any, ...], Geometry, Options, tuple[int, Order]]]:
-        views, geometry, settings = _local.check_attention(q, k, v, names, **options)
+    def check() -> Checked[tuple[Array, Sequence[Any], Geometry, Options, tuple[int, Order]]]:
+        given, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
         mesh = check_mesh(ring, order, ranks.size, geometry, settings, **how)
         how |= {"ring and order": mesh}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
-        arrays = tuple(to_usm(x) for x in views)
-        rows = arrays[0].shape[1], arrays[1].shape[1]
-        return Checked(rows, common, (arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
+        arrays = _local.to_usm(given, settings.layout)
+        rows = _local.rows_of(given, settings.layout)
+        return Checked(rows, common, (given[0], arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, settings, (size, known_order) = agreement.result
+        like, arrays, geometry, settings, (size, known_order) = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -295,14 +297,14 @@ def distributed(
             out, lse = results["out"], results.get("lse")
         given = {name: value for name, value in options.items() if name != "return_lse"}
         context = Context(geometry, q_rows, k_rows, tuple(parts), given, size, known_order)
-        user_results = _local.results_to_user(out, lse, settings, q)
+        user_results = _local.results_to_user(out, lse, settings, like)
     if not return_ctx:
         return user_results
     return (*user_results, context) if settings.return_lse else (user_results, context)
 
 
 def _describe(
-    arrays: tuple[Any, ...],
+    arrays: Sequence[Any],
     geometry: Geometry,
     options: Options,
     shares: list[tuple[Heads, ...]],

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from . import _local, _path
-from ._call.checks import Geometry, check_exchange, check_kind, check_node_size, check_overlap, check_places
+from ._call.checks import Geometry, check_array, check_exchange, check_node_size, check_overlap, check_places
 from ._call.definitions import takes
-from ._call.layout import PACKED, from_bshd, to_bshd
-from ._device.arrays import dtype_of, from_host, from_usm, kind_of, to_host, to_usm
+from ._call.layout import PACKED
+from ._device.arrays import from_host, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+    from ._call.layout import Layout
     from ._call.options import Options
+    from ._device.arrays import Array
     from ._ranks.orders import Order
     from ._ranks.partition import Heads
     from ._ring import Ring
@@ -95,12 +97,12 @@ def attention_backward(
     True
     """
     # Validate inputs.
-    views, geometry, settings = _check(dout, q, k, v, out, lse, **options)
-    settings.check_lengths("attention_backward", views[1].shape[1], views[2].shape[1])
+    arrays, geometry, settings = _check(dout, q, k, v, out, lse, **options)
+    settings.check_lengths("attention_backward", *_local.rows_of(arrays[1:], settings.layout))
     # Delegate.
     with call("attention_backward"), device_turn:
-        grads, dsinks = _differentiate_whole([to_usm(x) for x in views], geometry, settings)
-        return _to_user(grads, dsinks, settings, q)
+        grads, dsinks = _differentiate_whole(_to_usm(arrays, settings.layout), geometry, settings)
+        return _to_user(grads, dsinks, settings, arrays[1])
 
 
 @takes(LocalOptions)
@@ -183,11 +185,11 @@ def ulysses_attention_backward(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[list[Any], Geometry, Options, tuple[int, Order]]]:
+    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, tuple[int, Order]]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
-        views, geometry, settings = _check(dout, q, k, v, out, lse, **given)
+        inputs, geometry, settings = _check(dout, q, k, v, out, lse, **given)
         check_exchange(exchange)
-        rows = views[1].shape[1], views[2].shape[1]
+        rows = _local.rows_of(inputs[1:], settings.layout)
         _check_context(ctx, geometry, ranks, rows)
         if ctx and options:
             _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
@@ -202,12 +204,12 @@ def ulysses_attention_backward(
             **vars(geometry),
             **settings.common(),
         }
-        arrays = [to_usm(x) for x in views]
-        return Checked(rows, common, (arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
+        arrays = _to_usm(inputs, settings.layout)
+        return Checked(rows, common, (inputs[1], arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, settings, (size, known_order) = agreement.result
+        like, arrays, geometry, settings, (size, known_order) = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -236,30 +238,47 @@ def ulysses_attention_backward(
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
                 dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(mesh.ring, geometry.heads).sum(axis=0)
-        return _to_user(grads, dsinks, settings, q)
+        return _to_user(grads, dsinks, settings, like)
 
 
 def _check(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Any = "bshd", dtype: Any = None, **options: Any
-) -> tuple[tuple[Any, ...], Geometry, Options]:
-    """Check all arguments; returns dout, q, k, v, out as views (batch, seq, heads, head_dim), and lse (batch, heads, seq)."""
-    views, geometry, settings = _local.check_attention(
-        q, k, v, layout=layout, dtype=dtype, return_lse=True, backward=True, **options
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any
+) -> tuple[tuple[Array, ...], Geometry, Options]:
+    """Check all arguments; returns what dout, q, k, v, out and lse are."""
+    inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, **options)
+    of_q = inputs[0]
+    rows = (geometry.heads, _local.rows_of(inputs, settings.layout)[0])
+    lse_shape = rows if settings.layout == PACKED else (geometry.batch, *rows)
+    return (
+        (
+            _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
+            *inputs,
+            _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
+            _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape),
+        ),
+        geometry,
+        settings,
     )
-    of_q = dtype_of(q), tuple(q.shape)
-    rows = (geometry.heads, views[0].shape[1])
-    of_lse = geometry.compute_dtype, rows if layout == PACKED else (geometry.batch, *rows)
-    for name, x, (expected_dtype, expected) in (("dout", dout, of_q), ("out", out, of_q), ("lse", lse, of_lse)):
-        kind = check_kind(name, x)
-        if kind is not kind_of(q):
-            raise TypeError(f"{name} must be of the kind of q, {type(q).__qualname__}, not {type(x).__qualname__}")
-        if dtype_of(x) != expected_dtype:
-            raise TypeError(f"{name} must have dtype {expected_dtype}, not {dtype_of(x)}")
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name} must have shape {expected}, not {tuple(x.shape)}")
-        check_places(("q", name), (q, x), kind)
-    lse_view = lse[None, ...] if layout == PACKED else lse
-    return (to_bshd(dout, layout), *views, to_bshd(out, layout), lse_view), geometry, settings
+
+
+def _check_like_q(name: str, x: Any, q: Array, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Check an array that goes with q; returns what it is."""
+    array = check_array(name, x)
+    if array.library is not q.library:
+        raise TypeError(f"{name} must be of the kind of q, {q.library.name}, not {array.library.name}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
+    check_places(("q", name), (q, array))
+    return array
+
+
+def _to_usm(arrays: tuple[Array, ...], layout: Layout) -> list[Any]:
+    """dout, q, k, v and out as USM arrays, (batch, seq, heads, head_dim), and lse as (batch, heads, seq)."""
+    *others, lse = arrays
+    of_lse = lse.usm()
+    return [*_local.to_usm(others, layout), of_lse[None, ...] if layout == PACKED else of_lse]
 
 
 def _check_context(ctx: Any, geometry: Geometry, here: mpi.Ranks, rows: tuple[int, int]) -> None:
@@ -280,11 +299,11 @@ def _check_equal(given: dict[str, str], kept: dict[str, str]) -> None:
             raise ValueError(f"{name} must be what ulysses_attention was given for ctx, {kept[name]}, not {value}")
 
 
-def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, like: Any) -> tuple[Any, ...]:
-    results = tuple(from_usm(from_bshd(x, options.layout), like) for x in grads)
+def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, like: Array) -> tuple[Any, ...]:
+    results = tuple(_local.to_user(x, options.layout, like) for x in grads)
     if dsinks is None:
         return results
-    return (*results, from_usm(from_host(dsinks, grads[0].sycl_queue), like))
+    return (*results, like.give(from_host(dsinks, grads[0].sycl_queue)))
 
 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from . import _local
 from ._call.checks import check_count, check_flag
 from ._call.definitions import takes
-from ._call.layout import PACKED, from_bshd
+from ._call.layout import PACKED
 from ._call.spans import Block
-from ._device.arrays import from_host, from_usm, to_host, to_usm
+from ._device.arrays import from_host, to_host
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
 from ._device.trace import call, stage
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ._call.checks import Geometry
     from ._call.options import Options
+    from ._device.arrays import Array
 
 
 @takes(LocalOptions)
@@ -98,24 +99,24 @@ def decode_attention(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[list[Any], Geometry, Options]]:
+    def check() -> Checked[tuple[Array, list[Any], Geometry, Options]]:
         check_flag("return_lse", return_lse)
-        views, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, **options)
+        given, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, **options)
         if settings.layout == PACKED:
             raise ValueError(f"layout must not be {PACKED!r}: a cache holds one sequence per batch")
         if not settings.backend.in_blocks:
             settings.backend.refuse("a cache that is split over ranks")
-        arrays = [to_usm(x) for x in views]
+        arrays = _local.to_usm(given, settings.layout)
         rows = arrays[1].shape[1]
         used = rows if length is None else check_count("length", length)
         if used > rows:
             raise ValueError(f"length must be at most the {rows} rows of k_cache, not {used}")
         queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse}
-        return Checked((used,), vars(geometry) | settings.common() | queries, (arrays, geometry, settings), None)
+        return Checked((used,), vars(geometry) | settings.common() | queries, (given[0], arrays, geometry, settings), None)
 
     with call(function):
         agreement = agree(ranks, function, check)
-        arrays, geometry, settings = agreement.result
+        like, arrays, geometry, settings = agreement.result
         seq_q, lengths = arrays[0].shape[1], column(agreement.sizes, 0)
         settings.check_lengths(function, seq_q, sum(lengths))
         # Delegate.
@@ -129,7 +130,7 @@ def decode_attention(
             parts = mpi.join_rows(ranks, part[None], (1,) * ranks.size)
         collective.confirm()
         with device_turn:
-            return _results(*_merge(parts, settings.sinks), arrays[0], settings, q, return_lse=return_lse)
+            return _results(*_merge(parts, settings.sinks), arrays[0], settings, like, return_lse=return_lse)
 
 
 def _attend(arrays: list[Any], geometry: Geometry, options: Options) -> np.ndarray:
@@ -159,9 +160,9 @@ def _merge(parts: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.
     return np.asarray(out).astype(parts.dtype), lse.swapaxes(1, 2).astype(parts.dtype)
 
 
-def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Any, *, return_lse: bool) -> Any:
+def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Array, *, return_lse: bool) -> Any:
     """As the user wants them."""
-    result, near = _local.empty_out(usm_q, options.layout), from_host(np.ascontiguousarray(out), usm_q.sycl_queue)
+    result, near = _local.empty_out(usm_q, options.layout), from_host(out, usm_q.sycl_queue)
     copy_arrays((near,), (result,))
-    user_out = from_usm(from_bshd(result, options.layout), like)
-    return (user_out, from_usm(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue), like)) if return_lse else user_out
+    user_out = _local.to_user(result, options.layout, like)
+    return (user_out, like.give(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue))) if return_lse else user_out

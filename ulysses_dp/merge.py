@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ._call.checks import check_device, check_kind, check_places, shown
-from ._device.arrays import dtype_of, from_usm, tensor, to_usm
+from ._call.checks import check_array, check_device, check_dtype, check_places, shown
+from ._device.arrays import Array, tensor
 from ._device.copies import copy_arrays
-from ._device.dtypes import DTYPES, DType, names
+from ._device.dtypes import DTYPES, DType
 from ._device.queue import device_turn
 from ._device.workspace import empty_like
 
@@ -78,48 +78,43 @@ def merge_attention(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, /, *, dtype:
     True
     """
     # Validate inputs.
-    out_dtype = _check((out_a, lse_a, out_b, lse_b), dtype)
+    arrays, out_dtype = _check((out_a, lse_a, out_b, lse_b), dtype)
     # Delegate.
     with device_turn:
-        out, lse = _merge([to_usm(x) for x in (out_a, lse_a, out_b, lse_b)], out_dtype)
+        out, lse = _merge([x.usm() for x in arrays], out_dtype)
         lse.sycl_queue.wait()
-        return from_usm(out, out_a), from_usm(lse, lse_a)
+        return arrays[0].give(out), arrays[1].give(lse)
 
 
-def _check(arrays: tuple[Any, Any, Any, Any], dtype: Any) -> DType:
-    """Check the arguments; returns the dtype of out."""
-    kinds = [check_kind(name, x) for name, x in zip(NAMES, arrays, strict=True)]
-    for name, kind in zip(NAMES, kinds, strict=True):
-        if kind is not kinds[0]:
-            raise TypeError(f"{name} must be of the kind of out_a, {kinds[0].value}, not {kind.value}")
+def _check(given: tuple[Any, Any, Any, Any], dtype: Any) -> tuple[list[Array], DType]:
+    """Check the arguments; returns what the arrays are, and the dtype of out."""
+    arrays = [check_array(name, x) for name, x in zip(NAMES, given, strict=True)]
+    out_a = arrays[0]
+    for name, x in zip(NAMES, arrays, strict=True):
+        if x.library is not out_a.library:
+            raise TypeError(f"{name} must be of the kind of out_a, {out_a.library.name}, not {x.library.name}")
     if not isinstance(dtype, str | None):
         raise TypeError(f"dtype must be None or 'bfloat16', not {shown(dtype)}")
     if dtype not in (None, "bfloat16"):
         raise ValueError(f"dtype must be None or 'bfloat16', not {dtype!r}")
-    out_a = arrays[0]
-    if out_a.ndim not in (3, 4):
+    if len(out_a.shape) not in (3, 4):
         raise ValueError(
-            "out_a must have the axes (batch, seq, heads, head_dim) or (total, heads, head_dim), "
-            f"not shape {tuple(out_a.shape)}"
+            f"out_a must have the axes (batch, seq, heads, head_dim) or (total, heads, head_dim), not shape {out_a.shape}"
         )
-    given = dtype_of(out_a)
-    out_dtype = DTYPES["bfloat16"] if dtype and given == "uint16" else DTYPES.get(given)
-    if out_dtype is None:
-        hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
-        raise TypeError(f"out_a has dtype {given}; supported are {names()} in native byte order{hint}")
-    if dtype and out_dtype.name != dtype:
-        raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {given}; expected uint16 or bfloat16")
+    if dtype and out_a.dtype in DTYPES and out_a.dtype != dtype:
+        raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {out_a.dtype}; expected uint16 or bfloat16")
+    out_dtype = DTYPES[check_dtype("out_a", out_a, dtype)]
     *_, rows, heads, _ = out_a.shape
-    of_out = tuple(out_a.shape), given
+    of_out = out_a.shape, out_a.dtype
     of_lse = (*out_a.shape[:-3], heads, rows), out_dtype.compute
     for name, x, (shape, expected) in zip(NAMES, arrays, 2 * (of_out, of_lse), strict=True):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape} that fits out_a, not {tuple(x.shape)}")
-        if dtype_of(x) != expected:
-            raise TypeError(f"{name} must have the dtype {expected} that fits out_a, not {dtype_of(x)}")
-    check_places(NAMES, arrays, kinds[0])
+        if x.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape} that fits out_a, not {x.shape}")
+        if x.dtype != expected:
+            raise TypeError(f"{name} must have the dtype {expected} that fits out_a, not {x.dtype}")
+    check_places(NAMES, arrays)
     check_device(out_a)
-    return out_dtype
+    return arrays, out_dtype
 
 
 def _merge(arrays: list[Any], dtype: DType) -> tuple[Any, Any]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._call.checks import check_count, check_device, check_integer, check_kind
+from ._call.checks import check_array, check_count, check_device, check_integer
 from ._call.options import check_cu_seqlens
-from ._device.arrays import describe, from_host, tensor, to_host
+from ._device.arrays import from_host, tensor, to_host
 from ._device.trace import call
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
@@ -18,6 +18,7 @@ from ._ring import check_order, check_ring
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._device.arrays import Array
     from ._ranks.orders import Order
 
 
@@ -126,12 +127,11 @@ def shard_rows(
     """
     # Validate inputs.
     ranks = mpi.resolve_comm("shard_rows", comm)
-    axis = _check_axis(x, axis)
-    rows = _positions(ranks, x.shape[axis], order, ring, cu_seqlens)[ranks.rank]
-    check_device(x)
+    array = check_array("x", x)
+    axis = _check_axis(array, axis)
+    rows = _positions(ranks, array.shape[axis], order, ring, cu_seqlens)[ranks.rank]
+    check_device(array)
     # Delegate.
-    array = describe(x)
-    assert array is not None  # checked above
     usm = array.usm()
     return array.give(tensor.take(usm, tensor.asarray(rows, sycl_queue=usm.sycl_queue), axis=axis))
 
@@ -187,23 +187,24 @@ def unshard_rows(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[int]:
-        at = _check_axis(x, axis)
+    def check() -> Checked[tuple[Array, int]]:
+        array = check_array("x", x)
+        at = _check_axis(array, axis)
         ends = check_cu_seqlens("cu_seqlens", cu_seqlens)
         common = {
             "order": check_order(order),
             "ring": check_ring(ring, ranks.size, 0),
             "cu_seqlens": ends,
             "axis": at,
-            "the other axes": (*x.shape[:at], *x.shape[at + 1 :]),
-            "dtype": x.dtype,
+            "the other axes": (*array.shape[:at], *array.shape[at + 1 :]),
+            "dtype": array.dtype,
         }
-        check_device(x)
-        return Checked((x.shape[at],), common, at, None)
+        check_device(array)
+        return Checked((array.shape[at],), common, (array, at), None)
 
     with call(function):
         agreement = agree(ranks, function, check)
-        at, counts = agreement.result, tuple(rows for (rows,) in agreement.sizes)
+        (array, at), counts = agreement.result, tuple(rows for (rows,) in agreement.sizes)
         held = _positions(ranks, sum(counts), order, ring, cu_seqlens, counts)
         for rank, (given, expected) in enumerate(zip(counts, map(len, held), strict=True)):
             if given != expected:
@@ -212,8 +213,6 @@ def unshard_rows(
                     f"rank {rank}, not {given}; see row_positions"
                 )
         # Delegate.
-        array = describe(x)
-        assert array is not None  # checked above
         usm = array.usm()
         joined = mpi.join_rows(ranks, np.moveaxis(to_host(usm), at, 0), counts)
         whole = np.empty_like(joined)
@@ -233,9 +232,9 @@ def _positions(
     return [positions(rows) for rows in rows_of_ranks(seq, ranks.size, size, known, ends)]
 
 
-def _check_axis(x: Any, axis: Any) -> int:
-    check_kind("x", x)
+def _check_axis(x: Array, axis: Any) -> int:
     check_integer("axis", axis)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis must be one of the {x.ndim} axes of x, not {axis}")
-    return int(axis) % int(x.ndim)
+    count = len(x.shape)
+    if not -count <= axis < count:
+        raise ValueError(f"axis must be one of the {count} axes of x, not {axis}")
+    return int(axis) % count

@@ -16,7 +16,8 @@ import numpy as np
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
-from ._call.checks import COMPUTE_DTYPES, Geometry, check_flag, check_integer
+from ._call.checks import Geometry, check_flag, check_integer
+from ._device.dtypes import DTYPES, names
 from ._device.trace import Call, Stage
 from ._device.workspace import ALIGNMENT
 from ._path import forward_lists, gradient_lists, slot_of
@@ -27,8 +28,6 @@ from .machine import Machine, find
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-ITEMSIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ def plan(
         raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
     if heads % sizes["kv_heads"]:
         raise ValueError(f"heads must be a multiple of kv_heads, not {heads} and {kv_heads}")
-    if dtype not in ITEMSIZES:
-        raise ValueError(f"dtype must be one of {', '.join(ITEMSIZES)}, not {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {names()}, not {dtype!r}")
     check_flag("causal", causal)
     check_flag("backward", backward)
     machine = find(machine)
@@ -172,11 +171,11 @@ class _Problem:
 
     @property
     def itemsize(self) -> int:
-        return ITEMSIZES[self.dtype]
+        return DTYPES[self.dtype].itemsize
 
     @property
     def compute_itemsize(self) -> int:
-        return ITEMSIZES[COMPUTE_DTYPES[self.dtype]]
+        return DTYPES[DTYPES[self.dtype].compute].itemsize
 
     @property
     def converts(self) -> bool:
@@ -477,7 +476,7 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
     share, batch, seq, several = problem.shares[rank], problem.batch, problem.seq, problem.ranks > 1
     compute = problem.compute_itemsize
     q_size, kv_size = (batch * seq * n * problem.head_dim for n in (share.q_count, share.kv_count))
-    on_gpu = problem.gpu and COMPUTE_DTYPES[problem.dtype] == "float32" and problem.head_dim in GPU_TILES
+    on_gpu = problem.gpu and DTYPES[problem.dtype].compute == "float32" and problem.head_dim in GPU_TILES
     walks_far = seq * problem.head_dim >= HEAD_MAJOR_FROM
     slots: dict[str, int] = {}
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _path
-from ._call.checks import check_axes, check_axis_count, check_count, check_device, check_dtype, check_exchange, check_node_size
-from ._call.layout import axes_to_bshd, inverse
-from ._device.arrays import dtype_of, from_usm, permute, to_usm, view
+from ._call.checks import (
+    check_array,
+    check_axes,
+    check_axis_count,
+    check_count,
+    check_device,
+    check_dtype,
+    check_exchange,
+    check_node_size,
+)
+from ._call.layout import axes_to_bshd, inverse, permute
+from ._device.arrays import view
 from ._device.copies import copy_arrays
 from ._device.trace import call, stage
 from ._device.workspace import empty_like
@@ -19,6 +28,7 @@ from ._ranks.partition import Item, blocks_of, column, split
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._device.arrays import Array
     from ._ranks.partition import Share
 
 
@@ -182,20 +192,22 @@ def _redistribute(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Any, tuple[int, ...], bool, tuple[int, ...]]]:
+    def check() -> Checked[tuple[Array, Any, tuple[int, ...], bool, tuple[int, ...]]]:
         to_heads, axes = direction()
         check_exchange(exchange)
         check_node_size(node_size, ranks.size)
-        check_axis_count("x", x)
-        check_dtype("x", x, "bfloat16" if dtype_of(x) == "uint16" else None)
-        check_device(x)
-        batch, seq, heads, width = shape = tuple(x.shape[axis] for axis in axes)
+        given = check_array("x", x)
+        check_axis_count("x", given)
+        if given.dtype != "uint16":  # which is moved as it is, whatever it holds
+            check_dtype("x", given, None)
+        check_device(given)
+        batch, seq, heads, width = shape = tuple(given.shape[axis] for axis in axes)
         pair = (axes[2], axes[1]) if to_heads else (axes[1], axes[2])
         common = {
             "scatter_idx and gather_idx": pair,
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
-            "dtype": dtype_of(x),
+            "dtype": given.dtype,
             "node_size": node_size,
         }
         sizes: tuple[int, ...] = (seq,)
@@ -204,15 +216,15 @@ def _redistribute(
         else:
             wanted = split(seq, ranks.size)[ranks.rank] if seq_local is None else check_count("seq_local", seq_local)
             sizes, common["seq"] = (heads, wanted), seq
-        usm = to_usm(permute(x, axes))
-        return Checked(sizes, common, (usm, shape, to_heads, axes), (usm.sycl_queue, exchange))
+        usm = permute(given.usm(), axes)
+        return Checked(sizes, common, (given, usm, shape, to_heads, axes), (usm.sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        sizes, (usm, (_, seq, heads, _), to_heads, axes) = agreement.sizes, agreement.result
+        sizes, (given, usm, (_, seq, heads, _), to_heads, axes) = agreement.sizes, agreement.result
         if not to_heads and sum(wanted for _, wanted in sizes) != seq:
-            given = ", ".join(str(wanted) for _, wanted in sizes)
-            raise ValueError(f"{function}: the seq_local of all ranks ({given}) must add up to seq, {seq}")
+            wishes = ", ".join(str(wanted) for _, wanted in sizes)
+            raise ValueError(f"{function}: the seq_local of all ranks ({wishes}) must add up to seq, {seq}")
         # Delegate.
         result = usm
         if ranks.size > 1:
@@ -224,7 +236,7 @@ def _redistribute(
                 what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank)
                 results, _ = _path.run(function, agreement, ranks, link, what)
                 result = results["x"]
-        return from_usm(permute(result, inverse(axes)), x)
+        return given.give(permute(result, inverse(axes)))
 
 
 def _to_heads(x: Any, heads: Share, rows: tuple[int, ...]) -> Description:

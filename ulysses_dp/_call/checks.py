@@ -12,16 +12,15 @@ import numpy as np
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
-from .._device.arrays import LIBRARIES, Library, dtype_of, kind_of, obstacle, on_host, place_of, to_usm
+from .._device.arrays import LIBRARIES, Array, Library, describe, library_of
 from .._device.dtypes import DTYPES, names
 from .._device.queue import default_queue
 from .._ranks.partition import group_size
-from .layout import LAYOUTS, PACKED, Layout, to_bshd
+from .layout import LAYOUTS, PACKED, Layout, bshd_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-COMPUTE_DTYPES = {dtype.name: dtype.compute for dtype in DTYPES.values()}
 EXCHANGES = ("auto", "device", "host")
 
 
@@ -59,47 +58,36 @@ class Names(NamedTuple):
 NAMES = Names()
 
 
-def check_kind(name: str, x: Any) -> Library:
-    """Check that it is an array that we know, and that it can be used."""
-    kind = kind_of(x)
-    if kind is None:
+def check_array(name: str, x: Any) -> Array:
+    """Check that it is an array that we know, and that it can be used; returns what it is."""
+    library = library_of(x)
+    if library is None:
         expected = ", ".join(library.name for library in LIBRARIES)
         raise TypeError(f"{name} must be an array ({expected}), not {type(x).__module__}.{type(x).__qualname__}")
-    if (refused := obstacle(x, kind)) is not None:
+    if (refused := library.obstacle(x)) is not None:
         error, message = refused
         raise error(f"{name} {message}")
-    return kind
+    return describe(x, library)
 
 
-def check_array(name: str, x: Any, layout: Layout = "bshd", dtype: str | None = None) -> Library:
-    """Check the kind and the number of axes of one array, and that attention knows its dtype."""
-    kind = check_axis_count(name, x, layout)
-    check_dtype(name, x, dtype)
-    return kind
+def check_axis_count(name: str, x: Array, layout: Layout = "bshd") -> None:
+    """Check the number of axes of an array."""
+    axes = "(total, heads, head_dim)" if layout == PACKED else "(batch, seq, heads, head_dim)"
+    count = axes.count(",") + 1
+    if len(x.shape) != count:
+        raise ValueError(f"{name} must have the {count} axes {axes}, not shape {x.shape}")
 
 
-def check_axis_count(name: str, x: Any, layout: Layout = "bshd") -> Library:
-    """Check the kind and the number of axes of one array."""
-    kind = check_kind(name, x)
-    if layout == PACKED:
-        if x.ndim != 3:
-            raise ValueError(f"{name} must have the 3 axes (total, heads, head_dim), not shape {tuple(x.shape)}")
-    elif x.ndim != 4:
-        raise ValueError(f"{name} must have the 4 axes (batch, seq, heads, head_dim), not shape {tuple(x.shape)}")
-    return kind
-
-
-def check_dtype(name: str, x: Any, dtype: str | None) -> str:
+def check_dtype(name: str, x: Array, dtype: str | None) -> str:
     """Check the dtype of an array, which for uint16 the user says; returns its name."""
-    given = dtype_of(x)
-    if given == "uint16" and dtype == "bfloat16":
+    if x.dtype == "uint16" and dtype == "bfloat16":
         return dtype
-    if given not in DTYPES:
-        hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if given == "uint16" else ""
-        raise TypeError(f"{name} has dtype {given}; supported are {names()} in native byte order{hint}")
-    if dtype is not None and dtype != given:
-        raise TypeError(f"{name} has dtype {given}, but dtype is {dtype!r}")
-    return given
+    if x.dtype not in DTYPES:
+        hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if x.dtype == "uint16" else ""
+        raise TypeError(f"{name} has dtype {x.dtype}; supported are {names()} in native byte order{hint}")
+    if dtype is not None and dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}, but dtype is {dtype!r}")
+    return x.dtype
 
 
 def check_layout(layout: Any) -> Layout:
@@ -124,50 +112,51 @@ def check_dtype_name(dtype: Any) -> None:
         raise ValueError(f"dtype must be one of {names()}, not {shown(dtype)}")
 
 
-def device_of(x: Any) -> Any:
+def device_of(x: Array) -> Any:
     """The device on which an array is, or from the host will be."""
-    queue = default_queue() if on_host(x, kind_of(x)) else to_usm(x).sycl_queue
-    return queue.sycl_device
+    return (default_queue() if x.on_host else x.queue()).sycl_device
 
 
-def check_device(x: Any) -> None:
+def check_device(x: Array) -> None:
     """Check that there is a device for the array, with kernels for its dtype: before the other ranks rely on this one."""
-    device, dtype = device_of(x), dtype_of(x)
-    if dtype == "float64" and not device.has_aspect_fp64:  # float16 is storage here: the kernels compute in float32
-        raise TypeError(f"{dtype} is not supported by the device {device.name.strip()}")
+    device = device_of(x)
+    if x.dtype == "float64" and not device.has_aspect_fp64:  # float16 is storage here: the kernels compute in float32
+        raise TypeError(f"{x.dtype} is not supported by the device {device.name.strip()}")
     manifest.read()
 
 
-def check_places(names: Sequence[str], arrays: Sequence[Any], kind: Library) -> None:
-    """Check that arrays of one kind are on one queue, or one device."""
-    places = [place_of(x, kind) for x in arrays]
+def check_places(names: Sequence[str], arrays: Sequence[Array]) -> None:
+    """Check that arrays of one library are on one queue, or one device."""
+    places = [x.place for x in arrays]
     if places.count(places[0]) < len(places):
-        if kind.place_is == "queue":
+        if arrays[0].library.place_is == "queue":
             raise ValueError(f"{_join(names)} must be on one queue, not {_each(names, map(_describe, places))}")
         raise ValueError(f"{_join(names)} must be on one device, not {_each(names, places)}")
 
 
-def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: Any) -> tuple[tuple[Any, Any, Any], Geometry]:
-    """Check q, k and v against each other; returns them as views (batch, seq, heads, head_dim)."""
+def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: Any) -> tuple[tuple[Array, ...], Geometry]:
+    """Check q, k and v against each other; returns what they are."""
     check_dtype_name(dtype)
-    arrays = q, k, v
-    kinds = tuple(check_array(name, x, layout, dtype) for name, x in zip(names[:3], arrays, strict=True))
-    views = to_bshd(q, layout), to_bshd(k, layout), to_bshd(v, layout)
-    dtypes = tuple(dtype if dtype is not None and dtype_of(x) == "uint16" else dtype_of(x) for x in arrays)
-    geometry = _check_shapes(names, kinds, tuple(tuple(x.shape) for x in views), dtypes)
-    check_places(names[:3], arrays, kinds[0])
-    check_device(q)
-    return views, geometry
+    arrays = tuple(check_array(name, x) for name, x in zip(names[:3], (q, k, v), strict=True))
+    dtypes = []
+    for name, x in zip(names[:3], arrays, strict=True):
+        check_axis_count(name, x, layout)
+        dtypes.append(check_dtype(name, x, dtype))
+    shapes = tuple(bshd_shape(x.shape, layout) for x in arrays)
+    geometry = _check_shapes(names, tuple(x.library for x in arrays), shapes, tuple(dtypes))
+    check_places(names[:3], arrays)
+    check_device(arrays[0])
+    return arrays, geometry
 
 
 @lru_cache(maxsize=1024)
 def _check_shapes(
-    names: Names, kinds: tuple[Library, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
+    names: Names, libraries: tuple[Library, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
 ) -> Geometry:
     """The checks of `check_inputs` that calls with the same shapes need not repeat."""
     q, k, v = names[:3]
-    if len(set(kinds)) > 1:
-        given = _each(names[:3], (kind.value for kind in kinds))
+    if len(set(libraries)) > 1:
+        given = _each(names[:3], (library.name for library in libraries))
         raise TypeError(f"{q}, {k} and {v} must be arrays of one kind, not {given}")
     if len(set(dtypes)) > 1:
         raise TypeError(f"{q}, {k} and {v} must have one dtype, not {_each(names[:3], dtypes)}")

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._device.arrays import permute
+from .._device.arrays import tensor
 
 Layout = str | tuple[int, ...]  # a name, or which axes are batch, seq, heads and head_dim
 LAYOUTS: dict[str, tuple[int, ...]] = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
 PACKED = "thd"  # the rows of all sequences on one axis
 
 
+def bshd_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape (batch, seq, heads, head_dim) of an array of this shape and layout; packed sequences are one batch."""
+    return (1, *shape) if layout == PACKED else tuple(shape[axis] for axis in axes_of(layout))
+
+
 def to_bshd(x: Any, layout: Layout) -> Any:
-    """A view (batch, seq, heads, head_dim) of an array of a layout; packed sequences are one batch."""
-    if layout == PACKED:
-        return x[None, ...]
-    axes = axes_of(layout)
-    return x if axes == (0, 1, 2, 3) else permute(x, axes)
+    """A view (batch, seq, heads, head_dim) of a USM array of a layout; packed sequences are one batch."""
+    return x[None, ...] if layout == PACKED else permute(x, axes_of(layout))
 
 
 def from_bshd(x: Any, layout: Layout) -> Any:
     """The inverse of `to_bshd`."""
-    if layout == PACKED:
-        return x[0, ...]
-    axes = inverse(axes_of(layout))
-    return x if axes == (0, 1, 2, 3) else permute(x, axes)
+    return x[0, ...] if layout == PACKED else permute(x, inverse(axes_of(layout)))
+
+
+def permute(x: Any, axes: tuple[int, ...]) -> Any:
+    """A view of a USM array with its axes in this order."""
+    return x if axes == (0, 1, 2, 3) else tensor.permute_dims(x, axes)
 
 
 def lse_to_user(lse: Any, layout: Layout) -> Any:

@@ -19,9 +19,9 @@ import numpy as np
 
 from ulysses_dp.kernels import score
 
-from .._device.arrays import dtype_of, kind_of, on_host, tensor, to_host, to_numpy, to_usm
+from .._device.arrays import Array, library_of, tensor, to_host
 from .._device.dtypes import DTYPES, names
-from .checks import Geometry, check_flag, check_integer, check_kind, shown
+from .checks import Geometry, check_array, check_flag, check_integer, shown
 from .definitions import Option, options_of
 from .layout import PACKED, Layout
 from .spans import UNLIMITED, Block, spans, trim
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
     geometry: Geometry
     layout: Layout
-    q: Any  # the user's array
+    q: Array | None
 
 
 def _check_causal(name: str, causal: Any, call: Call) -> bool:
@@ -122,18 +122,19 @@ def _check_mask(name: str, mask: Any, call: Call) -> np.ndarray | None:
     return array
 
 
-def _check_bias(name: str, bias: Any, call: Call) -> Any:
+def _check_bias(name: str, bias: Any, call: Call) -> Array | None:
     if bias is None:
         return None
-    kind = check_kind(name, bias)
-    if dtype_of(bias) not in DTYPES:
-        raise TypeError(f"{name} has dtype {dtype_of(bias)}; supported are {names()}")
-    batch, heads, shape, q = call.geometry.batch, call.geometry.heads, tuple(bias.shape), call.q
+    array = check_array(name, bias)
+    if array.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {array.dtype}; supported are {names()}")
+    batch, heads, shape = call.geometry.batch, call.geometry.heads, array.shape
     if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
         raise ValueError(f"{name} must be broadcastable to ({batch}, {heads}, seq_q, seq_k), with 4 axes, not {shape}")
-    if not on_host(bias, kind) and (on_host(q, kind_of(q)) or to_usm(bias).sycl_queue != to_usm(q).sycl_queue):
-        raise ValueError(f"{name} must be on the host or on the queue of q, not {kind.name} elsewhere")
-    return bias
+    assert call.q is not None
+    if not array.on_host and (call.q.on_host or array.queue() != call.q.queue()):
+        raise ValueError(f"{name} must be on the host or on the queue of q, not {array.library.name} elsewhere")
+    return array
 
 
 def check_cu_seqlens(name: str, x: Any, call: Any = None) -> tuple[int, ...] | None:
@@ -304,7 +305,7 @@ class Options:
     alibi_slopes: np.ndarray | None  # (1 or batch, heads), float64
     sinks: np.ndarray | None  # (heads,), float64
     key_padding_mask: np.ndarray | None  # (1 or batch, seq_k), bool
-    bias: Any  # the user's array, 4-D
+    bias: Array | None  # 4-D
     cu_seqlens_q: tuple[int, ...] | None
     cu_seqlens_k: tuple[int, ...] | None
     backend: Any = None  # who computes: known to those above, who know the backends
@@ -357,7 +358,7 @@ class Options:
             if name == "layout" and not isinstance(value, str):
                 name = "axes"  # `UlyssesAttention` has them from scatter_idx and gather_idx
             if name == "bias" and value is not None:
-                texts[name] = f"{tuple(value.shape)} {dtype_of(value)}"
+                texts[name] = f"{value.shape} {value.dtype}"
             elif isinstance(value, np.ndarray):
                 texts[name] = f"{value.shape} with digest {_digest(value.tobytes())}"
             elif isinstance(value, tuple) and len(value) > 8:
@@ -414,8 +415,8 @@ class Options:
 
     def local_bias(self, q: Any, heads: slice, dtype: Any) -> Any:
         """The bias of some heads as a USM array on the queue of q; what strides of 0 repeat is there once."""
-        kind = kind_of(self.bias)
-        x = to_numpy(self.bias, kind) if on_host(self.bias, kind) else to_usm(self.bias)
+        assert self.bias is not None
+        x = self.bias.numpy() if self.bias.on_host else self.bias.usm()
         x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
         if x.shape[1] > 1:
             x = x[:, heads]
@@ -423,8 +424,8 @@ class Options:
             for axis, of_axis in ((2, self.block.rows), (3, self.block.keys)):
                 if x.shape[axis] > 1:
                     x = x[(slice(None),) * axis + (of_axis.slice,)]
-        if dtype_of(self.bias) == "bfloat16":
-            x = _bfloat16_to_float32(x if on_host(self.bias, kind) else to_host(x))
+        if self.bias.dtype == "bfloat16":
+            x = _bfloat16_to_float32(x if self.bias.on_host else to_host(x))
         if isinstance(x, np.ndarray):
             x = np.ascontiguousarray(x)  # strides may be no multiples of the itemsize
         return tensor.asarray(_in_range(x, dtype), dtype=dtype, sycl_queue=q.sycl_queue)
@@ -432,7 +433,7 @@ class Options:
 
 def check_options(
     geometry: Geometry,
-    q: Any,
+    q: Array | None,
     layout: Layout,
     options: Mapping[str, Any],
     *,
@@ -480,11 +481,9 @@ def _real(name: str, x: Any, alternative: str = "") -> Any:
 
 def _small_array(name: str, x: Any) -> np.ndarray:
     """A small array of any kind, or a sequence of numbers, on the host; what bfloat16 numbers are, in float32."""
-    kind = kind_of(x)
-    if kind is not None:
-        check_kind(name, x)
-        array = to_numpy(x, kind) if on_host(x, kind) else to_host(to_usm(x))
-        return _bfloat16_to_float32(array) if dtype_of(x) == "bfloat16" else array
+    if library_of(x) is not None:
+        array = check_array(name, x)
+        return _bfloat16_to_float32(array.numpy()) if array.dtype == "bfloat16" else array.numpy()
     if not isinstance(x, list | tuple):
         raise TypeError(f"{name} must be an array or a sequence, not {type(x).__module__}.{type(x).__qualname__}")
     try:

@@ -215,12 +215,16 @@ class Array(NamedTuple):
     place: Any  # equal for arrays that can be used together
     on_host: bool
 
+    def queue(self) -> Any:
+        """The queue on which the array is, or from the host will be."""
+        return default_queue() if self.on_host else self.usm().sycl_queue
+
     def usm(self) -> Any:
         """See `Library.to_usm`."""
         return self.library.to_usm(self.data)
 
     def numpy(self) -> np.ndarray:
-        """The numbers on the host."""
+        """The numbers on the host, with `BITS` for dtypes that NumPy does not have."""
         return self.library.to_numpy(self.data) if self.on_host else to_host(self.usm())
 
     def give(self, result: Any) -> Any:
@@ -228,11 +232,8 @@ class Array(NamedTuple):
         return self.library.from_usm(result, self.data)
 
 
-def describe(x: Any) -> Array | None:
-    """What an array is, or None where it is none that we know, or one that cannot be used (`Library.obstacle`)."""
-    library = library_of(x)
-    if library is None or library.obstacle(x) is not None:
-        return None
+def describe(x: Any, library: Library) -> Array:
+    """What an array of this library is."""
     return Array(x, library, dtype_of(x), tuple(x.shape), library.place(x), library.on_host(x))
 
 
@@ -316,46 +317,23 @@ def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) 
     return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_data, strides=strides, offset=offset)
 
 
-def kind_of(x: Any) -> Library | None:
-    return library_of(x)
-
-
-def obstacle(x: Any, kind: Library) -> tuple[type[Exception], str] | None:
-    return kind.obstacle(x)
-
-
-def place_of(x: Any, kind: Library) -> Any:
-    return kind.place(x)
-
-
-def on_host(x: Any, kind: Library | None) -> bool:
-    return kind is not None and kind.on_host(x)
-
-
 def to_usm(x: Any) -> Any:
+    """See `Library.to_usm`."""
     library = library_of(x)
     assert library is not None
     return library.to_usm(x)
 
 
-def to_numpy(x: Any, kind: Library | None) -> np.ndarray:
-    assert kind is not None
-    return kind.to_numpy(x)
-
-
 def from_usm(x: Any, like: Any) -> Any:
+    """See `Library.from_usm`."""
     library = library_of(like)
     assert library is not None
     return library.from_usm(x, like)
 
 
-def permute(x: Any, axes: tuple[int, ...]) -> Any:
-    """A view with the axes in another order. What is no array with these axes comes back as it is, for the checks to name."""
-    library = library_of(x)
-    if axes == (0, 1, 2, 3) or library is None or library.obstacle(x) or x.ndim != len(axes):
-        return x
-    if library.name == "usm_ndarray":
-        return tensor.permute_dims(x, axes)
-    if library.name == "array_api_strict.Array":
-        return x.__array_namespace__().permute_dims(x, axes)
-    return x.permute(axes) if library.name == "torch.Tensor" else x.transpose(axes)
+def place_of(x: Any, library: Library) -> Any:
+    """See `Library.place`."""
+    return library.place(x)
+
+
+kind_of = library_of

@@ -287,8 +287,7 @@ def _check_context(ctx: Any, geometry: Geometry, here: mpi.Ranks, rows: tuple[in
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx must be what ulysses_attention returned with return_ctx=True, not {type(ctx).__name__}")
     ranks = len(ctx.q_rows)
-    theirs = ctx.geometry, ranks, *((ctx.q_rows[here.rank], ctx.k_rows[here.rank]) if ranks == here.size else ())
-    if theirs != (geometry, here.size, *rows):
+    if (ctx.geometry, ranks) != (geometry, here.size) or (ctx.q_rows[here.rank], ctx.k_rows[here.rank]) != rows:
         raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ranks} ranks, not {geometry} on {here.size}")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, setup
 from setuptools.command.build import build
 from setuptools.command.sdist import sdist
@@ -89,11 +90,14 @@ class SdistWithSpirv(sdist):
 # before build_py, which copies the package data
 build.sub_commands = [("build_spirv", None), *build.sub_commands]
 
+# what older ones, outside of the build environment, would warn of
+LICENCE = {"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "Apache-2.0"}
+
 setup(
     name="ulysses_dp",
     version=VERSION,
     author="The ulysses_dp developers",
-    license_expression="Apache-2.0",
+    **LICENCE,
     keywords="attention sequence-parallel MPI SYCL dpnp dpctl numba-dpex Ulysses",
     description="Ulysses sequence-parallel attention for dpnp, dpctl and NumPy arrays over MPI, on SYCL devices",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

@@ -35,8 +35,9 @@ def launch_forward(tile: str, q: Any, k: Any, v: Any, out: Any, lse: Any, proble
     if out.size == 0:
         return
     batch, _, heads, head_dim = q.shape
-    sizes = _sizes(tile, q, k, problem, rows=q.shape[1])
-    tables, numbers = _options(q, problem.options)
+    tile_rows = TILES[tile].rows * TILES[tile].lanes
+    sizes = sizes_of(q, k, problem, rows=q.shape[1], tile_rows=tile_rows)
+    tables, numbers = option_arguments(q, problem.options)
     spans = q.usm_data if problem.options is None else upload(q.sycl_queue, problem.options.spans)
     launch(
         q.sycl_queue,
@@ -66,8 +67,8 @@ def launch_backward(
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1:3]
     with_options = problem.options is not None
-    queue = q.sycl_queue
-    tables, numbers = _options(q, problem.options)
+    queue, tile_rows = q.sycl_queue, TILES[tile].rows * TILES[tile].lanes
+    tables, numbers = option_arguments(q, problem.options)
     if problem.options is None:
         spans, peaks = [q.usm_data] * 2, lse.usm_data
     else:
@@ -78,7 +79,7 @@ def launch_backward(
         grad_a, grad_b = (dk, dv) if into_keys else (dq, dq)
         if grad_a.size == 0:
             continue
-        sizes = _sizes(tile, q, k, problem, rows=seq_k if into_keys else seq_q)
+        sizes = sizes_of(q, k, problem, rows=seq_k if into_keys else seq_q, tile_rows=tile_rows)
         arrays = rows_a, rows_b, cols_a, cols_b, grad_a, grad_b
         launch(
             queue,
@@ -93,15 +94,16 @@ def launch_backward(
         )
 
 
-def _sizes(tile: str, q: Any, k: Any, problem: Problem, *, rows: int) -> Sizes:
+def sizes_of(q: Any, k: Any, problem: Problem, *, rows: int, tile_rows: int) -> Sizes:
+    """The sizes of a call, of which so many rows are divided into tiles."""
     _, seq_q, heads, head_dim = q.shape
-    row_blocks = -(-rows // (TILES[tile].rows * TILES[tile].lanes))
+    row_blocks = -(-rows // tile_rows)
     return Sizes(
         *(heads, k.shape[2], problem.group, problem.head_shift, seq_q, k.shape[1], problem.diagonal, row_blocks, head_dim)
     )
 
 
-def _options(q: Any, options: ScoreOptions | None) -> tuple[list[Any], OptionNumbers]:
+def option_arguments(q: Any, options: ScoreOptions | None) -> tuple[list[Any], OptionNumbers]:
     """The tables and numbers of the options; the plain kernels do not look at them."""
     if options is None:
         return [q.usm_data] * 3, OptionNumbers()

@@ -22,6 +22,7 @@ every query, `peak` and `rate`, so that p = exp(score - peak) · rate; of all ot
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +86,9 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
     vectors_size, scores_size, dots_size, sums_size = rows * width, rows * block, rows * keys, rows * dims
     total_b_size = vectors_size if into_keys else 1
     factors_size = scores_size if options else 1
-    in_span, probability, is_large = (getattr(stages(dtype), name) for name in ("in_span", "probability", "is_large"))
+    in_span, probability, is_large, share = (
+        getattr(stages(dtype), name) for name in ("in_span", "probability", "is_large", "share")
+    )
 
     multiply, accumulate, common_columns = tile_operations(
         tile, head_dim=head_dim, hides=inlined(lambda weight, _, __: weight == 0)
@@ -177,10 +180,11 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
 
     @inlined
     def adopt(peak, rate, maximum, normaliser):
-        """Take maximum and sum for lse, for rows that see something."""
+        """Take maximum and sum for lse, for rows that see something. lse may be that of more keys than these."""
         for r in range(rows):
+            part = share(maximum[r] + math.log(normaliser[r]), peak[r])
             peak[r] = maximum[r] if maximum[r] > minus_infinity else peak[r]
-            rate[r] = one / normaliser[r] if maximum[r] > minus_infinity else rate[r]
+            rate[r] = part / normaliser[r] if maximum[r] > minus_infinity else rate[r]
 
     def backward_tile(
         item, no_array, rows_a, rows_b, cols_a, cols_b, grad_a, grad_b, lse, delta, peaks, spans, centres,

@@ -67,7 +67,7 @@ def kernel(*, gradients: str, head_dim: int, columns: int) -> Callable[..., None
 
     into_keys = gradients != "dq"
     with_a, with_b = gradients != "dv", gradients in ("dk_dv", "dv")
-    fill, _, dot, _, _, store = tile_operations(head_dim, columns, q_in_registers=False, key_registers=1)
+    fill, dot, store = tile_operations(head_dim, columns)
     weigh, differentiate, accumulate = gradient_operations(head_dim, columns, by_column=into_keys)
     real = np.float32
     infinity, one, log2e = real(np.inf), real(1), real(math.log2(math.e))

@@ -1,12 +1,13 @@
-"""Attention forward for Intel GPUs: the algorithm of flash_forward.py with another tile, made for registers.
+"""Attention forward for Intel GPUs: the algorithm of flash_forward.py with the tile of register_tile.py, made for registers.
 
-The tile, per sub-group: 16 query rows, one in each lane. There is no local memory and no barrier.
+A work-group is one sub-group, with 16 query rows, one in each lane. There is no local memory and no barrier.
 
     q      head_dim registers, or for large head_dim read from a panel (head_dim, 16 rows) again in every step
-    total  head_dim registers, the running output
+    total  the running output, `width` registers; above 128, two sub-groups share a head_dim and compute the scores twice
     K, V   one row of 16 numbers at a time in one register, read once for the sub-group and broadcast lane by lane
 
-A step takes `keys` keys: their dot products, one update of the running maximum, then their values.
+A step takes `keys` keys: their dot products, the stages of score.py, one update of the running maximum, then their values. One
+module serves all options: what a call does not use, specialisation constants leave out before the driver compiles it.
 """
 
 from __future__ import annotations
@@ -16,42 +17,53 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arguments import Place, Sizes
+from .flash_forward import ARGUMENTS as ARGUMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-ARGUMENTS = (
-    *((name, "pointer") for name in ("q", "k", "v", "out", "lse")),
-    *((f"{name}_at", Place) for name in ("q", "k", "v", "out", "lse")),
-    *(("sizes", Sizes), ("scale", "real"), ("zero", "real")),
-)
 
 
 class Tile(NamedTuple):
     """The compile-time constants of a kernel."""
 
     keys: int  # keys of one step
+    parts: int  # sub-groups that share a head_dim
     q_in_registers: bool
-    key_registers: int  # registers of one key that are read at once
 
 
-# A lane has 256 registers: q and total fit for head_dim 64, above that only total does.
+# By the largest head_dim that they serve. A lane has 256 registers: q and total fit for head_dim 64, above that only total.
+# Half the keys would double the share of what is done once for a step, such as rescaling total.
 GPU_TILES = {
-    32: Tile(keys=16, q_in_registers=True, key_registers=2),
-    64: Tile(keys=16, q_in_registers=True, key_registers=2),
-    80: Tile(keys=8, q_in_registers=False, key_registers=1),
-    96: Tile(keys=8, q_in_registers=False, key_registers=1),
-    128: Tile(keys=8, q_in_registers=False, key_registers=1),
+    16: Tile(keys=16, parts=1, q_in_registers=True),
+    32: Tile(keys=16, parts=1, q_in_registers=True),
+    64: Tile(keys=16, parts=1, q_in_registers=True),
+    80: Tile(keys=16, parts=1, q_in_registers=False),
+    96: Tile(keys=16, parts=1, q_in_registers=False),
+    128: Tile(keys=16, parts=1, q_in_registers=False),
+    192: Tile(keys=16, parts=2, q_in_registers=False),
+    256: Tile(keys=16, parts=2, q_in_registers=False),
 }
 SUB_GROUP = 16
 # 256 registers are twice the default; the option that asks for them, by backend
 BUILD_OPTIONS = {"level_zero": "-ze-opt-large-register-file", "opencl": "-cl-intel-256-GRF-per-thread"}
+# Specialisation constants by number; see register_tile.py for the first two. dropout is 1 where four keys share a draw of
+# random numbers, and 2 where their numbers do not follow each other from a multiple of 4.
+CONSTANTS = {
+    name: number
+    for number, name in enumerate(
+        ("two_dimensional", "exact", "spans", "softcap", "slopes", "bias", "padding", "dropout"), start=1
+    )
+}
+
+
+def tile_for(head_dim: int) -> int:
+    """The head_dim of the tile that serves this one."""
+    return min(size for size in GPU_TILES if size >= head_dim)
 
 
 def name(head_dim: int) -> str:
     """Name of the compiled kernel."""
-    return f"flash_forward_gpu_float32_d{head_dim}"
+    return f"flash_forward_gpu_float32_d{tile_for(head_dim)}"
 
 
 def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
@@ -61,58 +73,173 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
 
 
 def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
-    """Make the numba-dpex kernel function for one head_dim and tile."""
+    """Make the numba-dpex kernel function for one tile."""
+    from numba.core.types import CPointer, float32, int32, int64
+
     from .intrinsics import element, group_index
-    from .subgroup import divide, lane_index, tile_operations
+    from .register_tile import each_four_keys, each_key, specialisation, tile_operations
+    from .score import stages
+    from .subgroup import any_lane, divide, highest_lane, lane_index, lowest_lane
 
-    keys, q_in_registers, key_registers = tile
-    fill, load_query, dot, softmax, accumulate, store = tile_operations(head_dim, keys, q_in_registers, key_registers)
+    keys, parts, q_in_registers = tile
+    width = head_dim // parts
     real = np.float32
-    minus_infinity, ln2, log2e = real(-np.inf), real(math.log(2)), real(math.log2(math.e))
+    minus_infinity, one, log2e = real(-np.inf), real(1), real(math.log2(math.e))
     panel = SUB_GROUP * head_dim
+    numbers = CPointer(float32, addrspace=1)
+    has_spans, has_softcap, has_slopes, has_bias, has_padding, has_dropout = (
+        specialisation(CONSTANTS[name]) for name in ("spans", "softcap", "slopes", "bias", "padding", "dropout")
+    )
+    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store = tile_operations(
+        head_dim, width, keys, q_in_registers, CONSTANTS
+    )
+    capped, sloped, biased, padded, in_span, kept, philox = (
+        getattr(stages("float32"), name) for name in ("capped", "sloped", "biased", "padded", "in_span", "kept", "philox")
+    )
 
-    def forward_registers(item, no_array, q, k, v, out, lse, q_at, k_at, v_at, out_at, lse_at, sizes, scale, zero):
-        block = group_index()  # a work-group is one sub-group
+    # The stages of score.py for key t of a step. Their names must differ: numba tells them apart by these.
+    def scale_key(dot, t, scale):
+        return dot * scale
+
+    def cap_key(score, t, softcap, per_softcap):
+        return capped(score, softcap, per_softcap)
+
+    def slope_key(score, t, slope, centre, stride):
+        return sloped(score, slope, centre - stride * real(t))
+
+    def bias_key(score, t, bias, origin, stride, last):
+        return biased(score, bias[origin + min(t, last) * stride])
+
+    def pad_key(score, t, padding, origin, last):
+        return padded(score, padding[origin + min(t, last)])
+
+    def hide_key(score, t, first, last):
+        return in_span(score, t, first, last)
+
+    def drop_four(w0, w1, w2, w3, first, row, head, b, seed, threshold, keep_scale):
+        r0, r1, r2, r3 = philox(first >> 2, row, head, b, seed)
+        return (
+            kept(w0, r0, threshold, keep_scale),
+            kept(w1, r1, threshold, keep_scale),
+            kept(w2, r2, threshold, keep_scale),
+            kept(w3, r3, threshold, keep_scale),
+        )
+
+    def drop_key(weight, t, first, stride, row, head, b, seed, threshold, keep_scale):
+        number = first + stride * t
+        w0, w1, w2, w3 = philox(number >> 2, row, head, b, seed)
+        even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
+        return kept(weight, odd if number & 1 else even, threshold, keep_scale)
+
+    scale_all = each_key(keys, scale_key, float32)
+    cap_all = each_key(keys, cap_key, float32, float32)
+    slope_all = each_key(keys, slope_key, float32, float32, float32)
+    bias_all = each_key(keys, bias_key, numbers, int64, int64, int64)
+    pad_all = each_key(keys, pad_key, numbers, int64, int64)
+    hide_all = each_key(keys, hide_key, int32, int32)
+    drop_fours = each_four_keys(keys, drop_four, int64, int64, int64, int64, int64, float32)
+    drop_each = each_key(keys, drop_key, *[int64] * 7, float32, before=3)
+
+    def forward_registers(
+        item, no_array, q, k, v, out, lse, spans, per_head, bias, padding,
+        q_at, k_at, v_at, out_at, lse_at, sizes, scale, zero, options,
+    ):  # fmt: skip
+        index = group_index()  # a work-group is one sub-group
         lane = lane_index()
-        pair = divide(block, sizes.row_blocks)  # (batch, head)
+        tile_number = divide(index, parts)
+        part = index - tile_number * parts
+        pair = divide(tile_number, sizes.row_blocks)  # (batch, head)
+        # the rows with the most keys under a causal mask first
+        block = sizes.row_blocks - 1 - (tile_number - pair * sizes.row_blocks)
         b = divide(pair, sizes.heads)
         h = pair - b * sizes.heads
         kv = divide(h + sizes.head_shift, sizes.group)
-        first = (block - pair * sizes.row_blocks) * SUB_GROUP
-        row = first + lane
+        row = block * SUB_GROUP + lane
+        mine = min(row, sizes.seq_q - 1)
         k_start = element(k_at, b, kv, 0)
-        v_start = element(v_at, b, kv, 0)
-        to_log2 = scale * log2e  # the hardware has exp2
+        v_start = element(v_at, b, kv, 0) + part * width
+        v_size = sizes.head_dim - part * width
 
+        earliest, end_row, centre = 0, min(mine + sizes.diagonal + 1, sizes.seq_k), 0
+        if has_spans() != 0:
+            earliest, end_row, centre = spans[3 * mine], spans[3 * mine + 1], spans[3 * mine + 2]
+        # The keys that some row sees, in whole steps; one draw of random numbers serves four keys. The steps of keys that all
+        # rows see come first, without a mask, then those before and after them.
+        begin, end = lowest_lane(earliest) & -4, highest_lane(end_row)
+        inner_begin = begin + divide(highest_lane(earliest) - begin + keys - 1, keys) * keys
+        inner_end = inner_begin + divide(max(lowest_lane(end_row) - inner_begin, 0), keys) * keys
+
+        of_head = b * options.per_head_batch + 2 * h
+        bias_start = options.bias_offset + b * options.bias_batch + h * options.bias_head + mine * options.bias_seq
         if q_in_registers:
-            query = load_query(q, element(q_at, b, h, min(row, sizes.seq_q - 1)))
+            query = load_query(q, element(q_at, b, h, mine), sizes.head_dim)
         else:
-            query_start = q_at.offset + block * panel
+            query_start = q_at.offset + (pair * sizes.row_blocks + block) * panel
         total = fill(zero)
-        maximum = minus_infinity
-        normaliser = zero
-        last = min(row + sizes.diagonal + 1, sizes.seq_k)  # keys that the row sees
-        end = min(first + SUB_GROUP + sizes.diagonal, sizes.seq_k)
-        start = 0
-        # a `for` loop has an exit before its first turn too, and the values that meet there spill
+        # a sink is a key that is seen first and has no value
+        maximum = per_head[of_head + 1] if options.use_sinks != 0 else minus_infinity
+        normaliser = one if options.use_sinks != 0 else zero
+
+        # numba puts the code of this function where it is called, and the compiler drops what a constant `edge` leaves out
+        def step(total, maximum, normaliser, start, edge):
+            if q_in_registers:
+                score = dot(query, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
+            else:
+                # q_at.seq is 0 here, but the compiler does not know: it would load the panel once, before the loop, and spill
+                q_start = query_start + start * q_at.seq
+                score = dot(q, q_start, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
+            score = scale_all(score, (scale,))
+            if has_softcap() != 0:
+                score = cap_all(score, (options.softcap, options.per_softcap))
+            if has_slopes() != 0:
+                diagonal = real(centre - options.first_key - options.step * start)
+                score = slope_all(score, (per_head[of_head], diagonal, real(options.step)))
+            if has_bias() != 0:
+                key = (bias, bias_start + start * options.bias_key, options.bias_key, sizes.seq_k - 1 - start)
+                score = bias_all(score, key)
+            if has_padding() != 0:
+                score = pad_all(score, (padding, b * options.padding_batch + start, sizes.seq_k - 1 - start))
+            if edge:
+                score = hide_all(score, (np.int32(earliest - start), np.int32(end_row - 1 - start)))
+            hides = edge
+            if has_bias() + has_padding() != 0:
+                hides = hides or any_lane(lowest(score) == minus_infinity)
+            update = softmax(score, maximum, normaliser, minus_infinity, log2e)
+            maximum = update[0]
+            normaliser = update[1]
+            first_key, number = options.first_key + options.step * start, options.first_row + options.step * mine
+            if has_dropout() == 1:
+                draw = (number, h + options.first_head, b, options.seed, options.threshold, options.keep_scale)
+                update = drop_fours(update, first_key, draw)
+            if has_dropout() == 2:
+                pairs = (first_key, options.step, number, h + options.first_head, b, options.seed)
+                update = drop_each(update, (*pairs, options.threshold, options.keep_scale))
+            if hides:
+                update = mark(update, score, minus_infinity)
+                total = accumulate_seen(total, update, v, v_start, v_at.seq, sizes.seq_k, v_size, start)
+            else:
+                total = accumulate(total, update, v, v_start, v_at.seq, sizes.seq_k, v_size, start)
+            return total, maximum, normaliser
+
+        # A `for` loop has an exit before its first turn too, and the values that meet there spill.
+        start = inner_begin
+        while True:
+            if start >= inner_end:
+                break
+            total, maximum, normaliser = step(total, maximum, normaliser, start, False)
+            start += keys
+        start = begin if begin < inner_begin else inner_end
         while True:
             if start >= end:
                 break
-            if q_in_registers:
-                dots = dot(query, k, k_start + start * k_at.seq, k_at.seq, end - start)
-            else:
-                # q_at.seq is 0 here, but the compiler does not know: it would load the panel once, before the loop, and spill
-                dots = dot(q, query_start + start * q_at.seq, k, k_start + start * k_at.seq, k_at.seq, end - start)
-            step = softmax(dots, to_log2, last - start, maximum, normaliser, minus_infinity)
-            maximum = step[0]
-            normaliser = step[1]
-            total = accumulate(total, step, v, v_start + start * v_at.seq, v_at.seq, end - start)
+            total, maximum, normaliser = step(total, maximum, normaliser, start, True)
             start += keys
+            start = inner_end if start == inner_begin else start
 
         if row < sizes.seq_q:
-            inverse = real(1) / normaliser if normaliser != zero else zero
-            store(out, element(out_at, b, h, row), total, inverse)
-            of_lse = element(lse_at, b, h, row)
-            lse[of_lse] = maximum * ln2 + math.log(normaliser)
+            inverse = one / normaliser if normaliser != zero else zero
+            store(out, element(out_at, b, h, row) + part * width, v_size, total, inverse)
+            if part == 0:
+                lse[element(lse_at, b, h, row)] = maximum + math.log(normaliser)
 
     return forward_registers

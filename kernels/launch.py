@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dpctl
+import numpy as np
 from dpctl import SyclQueue
 from dpctl.memory import MemoryUSMDevice
 from dpctl.program import create_program_from_spirv
@@ -20,8 +21,6 @@ from . import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 KEPT_BYTES = 65536  # hashing more takes longer than sending it again
@@ -49,11 +48,36 @@ def _interface() -> Any:
 _submit, _wait, _delete = _interface()
 
 
+Constants = tuple[tuple[int, int], ...]  # specialisation constants that are not 0: (number, value)
+
+
+def specialise(spirv: bytes, constants: Constants) -> bytes:
+    """The SPIR-V module with other values for some of its specialisation constants of 32 bits.
+
+    A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
+    """
+    decorate, spec_id, spec_constant = 71, 1, 50
+    words, values = np.frombuffer(spirv, np.uint32).copy(), dict(constants)
+    numbers: dict[int, int] = {}  # by the name of the result
+    position = 5
+    while position < len(words):
+        instruction = words[position : position + int(words[position] >> 16)]
+        opcode = instruction[0] & 0xFFFF
+        if opcode == decorate and instruction[2] == spec_id:
+            numbers[int(instruction[1])] = int(instruction[3])
+        elif opcode == spec_constant and numbers.get(int(instruction[2])) in values:
+            instruction[3] = values[numbers[int(instruction[2])]]
+        position += len(instruction)
+    return words.tobytes()
+
+
 @cache
-def _kernel(context: Any, device: Any, name: str) -> Any:
-    """The kernel, compiled by the driver for this context and device on first use."""
+def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> Any:
+    """The kernel, compiled by the driver for this context, device and constants on first use."""
     entry = manifest.read()[name]
     spirv = (manifest.FOLDER / f"{name}.spv").read_bytes()
+    if constants:
+        spirv = specialise(spirv, constants)
     options = entry["build_options"].get(device.backend.name, "") if device.is_gpu else ""
     # a program is built through a queue, but belongs to its context and device alone
     program = create_program_from_spirv(SyclQueue(context, device), spirv, options)
@@ -65,9 +89,9 @@ def _kernel(context: Any, device: Any, name: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _kernel_of_queue(queue: Any, name: str) -> Any:
+def _kernel_of_queue(queue: Any, name: str, constants: Constants) -> Any:
     """The kernel for a queue: asking a queue for its context and device takes longer than this look-up."""
-    return _kernel(queue.sycl_context, queue.sycl_device, name)
+    return _kernel(queue.sycl_context, queue.sycl_device, name, constants)
 
 
 @lru_cache(maxsize=64)
@@ -120,7 +144,16 @@ def place(x: Any) -> tuple[int, ...]:
     return x._element_offset, *x.strides
 
 
-def launch(queue: Any, name: str, memories: Sequence[Any], scalars: tuple[float, ...], *, groups: int, lanes: int) -> None:
+def launch(
+    queue: Any,
+    name: str,
+    memories: Sequence[Any],
+    scalars: tuple[float, ...],
+    *,
+    groups: int,
+    lanes: int,
+    constants: Constants = (),
+) -> None:
     """Run kernel `name` over `groups` work-groups of `lanes` work-items, after all earlier work of the queue, and wait for it.
 
     Queues are out of order, and what was submitted before may be dpnp's or the user's own: so the queue is waited for first.
@@ -138,11 +171,13 @@ def launch(queue: Any, name: str, memories: Sequence[Any], scalars: tuple[float,
         All the other arguments, in order.
     groups, lanes : int
         The one-dimensional index space.
+    constants : tuple of (int, int)
+        Numbers and values of the kernel's specialisation constants that are not 0.
     """
     if lanes > _max_lanes(queue):
         # dpctl can return normally from such a launch, with the output untouched
         raise RuntimeError(f"kernel {name} needs work-groups of {lanes}, {queue.sycl_device.name} allows fewer")
-    kernel = _kernel_of_queue(queue, name)
+    kernel = _kernel_of_queue(queue, name, constants)
     arguments = _arguments(name, scalars)
     if len(memories) != arguments.memories:
         raise RuntimeError(f"kernel {name} takes {arguments.memories} pointers before these scalars, not {len(memories)}")

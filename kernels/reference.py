@@ -65,7 +65,10 @@ def backward(
         p = np.where(seen, np.exp(score - lse[..., None]), 0)
         recompute = (abs(lse) > large) & np.isfinite(lse)
         if recompute.any():
-            p = np.where(recompute[..., None], _softmax(score, options)[0], p)
+            weight, own_lse = _softmax(score, options)
+            difference = own_lse - lse  # lse may be that of more keys than these
+            share = np.where(difference < -4 * np.finfo(lse.dtype).eps * abs(lse), np.exp(difference), 1)
+            p = np.where(recompute[..., None], weight * share[..., None], p)
         dp = dout @ v.swapaxes(2, 3)
         kept = dense_kept(options, score.shape)
         ds = p * (dp * kept - delta[..., None]) * derivative

@@ -79,10 +79,6 @@ def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
     return Schedule(tile, rows, FULL_PRECISION, serves, costs, by_head=True, forward=forward, backward=backward)
 
 
-def _serves_gpu(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
-    return gpu_schedule.serves(device, dtype, head_dim, options=options)
-
-
 # The costs of CPUs were measured by scripts/tune.py on a Zen 5 CPU, which for AVX2 was limited to that; those of GPUs only say
 # what is preferred.
 _ALL = (
@@ -90,7 +86,7 @@ _ALL = (
     _of_tile("narrow", {"avx512": 1.03, "avx2": 1.0}),
     _of_tile("short", {"avx512": 1.2, "avx2": 1.17, "gpu": 100.0}),
     Schedule(
-        *("gpu", SUB_GROUP, FULL_PRECISION, _serves_gpu, {"gpu": 1.0}),
+        *("gpu", SUB_GROUP, FULL_PRECISION, gpu_schedule.serves, {"gpu": 1.0}),
         by_head=False,
         forward=gpu_schedule.launch_forward,
         backward=gpu_schedule.launch_backward,

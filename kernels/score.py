@@ -108,7 +108,7 @@ def stages(dtype: str) -> SimpleNamespace:
     zero, one, minus_infinity, lowest = real(0), real(1), real(-np.inf), np.finfo(real).min
     # of a logarithm above it, one of the number of keys would be lost in rounding
     large = real(0.5**11 / np.finfo(real).eps)
-    word = 0xFFFFFFFF
+    tolerance, word = real(4 * np.finfo(real).eps), 0xFFFFFFFF
 
     @inlined
     def capped(score, softcap, per_softcap):
@@ -155,6 +155,12 @@ def stages(dtype: str) -> SimpleNamespace:
         return size > large and size < real(np.inf)
 
     @inlined
+    def share(own_lse, lse):
+        """Which part of the denominators is of these keys, if there are others: 1 where rounding hides a difference."""
+        difference = own_lse - lse
+        return exp(difference) if difference < -tolerance * abs(lse) else one
+
+    @inlined
     def philox(c0, c1, c2, c3, seed):
         """Four random words of 32 bits from a counter of four words."""
         k0, k1 = seed & word, (seed >> 32) & word
@@ -164,9 +170,14 @@ def stages(dtype: str) -> SimpleNamespace:
             k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
         return c0, c1, c2, c3
 
+    @inlined
+    def kept(weight, word, threshold, keep_scale):
+        """The weight after dropout, for which this word was drawn."""
+        return weight * keep_scale if word >= threshold else zero
+
     return SimpleNamespace(
         capped=capped, cap_derivative=cap_derivative, sloped=sloped, biased=biased, padded=padded, in_span=in_span,
-        probability=probability, is_large=is_large, philox=philox,
+        probability=probability, is_large=is_large, share=share, philox=philox, kept=kept,
     )  # fmt: skip
 
 

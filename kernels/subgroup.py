@@ -1,4 +1,4 @@
-"""Sub-group operations and register tiles for the GPU schedule, as numba intrinsics. Build time only.
+"""Sub-group operations, and register tiles for the GPU kernels of the gradient, as numba intrinsics. Build time only.
 
 A tile is a tuple of floats that lives in registers: element i of the tuple is one register of the sub-group, one number in
 each of its 16 lanes. The operations emit unrolled code, because a loop over a private array would become memory traffic.
@@ -45,6 +45,9 @@ class Emitter:
 
     def maximum(self, a, b):
         return self.call("_Z4fmaxff", _F32, [a, b])
+
+    def minimum(self, a, b):
+        return self.call("_Z4fminff", _F32, [a, b])
 
     def exp2(self, x):
         return self.call("_Z4exp2f", _F32, [x])
@@ -109,6 +112,29 @@ def lane_index(typing_context):
     return types.int64(), generate
 
 
+def _over_lanes(symbol):
+    """The same number in all lanes, of an integer or a condition in each."""
+
+    @intrinsic
+    def reduce(typing_context, x):
+        def generate(context, builder, signature, arguments):
+            (value,) = arguments
+            value = builder.zext(value, _I32) if value.type == ir.IntType(1) else builder.trunc(value, _I32)
+            value = Emitter(context, builder).call(symbol, _I32, [value], convergent=True)
+            if x == types.boolean:
+                return builder.icmp_signed("!=", value, ir.Constant(_I32, 0))
+            return builder.sext(value, _I64)
+
+        return (types.boolean if x == types.boolean else types.int64)(x), generate
+
+    return reduce
+
+
+lowest_lane = _over_lanes("_Z20sub_group_reduce_mini")
+highest_lane = _over_lanes("_Z20sub_group_reduce_maxi")
+any_lane = _over_lanes("_Z13sub_group_anyi")
+
+
 @intrinsic
 def divide(typing_context, a, b):
     """Quotient of two numbers from 0 to 2**31. A 64-bit division is a loop on a GPU, after which the compiler no longer knows
@@ -121,17 +147,10 @@ def divide(typing_context, a, b):
     return types.int64(types.int64, types.int64), generate
 
 
-def tile_operations(head_dim, keys, q_in_registers, key_registers):
-    """The operations of the kernel on tiles of one head_dim, a multiple of 16, and `keys` keys of a step.
-
-    Returns
-    -------
-    fill, load_query, dot, softmax, accumulate, store : numba intrinsics
-    """
+def tile_operations(head_dim, keys):
+    """The operations on tiles of one head_dim, a multiple of 16, and `keys` columns of a step: ``fill, dot, store``."""
     vector = UniTuple(_FLOAT, head_dim)
-    chunk = key_registers * WIDTH
     scores = UniTuple(_FLOAT, keys)
-    update = UniTuple(_FLOAT, keys + 3)
 
     @intrinsic
     def fill(typing_context, value):
@@ -143,101 +162,25 @@ def tile_operations(head_dim, keys, q_in_registers, key_registers):
         return vector(_FLOAT), generate
 
     @intrinsic
-    def load_query(typing_context, q, offset):
-        """The query row of each lane: the only load in which lanes read different rows."""
-
-        def generate(context, builder, signature, arguments):
-            numbers = []
-            for d in range(0, head_dim, 4):
-                address = builder.gep(arguments[0], [builder.add(arguments[1], ir.Constant(_I64, d))])
-                four = ir.VectorType(_F32, 4)
-                pointer = builder.bitcast(address, ir.PointerType(four, addrspace=address.type.addrspace))
-                value = builder.load(pointer, align=4)
-                numbers += [builder.extract_element(value, ir.Constant(_I32, i)) for i in range(4)]
-            return Emitter(context, builder).pack(vector, numbers)
-
-        return vector(q, types.int64), generate
-
-    def emit_dot(emitter, query_part, k, offset, stride, available):
-        sums = [ir.Constant(_F32, 0.0)] * keys
-        places = emitter.rows(offset, stride, keys, available)
-        for d in range(0, head_dim, chunk):
-            query = query_part(d)
-            rows = [emitter.row(k, emitter.builder.add(place, ir.Constant(_I64, d)), chunk) for place in places]
-            for e in range(chunk):
-                for t in range(keys):
-                    sums[t] = emitter.mad(query[e], rows[t][e], sums[t])
-        return emitter.pack(scores, sums)
-
-    if q_in_registers:
-
-        @intrinsic
-        def dot(typing_context, query, k, offset, stride, available):
-            """Products of the query rows with the next keys; of `available` rows, which may be fewer, the last is repeated."""
-
-            def generate(context, builder, signature, arguments):
-                emitter = Emitter(context, builder)
-                numbers = emitter.unpack(arguments[0], head_dim)
-                return emit_dot(emitter, lambda d: numbers[d : d + chunk], *arguments[1:])
-
-            return scores(vector, k, types.int64, types.int64, types.int64), generate
-    else:
-
-        @intrinsic
-        def dot(typing_context, q, q_offset, k, offset, stride, available):
-            """The same with the query rows read from a panel (head_dim, 16 rows) as they are needed."""
-
-            def generate(context, builder, signature, arguments):
-                emitter = Emitter(context, builder)
-                panel, start = arguments[:2]
-
-                def query_part(d):
-                    places = [builder.add(start, ir.Constant(_I64, (d + e) * WIDTH)) for e in range(0, chunk, 8)]
-                    return [x for place in places for x in emitter.block_read(panel, place, 8)]
-
-                return emit_dot(emitter, query_part, *arguments[2:])
-
-            return scores(q, types.int64, k, types.int64, types.int64, types.int64), generate
-
-    @intrinsic
-    def softmax(typing_context, dots, scale, visible, maximum, normaliser, minus_infinity):
-        """One step of the online softmax over the first `visible` keys of each lane.
-
-        Returns the new maximum and normaliser, the factor for what was summed before, and the weights.
-        """
+    def dot(typing_context, rows, rows_offset, columns, offset, stride, available):
+        """Products of rows, read from a panel (head_dim, 16 rows) as they are needed, with the next columns; of `available`
+        columns, which may be fewer, the last is repeated."""
 
         def generate(context, builder, signature, arguments):
             emitter = Emitter(context, builder)
-            dots, scale, visible, maximum, normaliser, minus_infinity = arguments
-            visible = builder.trunc(visible, _I32)
-            score = [
-                builder.select(builder.icmp_signed("<", ir.Constant(_I32, t), visible), builder.fmul(x, scale), minus_infinity)
-                for t, x in enumerate(emitter.unpack(dots, keys))
-            ]
-            highest = emitter.maximum(maximum, emitter.tree(emitter.maximum, score))
-            # -inf - -inf would be nan for a row that has seen no key yet
-            shift = builder.select(builder.fcmp_ordered(">", highest, minus_infinity), highest, ir.Constant(_F32, 0.0))
-            rescale = emitter.exp2(builder.fsub(maximum, shift))
-            weights = [emitter.exp2(builder.fsub(x, shift)) for x in score]
-            normaliser = emitter.mad(normaliser, rescale, emitter.tree(builder.fadd, weights))
-            return emitter.pack(update, [highest, normaliser, rescale, *weights])
+            panel, start, columns, offset, stride, available = arguments
+            sums = [ir.Constant(_F32, 0.0)] * keys
+            places = emitter.rows(offset, stride, keys, available)
+            for d in range(0, head_dim, WIDTH):
+                parts = [builder.add(start, ir.Constant(_I64, (d + e) * WIDTH)) for e in range(0, WIDTH, 8)]
+                row = [x for part in parts for x in emitter.block_read(panel, part, 8)]
+                numbers = [emitter.row(columns, builder.add(place, ir.Constant(_I64, d)), WIDTH) for place in places]
+                for e in range(WIDTH):
+                    for t in range(keys):
+                        sums[t] = emitter.mad(row[e], numbers[t][e], sums[t])
+            return emitter.pack(scores, sums)
 
-        return update(scores, _FLOAT, types.int64, _FLOAT, _FLOAT, _FLOAT), generate
-
-    @intrinsic
-    def accumulate(typing_context, total, step, v, offset, stride, available):
-        """Rescale the sums and add the weighted values of a step."""
-
-        def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder)
-            step = emitter.unpack(arguments[1], keys + 3)
-            total = [builder.fmul(x, step[2]) for x in emitter.unpack(arguments[0], head_dim)]
-            for weight, place in zip(step[3:], emitter.rows(arguments[3], arguments[4], keys, arguments[5]), strict=True):
-                row = emitter.row(arguments[2], place, head_dim)
-                total = [emitter.mad(weight, value, x) for value, x in zip(row, total, strict=True)]
-            return emitter.pack(vector, total)
-
-        return vector(vector, update, v, types.int64, types.int64, types.int64), generate
+        return scores(rows, types.int64, columns, types.int64, types.int64, types.int64), generate
 
     @intrinsic
     def store(typing_context, out, offset, total, factor):
@@ -258,7 +201,7 @@ def tile_operations(head_dim, keys, q_in_registers, key_registers):
 
         return types.void(out, types.int64, vector, _FLOAT), generate
 
-    return fill, load_query, dot, softmax, accumulate, store
+    return fill, dot, store
 
 
 def gradient_operations(head_dim, columns, by_column):

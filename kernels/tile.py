@@ -163,9 +163,9 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
 
     rows, _, _, block, _ = tile
     stage = stages(dtype)
-    zero = np.dtype(dtype).type(0)
-    capped, cap_derivative, sloped, biased, padded, philox = (
-        getattr(stage, name) for name in ("capped", "cap_derivative", "sloped", "biased", "padded", "philox")
+    one = np.dtype(dtype).type(1)
+    capped, cap_derivative, sloped, biased, padded, philox, kept = (
+        getattr(stage, name) for name in ("capped", "cap_derivative", "sloped", "biased", "padded", "philox", "kept")
     )
 
     @inlined
@@ -207,7 +207,7 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
 
     @inlined
     def keep_key(keep, t, word, options):
-        keep[t] = options.keep_scale if word >= options.threshold else zero
+        keep[t] = kept(one, word, options.threshold, options.keep_scale)
 
     @inlined
     def keep_of_row(keep, r, row, key, head, b, options):

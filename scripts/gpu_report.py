@@ -17,6 +17,8 @@ the cycles that each pipe of the vector engine is busy in one turn:
 The pipes work at the same time, so the busiest one bounds the speed; "reach" is the share of these cycles in which the pipe
 that counts, xmx where there is a dpas and else float, does dpas or mad: what the code allows of the peak if nothing stalls.
 
+Kernels of one module for all options are compiled without any, with all but dropout ("+options"), and with all ("+dropout").
+
 A bar breaks where a kernel spills or uses private memory on pvc (Max) or bmg (Arc B), or where the hot loop of a float32 kernel
 on pvc has too few mad. The bars are for compilers from 2025 on. Ends with 1 if one breaks.
 """
@@ -36,6 +38,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ulysses_dp.kernels import manifest
+from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS
+from ulysses_dp.kernels.launch import specialise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from gpu import spirv
@@ -45,6 +49,7 @@ CLEAN = ("pvc", "bmg")  # where nothing may spill
 BARS_FROM = (25,)  # the first version of ocloc to which the bars apply
 # Share of mad in the hot loop on pvc, of float32 kernels: by a part of the name and the head_dims.
 MAD_BARS = {"forward": ((64, 96, 128), 0.83), "backward": ((64, 128), 0.80)}
+WITHOUT_BLOCK_LOADS = ("dg2",)  # of two dimensions
 LANES = {"dg2": 8}  # of a pipe in a cycle; 16 elsewhere
 DOUBLE = {"pvc": 1, "cri": 1}  # cycles of a float64 instruction for one of float32; 16 elsewhere
 PIPES = ("xmx", "float", "int", "math", "send")
@@ -209,14 +214,32 @@ def listing(folder: Path, entry: str) -> Path | None:
     return max(of_kernel, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def forms(kernel: str) -> list[str]:
+    """A kernel with specialisation constants as it is without options, with all but dropout, and with all; any other once."""
+    return [kernel, f"{kernel}+options", f"{kernel}+dropout"] if kernel.startswith("flash_forward_gpu") else [kernel]
+
+
+def constants(kernel: str, form: str, device: str) -> tuple[tuple[int, int], ...]:
+    """The specialisation constants of a form."""
+    if len(forms(kernel)) == 1:
+        return ()
+    names = ["exact"] + ["two_dimensional"] * (device not in WITHOUT_BLOCK_LOADS)
+    if form:
+        names += ["spans", "softcap", "slopes", "bias", "padding"] + ["dropout"] * (form == "dropout")
+    return tuple((CONSTANTS[name], 1) for name in names)
+
+
 def compile_kernel(ocloc: Path, kernel: str, device: str) -> Report:
     """Compile one kernel for one device."""
     report = Report(kernel, device)
-    entry = manifest.read()[kernel]
+    module, _, form = kernel.partition("+")
+    entry = manifest.read()[module]
     options = entry["build_options"].get("opencl", "")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [ocloc, "compile", "-file", manifest.FOLDER / f"{kernel}.spv", "-spirv_input", "-device", device]
+        file = folder / "kernel.spv"
+        file.write_bytes(specialise((manifest.FOLDER / f"{module}.spv").read_bytes(), constants(module, form, device)))
+        command = [ocloc, "compile", "-file", file, "-spirv_input", "-device", device]
         command += ["-out_dir", folder, *(["-options", options] if options else [])]
         environment = {**os.environ, "IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": name}
         try:
@@ -243,7 +266,8 @@ def judge(report: Report) -> None:
         report.broken.append(report.problem)
     if report.spill_bytes or report.private_bytes or report.scratch:
         report.broken.append("spills or private memory")
-    head_dim = manifest.read()[report.kernel]["constants"].get("head_dim")
+    head_dim = manifest.read()[report.kernel.partition("+")[0]]["constants"].get("head_dim")
+    head_dim = None if "+" in report.kernel else head_dim  # the bars are for loops without options
     for part, (head_dims, least) in MAD_BARS.items():
         concerned = part in report.kernel and "float32" in report.kernel and head_dim in head_dims and report.device == "pvc"
         if concerned and report.mad_share < least and not report.problem:
@@ -313,7 +337,7 @@ def main() -> None:
         sys.exit(f"gpu_report: no kernel has {arguments.kernel!r} in its name")
     reports = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is done by the processes that they wait for
-        pairs = [(kernel, device) for kernel in kernels for device in arguments.device]
+        pairs = [(form, device) for kernel in kernels for form in forms(kernel) for device in arguments.device]
         for report in pool.map(lambda pair: compile_kernel(ocloc, *pair), pairs):
             if judged:
                 judge(report)

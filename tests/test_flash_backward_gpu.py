@@ -10,7 +10,6 @@ from test_flash_forward import GUARD, guarded
 from ulysses_dp.kernels import cpu_schedule, reference
 from ulysses_dp.kernels.arguments import Problem
 from ulysses_dp.kernels.flash_backward_gpu import COLUMNS, SUB_GROUP
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 from ulysses_dp.kernels.schedules import SCHEDULES
 
 from ulysses_dp._device.arrays import tensor
@@ -56,11 +55,6 @@ def run(dout, q, k, v, lse, delta, *, layout="padded", **options):
 def compare(results, expected):
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max(initial=1))
-
-
-def test_every_head_dim_of_the_forward():
-    """One choice serves both directions."""
-    assert set(COLUMNS) == set(GPU_TILES)
 
 
 @pytest.mark.parametrize("head_dim", COLUMNS)

@@ -286,7 +286,7 @@ def test_notes_say_what_to_watch():
     assert "2 of 5 ranks have no row" in notes(3, 5, ranks=5)
     assert "at most" in notes(2**30, 8, ranks=2)
     assert "model" in notes(4096, 8, machine="aurora-node")
-    assert "head_dim 50" in notes(4096, 8, head_dim=50, machine="aurora-node")
+    assert "head_dim 50" in notes(4096, 8, head_dim=50, backward=True, machine="aurora-node")
 
 
 GOOD = {"seq": 64, "heads": 8, "kv_heads": 2, "ranks": 4}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers import random_qkv
 from ulysses_dp.kernels import schedules
+from ulysses_dp.kernels.flash_backward_gpu import COLUMNS
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS, TILES
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
 from ulysses_dp import attention
 from ulysses_dp._device.queue import default_queue
@@ -63,8 +63,12 @@ def test_short_sequences_get_tiles_that_fit():
 
 def test_gpu_schedule_where_it_fits():
     gpu = Device(is_gpu=True)
-    for head_dim in (*HEAD_DIMS, 50):
-        assert (schedules.choose(gpu, F32, head_dim, 100).name == "gpu") == (head_dim in GPU_TILES)
+    for head_dim in range(1, 257):
+        for options in (False, True):
+            for dtype in ("float32", "float16", "uint16"):
+                assert schedules.choose(gpu, dtype, head_dim, 100, options=options).name == "gpu"
+                backward = schedules.choose(gpu, dtype, head_dim, 100, options=options, backward=True)
+                assert (backward.name == "gpu") == (head_dim in COLUMNS and not options)
         assert schedules.choose(gpu, F64, head_dim, 100).name in TILES
     assert schedules.choose(Device(is_gpu=True, sub_group_sizes=[8, 32]), F32, 64, 100).name in TILES
 

@@ -117,3 +117,19 @@ def test_scale_and_soft_cap_of_any_size(dtype, scale, softcap):
     if scale * 10 < softcap:  # beyond, the cap is a step, which has no derivative
         for grad in attention_backward(dout, q, k, v, out, lse, **options):
             assert np.isfinite(grad).all()
+
+
+def test_gradient_by_parts_of_the_keys():
+    """lse is that of all keys, and so large that the kernels find the maximum of their keys again: the parts add up."""
+    dout, q, k, v = inputs("float32", 16)
+    bias = np.full((1, 1, SEQ, KEYS), 6000, "float32")
+    out, lse = attention(q, k, v, bias=bias, return_lse=True)
+    dq, dk, dv = attention_backward(dout, q, k, v, out, lse, bias=bias)
+    first, second = (
+        attention_backward(dout, q, k[:, part], v[:, part], out, lse, bias=bias[..., part])
+        for part in (slice(0, 20), slice(20, None))
+    )
+    tolerance = 10 * 6000 * np.finfo("float32").eps  # as exact as lse
+    np.testing.assert_allclose(first[0] + second[0], dq, rtol=0, atol=tolerance)
+    for result, whole in zip(zip(first[1:], second[1:], strict=True), (dk, dv), strict=True):
+        np.testing.assert_allclose(np.concatenate(result, axis=1), whole, rtol=0, atol=tolerance)

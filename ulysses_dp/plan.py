@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
+from ulysses_dp.kernels.flash_backward_gpu import COLUMNS
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, tile_for
 from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from ._call.checks import Geometry, check_flag, check_integer
@@ -312,8 +313,8 @@ def _notes(problem: _Problem, machine: Machine, memory: int, largest_seq: int) -
     best, direct, two_steps = _best_node_size(problem, machine)
     if best > 1:
         notes.append(f"node_size={best} would take {two_steps:.2g} s for the forward exchanges instead of {direct:.2g} s")
-    if problem.gpu and problem.head_dim not in GPU_TILES:
-        notes.append(f"head_dim {problem.head_dim} has no kernel for GPUs: attention takes longer than predicted")
+    if problem.gpu and problem.backward and problem.head_dim not in COLUMNS:
+        notes.append(f"head_dim {problem.head_dim} has no gradient made for GPUs: it takes longer than predicted")
     if not machine.measured:
         notes.append(f"{machine.name} is a model from published figures, not measured")
     return notes
@@ -476,7 +477,7 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
     share, batch, seq, several = problem.shares[rank], problem.batch, problem.seq, problem.ranks > 1
     compute = problem.compute_itemsize
     q_size, kv_size = (batch * seq * n * problem.head_dim for n in (share.q_count, share.kv_count))
-    on_gpu = problem.gpu and DTYPES[problem.dtype].compute == "float32" and problem.head_dim in GPU_TILES
+    on_gpu = problem.gpu and DTYPES[problem.dtype].compute == "float32"
     walks_far = seq * problem.head_dim >= HEAD_MAJOR_FROM
     slots: dict[str, int] = {}
 
@@ -501,8 +502,9 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
         copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
         if problem.converts:
             need("result before rounding", q_size, compute)
-        if on_gpu and not GPU_TILES[problem.head_dim].q_in_registers:
-            need("panels of q", q_size // seq * math.ceil(seq / SUB_GROUP) * SUB_GROUP, compute)
+        tile_size = tile_for(problem.head_dim)
+        if on_gpu and not GPU_TILES[tile_size].q_in_registers:
+            need("panels of q", batch * share.q_count * math.ceil(seq / SUB_GROUP) * SUB_GROUP * tile_size, compute)
     if not problem.backward:
         return slots
 
@@ -513,9 +515,10 @@ def _scratch(problem: _Problem, rank: int) -> dict[str, int]:
     travel(*problem.messages(gradient=True))
     if not q_size:
         return slots
-    copies("dout, q", 2, q_size, share.q_count, by_head=walks_far and not on_gpu)
-    copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not on_gpu)
-    if on_gpu:
+    gradient_on_gpu = on_gpu and problem.head_dim in COLUMNS
+    copies("dout, q", 2, q_size, share.q_count, by_head=walks_far and not gradient_on_gpu)
+    copies("k, v", 2, kv_size, share.kv_count, by_head=walks_far and not gradient_on_gpu)
+    if gradient_on_gpu:
         need("panels of rows", 2 * max(q_size, kv_size) // seq * math.ceil(seq / SUB_GROUP) * SUB_GROUP, compute)
     itemsize = problem.messages(gradient=True)[1].itemsize if several else problem.itemsize
     if itemsize != compute:

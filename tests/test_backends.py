@@ -619,7 +619,7 @@ def test_example_of_the_documentation(capsys):
 
 
 @needs_ranks
-@pytest.mark.parametrize("raised", [ValueError, OSError])
+@pytest.mark.parametrize("raised", [ValueError, OSError, KeyError])
 def test_user_function_raises_on_one_rank(comm, raised):
     q, k, v = rows_of(comm)
     last = comm.size - 1
@@ -633,7 +633,7 @@ def test_user_function_raises_on_one_rank(comm, raised):
         return dense(*arrays, **options)[:, comm.rank == last :]
 
     run = partial(ulysses_attention, q, k, v, comm=comm)
-    error = raised if raised is ValueError else RuntimeError
+    error = RuntimeError if raised is KeyError else raised
     assert_all_raise(comm, partial(run, attn_type=fails), error, f"rank {last}", "no luck")
     assert_all_raise(comm, partial(run, attn_type=returns_less), ValueError, f"rank {last}", "returns_less must return out")
     assert outcomes(comm, partial(run, attn_type=dense)) == [None] * comm.size

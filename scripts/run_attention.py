@@ -111,6 +111,16 @@ def progress(steps: list[Step], comm: Any) -> Any:
     return steps
 
 
+def rows_with_nan(out: FileArray, rows: slice, most: int) -> set[int]:
+    """The first rows of this rank with nan in the result, which is worth a look even in rows that are not compared."""
+    found: set[int] = set()
+    for first in range(rows.start, rows.stop, 1024):
+        if len(found) < most:
+            part = out.part_as_float64(slice(None), slice(first, min(first + 1024, rows.stop)))
+            found.update(int(i) for i in first + np.flatnonzero(np.isnan(part).any(axis=(0, 2, 3))))
+    return set(sorted(found)[:most])
+
+
 def largest_difference(result: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference; infinite where one is nan or infinite and the other is not."""
     same = (result == expected) | (np.isnan(result) & np.isnan(expected))
@@ -156,7 +166,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--exchange", choices=["auto", "device", "host"], default="auto", help="how MPI reaches device memory")
     parser.add_argument("--trace", metavar="FILE", help="write what every rank did when, for ui.perfetto.dev")
     parser.add_argument(
-        "--check", type=int, nargs="?", const=16, metavar="ROWS", help="compare rows (16) with dense attention in float64"
+        "--check",
+        type=int,
+        nargs="?",
+        const=16,
+        metavar="ROWS",
+        help="compare rows (16), and those with nan, with dense attention in float64",
     )
     arguments = parser.parse_args()
     if Path(arguments.out).suffix not in (".npy", ".safetensors"):
@@ -229,8 +244,9 @@ def run(arguments: argparse.Namespace, comm: Any, stack: ExitStack) -> None:
     error, chosen = 0.0, []
     if arguments.check is not None and seq_q:
         chosen = np.unique(np.linspace(0, seq_q - 1, arguments.check).astype(int))
-        own = [int(i) for i in chosen if rows.start <= i < rows.stop]
-        mine = on_all_ranks(comm, lambda: largest_error(*arrays, out, own, scale, arguments.causal))
+        own = {int(i) for i in chosen if rows.start <= i < rows.stop}
+        suspects = on_all_ranks(comm, lambda: rows_with_nan(out, rows, arguments.check))
+        mine = on_all_ranks(comm, lambda: largest_error(*arrays, out, sorted(own | suspects), scale, arguments.causal))
         error = comm.allreduce(mine, MPI.MAX)
 
     passed = error <= TOLERANCE[q.dtype]

@@ -18,7 +18,7 @@ from . import _local
 from ._call.checks import check_integer
 from ._call.spans import meetings
 from ._device.arrays import tensor, view
-from ._device.copies import add_arrays, copy_arrays
+from ._device.copies import copy_arrays
 from ._device.trace import note
 from ._device.workspace import scratch
 from ._ranks import mpi
@@ -59,12 +59,7 @@ class Mesh(NamedTuple):
         for name, given, ends in zip("qk", counts, packed, strict=True):
             fixed = given if order == "contiguous" else None
             rows = rows_of_ranks(sum(given), ranks.size, ring, order, ends, fixed)
-            for rank, (mine, expected) in enumerate(zip(given, map(count, rows), strict=True)):
-                if mine != expected:
-                    raise ValueError(
-                        f"{function}: with order {order!r} and ring {ring}, {name} must have {expected} of the {sum(given)} "
-                        f"rows on rank {rank}, not {mine}; see row_positions"
-                    )
+            check_rows(function, name, given, tuple(map(count, rows)), order, ring)
             held.append(rows)
         return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, *held)
 
@@ -111,6 +106,16 @@ def check_ring(ring: Any, ranks: int, heads: int) -> int:
     if ring < 1 or ranks % ring:
         raise ValueError(f"ring must divide the {ranks} ranks, which {ring} does not")
     return int(ring)
+
+
+def check_rows(function: str, name: str, given: tuple[int, ...], expected: tuple[int, ...], order: Order, ring: int) -> None:
+    """Check the rows that the ranks have of an array against those of their order; all ranks know these, and raise alike."""
+    for rank, (mine, fitting) in enumerate(zip(given, expected, strict=True)):
+        if mine != fitting:
+            raise ValueError(
+                f"{function}: with order {order!r} and ring {ring}, {name} must have {fitting} of the {sum(given)} rows on "
+                f"rank {rank}, not {mine}; see row_positions"
+            )
 
 
 def check_order(order: Any) -> Order:
@@ -370,8 +375,8 @@ class _Backward:
             k_part, v_part = k[:, keys], v[:, keys]
             parts = [ring.temporary(f"gradient {n}", x.shape) for n, x in enumerate((dq, k_part, v_part))]
             _local.differentiate((dout, q, k_part, v_part, lse, delta), parts, options, ring.heads)
-            add_arrays(parts[:1], [dq])
-            add_arrays(parts[1:], [x[:, keys] for x in sums])
+            copy_arrays(parts[:1], [dq], add=True)
+            copy_arrays(parts[1:], [x[:, keys] for x in sums], add=True)
 
     def give(self, dq: Any, dk: Any, dv: Any) -> None:
         """Write the results."""

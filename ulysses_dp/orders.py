@@ -13,7 +13,7 @@ from ._device.trace import call
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.orders import positions, rows_of_ranks
-from ._ring import check_order, check_ring
+from ._ring import check_order, check_ring, check_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,12 +206,7 @@ def unshard_rows(
         agreement = agree(ranks, function, check)
         (array, at), counts = agreement.result, tuple(rows for (rows,) in agreement.sizes)
         held = _positions(ranks, sum(counts), order, ring, cu_seqlens, counts)
-        for rank, (given, expected) in enumerate(zip(counts, map(len, held), strict=True)):
-            if given != expected:
-                raise ValueError(
-                    f"{function}: with order {order!r} and ring {ring}, x must have {expected} of the {sum(counts)} rows on "
-                    f"rank {rank}, not {given}; see row_positions"
-                )
+        check_rows(function, "x", counts, tuple(map(len, held)), order, ring)
         # Delegate.
         usm = array.usm()
         joined = mpi.join_rows(ranks, np.moveaxis(to_host(usm), at, 0), counts)

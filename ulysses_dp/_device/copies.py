@@ -14,20 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def copy_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
-    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis."""
+def copy_arrays(sources: Sequence[Any], targets: Sequence[Any], *, add: bool = False) -> None:
+    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis.
+
+    With `add` they are added to what the targets hold: all are float32, or all float64.
+    """
     batch, seq, heads, width = sources[0].shape
     pairs = enumerate(zip(sources, targets, strict=True))
-    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width) for n, (x, y) in pairs]
-    relayout(sources, targets, panels, rows=seq, batch=batch)
-    note(passes=1)
-
-
-def add_arrays(sources: Sequence[Any], targets: Sequence[Any]) -> None:
-    """Add arrays of one shape to others in one launch; all are float32, or float64, and the targets dense in the last axis."""
-    batch, seq, heads, width = sources[0].shape
-    pairs = enumerate(zip(sources, targets, strict=True))
-    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width, add=1) for n, (x, y) in pairs]
+    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width, add=int(add)) for n, (x, y) in pairs]
     relayout(sources, targets, panels, rows=seq, batch=batch)
     note(passes=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,11 +31,6 @@ DTYPES = {
 _BY_STORED = {np.dtype(dtype.stored): dtype for dtype in DTYPES.values()}
 # of dtypes that NumPy does not have, the dtype of an array of its bit patterns, by their name
 BITS = {dtype.name: dtype.stored for dtype in DTYPES.values() if dtype.stored != dtype.name}
-
-
-def held_by(x: Any) -> DType:
-    """What the numbers of a USM array of a call are."""
-    return _BY_STORED[x.dtype]
 
 
 def names(dtypes: Sequence[DType] = tuple(DTYPES.values())) -> str:

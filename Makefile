@@ -43,8 +43,9 @@ docs: .venv/docs
 	$(BIN)/pip install --quiet --requirement docs/requirements.txt
 	touch $@
 
-# A wheel and an sdist in dist/, checked, and tried on every supported Python found.
+# A wheel and an sdist in dist/, checked, and tried on every supported Python found; the same kernels come out a second time.
 dist: dist/built
+	$(BIN)/python -m pytest -m compiles
 	$(BIN)/python packaging/try_wheel.py --pythons
 
 # The wheel with the versions of Aurora's module, with MPICH and with Open MPI.

@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=ROWS, help=f"rows of the problem ({ROWS})")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each row of the tables (1.0)")
     parser.add_argument("--save", type=Path, help="write the table here, for ULYSSES_DP_TUNING")
+    parser.add_argument(
+        "--head-dim", type=int, nargs="*", choices=HEAD_DIMS, default=HEAD_DIMS, help="head_dims of the first table (all)"
+    )
     arguments = parser.parse_args()
     if arguments.seq < 1 or arguments.seconds <= 0:
         parser.error("--seq and --seconds must be positive")
@@ -123,7 +126,7 @@ def main() -> None:
     print(f"{device.name.strip()}: time relative to the best schedule, {HEADS} heads, {arguments.seq} rows, float32")
     print("head_dim  " + "".join(f"{name:>8}" for name in schedules.SCHEDULES))
     costs = {}
-    for head_dim in (0, *HEAD_DIMS):
+    for head_dim in (0, *arguments.head_dim):
         costs[head_dim] = measure(head_dim or ANY, arguments.seq, arguments.seconds)
         cells = (f"{costs[head_dim].get(name, float('nan')):8.2f}".replace("nan", "  -") for name in schedules.SCHEDULES)
         print(f"{head_dim or 'other':8}  " + "".join(cells), flush=True)

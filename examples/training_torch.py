@@ -5,20 +5,16 @@ Train through PyTorch's autograd
 The same kind of regression with PyTorch: attention over ranks is one operation of autograd, and the optimiser is
 PyTorch's.
 
-``scripts/torch_autograd.py`` makes ``ulysses_attention`` and its gradient such an operation, in thirty lines to copy.
+``ulysses_dp.torch`` has ``ulysses_attention`` as such an operation.
 The model here is a layer that has to find, for each point of a series, the value where a marker stood. Its gradients
 are summed over the ranks, because all ranks share its weights.
 """
-
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from mpi4py import MPI
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from torch_autograd import ulysses
+from ulysses_dp.torch import ulysses_attention
 
 comm = MPI.COMM_WORLD
 heads, width, rows = 4, 16, 256 // comm.size
@@ -46,7 +42,7 @@ def draw(batch, seed):
 def model(series):
     """One layer of attention."""
     q, k, v = project(series).reshape(*series.shape[:2], 3, heads, width).unbind(dim=2)
-    return read(ulysses(q, k, v, comm).flatten(2))[..., 0]
+    return read(ulysses_attention(q, k, v, comm=comm).flatten(2))[..., 0]
 
 
 # %%

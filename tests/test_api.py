@@ -2,8 +2,11 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import subprocess
+import sys
 import types
 
 import pytest
@@ -12,12 +15,17 @@ from numpydoc.validate import validate
 
 import ulysses_dp
 
+FRAMEWORKS = ("torch",)  # of users, for each of which there is a module of the same name
+INSTALLED = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
 MODULES = sorted(
     module.name
     for module in pkgutil.iter_modules(ulysses_dp.__path__, "ulysses_dp.")
     if not module.name.endswith("__main__")  # prints the report when imported
 )
 PUBLIC = {name: getattr(ulysses_dp, name) for name in ulysses_dp.__all__}
+for framework in INSTALLED:
+    module = importlib.import_module(f"ulysses_dp.{framework}")
+    PUBLIC |= {f"{framework}.{name}": getattr(module, name) for name in module.__all__}
 METHODS = {
     f"{owner}.{name}": method
     for owner, cls in PUBLIC.items()
@@ -68,8 +76,18 @@ def test_public_names_say_whether_they_are_collective(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     """On every number of ranks: those of collective functions are written for any."""
+    framework = name.rpartition(".")[2]
+    if framework in set(FRAMEWORKS) - set(INSTALLED):
+        pytest.skip(f"needs {framework}, which is not installed")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
+
+
+@pytest.mark.single
+def test_frameworks_are_not_imported():
+    """They take seconds, and may be missing."""
+    code = f"import sys, ulysses_dp; assert not {{*{FRAMEWORKS}}} & {{*sys.modules}}"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.single

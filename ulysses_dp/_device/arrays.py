@@ -135,7 +135,10 @@ class _Torch(Library):
         if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # it stands for tensors and has no memory itself
             return TypeError, f"must be a plain torch.Tensor of this rank, not {type(x).__module__}.{type(x).__qualname__}"
         if x.requires_grad and torch.is_grad_enabled():
-            return NotImplementedError, "requires a gradient, which is not supported yet; use detach() or torch.no_grad()"
+            return (
+                NotImplementedError,
+                "requires a gradient; use ulysses_dp.torch where it has one, or detach() or torch.no_grad()",
+            )
         return None
 
     def place(self, x: Any) -> Any:

@@ -1,15 +1,15 @@
-"""The adapter to PyTorch's autograd in scripts/torch_autograd.py."""
-
-import importlib.util
+"""Attention as an operation of PyTorch's autograd and compiler."""
 
 import numpy as np
 import pytest
 from checks import OPTIONS, some_options
 from gradients import dense_gradient
-from helpers import SPLITS, WORLD, outcomes, part, random_qkv, split
+from helpers import SPLITS, WORLD, needs_ranks, outcomes, part, random_qkv, split
 from test_scripts import ROOT, mpiexec
 
 torch = pytest.importorskip("torch")
+
+from ulysses_dp.torch import attention, ulysses_attention  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "torch_autograd.py"
 COMBINATIONS = [
@@ -20,15 +20,6 @@ COMBINATIONS = [
     ("softcap", "bias", "mask", "dropout"),
     OPTIONS,
 ]
-
-
-@pytest.fixture(scope="module")
-def ulysses():
-    """The function of the script."""
-    spec = importlib.util.spec_from_file_location("torch_autograd", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ulysses
 
 
 class OfRank(torch.autograd.Function):
@@ -68,14 +59,14 @@ def rows_of(comm, whole, rows, dtype=None):
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: " ".join(names) or "none")
 @pytest.mark.parametrize("how", SPLITS)
-def test_gradients(comm, ulysses, names, how):
+def test_gradients(comm, names, how):
     rows = split(11, comm.size, how)
     whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
     dout = np.random.default_rng(1).standard_normal(whole[0].shape)
     arrays, given = rows_of(comm, whole, rows), as_tensors(options)
     if "sinks" in given:
         arrays.append(given["sinks"].requires_grad_())
-    out = ulysses(*arrays[:3], comm, **given)
+    out = ulysses_attention(*arrays[:3], comm=comm, **given)
     out.backward(torch.from_numpy(part(dout, rows, comm.rank)))
     for number, (x, expected) in enumerate(zip(arrays, dense_gradient(dout, *whole, **options), strict=False)):
         expected = part(expected, rows, comm.rank) if number < 3 else expected
@@ -83,7 +74,7 @@ def test_gradients(comm, ulysses, names, how):
 
 
 @pytest.mark.parametrize("names", [("causal",), OPTIONS], ids=" ".join)
-def test_gradcheck(comm, ulysses, names):
+def test_gradcheck(comm, names):
     """All ranks move the same element of the whole arrays at a time."""
     rows = split(3, comm.size, "uneven")
     whole = [torch.from_numpy(x).requires_grad_() for x in random_qkv(2, 1, 3, 2, 1, 2, "float64")]
@@ -93,17 +84,17 @@ def test_gradcheck(comm, ulysses, names):
 
     def function(q, k, v, sinks=None):
         mine = (OfRank.apply(x, rows) for x in (q, k, v))
-        return OfAll.apply(ulysses(*mine, comm, sinks=sinks, **options), rows)
+        return OfAll.apply(ulysses_attention(*mine, comm=comm, sinks=sinks, **options), rows)
 
     assert outcomes(comm, lambda: torch.autograd.gradcheck(function, tuple(whole))) == [None] * comm.size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_dtypes(comm, ulysses, dtype):
+def test_dtypes(comm, dtype):
     """And a gradient of the result that is one number with strides of 0."""
     rows, whole = split(13, comm.size), random_qkv(3, 2, 13, 4, 2, 16)
     arrays = rows_of(comm, whole, rows, getattr(torch, dtype))
-    ulysses(*arrays, comm, causal=True).sum().backward()
+    ulysses_attention(*arrays, comm=comm, causal=True).sum().backward()
     numbers = [torch.from_numpy(x).to(arrays[0].dtype).double().numpy() for x in whole]
     tolerance = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
     for x, expected in zip(arrays, dense_gradient(np.ones(whole[0].shape), *numbers, causal=True)[:3], strict=True):
@@ -112,11 +103,11 @@ def test_dtypes(comm, ulysses, dtype):
         np.testing.assert_allclose(x.grad.double(), part(expected, rows, comm.rank), rtol=0, atol=atol)
 
 
-def test_layers_and_a_second_backward(comm, ulysses):
+def test_layers_and_a_second_backward(comm):
     """A layer after the other, whose graph is kept."""
     rows = split(9, comm.size)
     q, k, v = rows_of(comm, random_qkv(4, 1, 9, 2, 2, 8, "float64"), rows)
-    loss = ulysses(ulysses(q, k, v, comm, causal=True), k, v, comm).square().sum()
+    loss = ulysses_attention(ulysses_attention(q, k, v, comm=comm, causal=True), k, v, comm=comm).square().sum()
     loss.backward(retain_graph=True)
     first = [x.grad.clone() for x in (q, k, v)]
     loss.backward()
@@ -124,31 +115,107 @@ def test_layers_and_a_second_backward(comm, ulysses):
         np.testing.assert_array_equal(x.grad, 2 * gradient)
 
 
-def test_only_some_gradients(comm, ulysses):
+def test_only_some_gradients(comm):
     rows, whole = split(9, comm.size), random_qkv(5, 1, 9, 2, 2, 8, "float64")
     q, k, v = rows_of(comm, whole, rows)
-    ulysses(q.detach(), k, v.detach(), comm).sum().backward()
+    ulysses_attention(q.detach(), k, v.detach(), comm=comm).sum().backward()
     assert (q.grad, v.grad) == (None, None)
     expected = dense_gradient(np.ones(whole[0].shape), *whole)[1]
     np.testing.assert_allclose(k.grad, part(expected, rows, comm.rank), rtol=0, atol=1e-12)
 
 
-def test_without_a_gradient(comm, ulysses):
+def test_without_a_gradient(comm):
     q, k, v = rows_of(comm, random_qkv(6, 1, 9, 2, 2, 8), split(9, comm.size))
     with torch.no_grad():
-        assert not ulysses(q, k, v, comm).requires_grad
-    assert ulysses(q, k, v, comm).requires_grad
+        assert not ulysses_attention(q, k, v, comm=comm).requires_grad
+    assert ulysses_attention(q, k, v, comm=comm).requires_grad
 
 
-def test_what_has_no_gradient(comm, ulysses):
-    """Of the gradient there is none, and of biases and slopes there is none."""
+def test_what_has_no_gradient(comm):
+    """Of the gradient there is none, and of biases and slopes there is none: all ranks hear of one that wants it."""
     q, k, v = rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))
+    last = comm.rank == comm.size - 1
     for name, x in (("alibi_slopes", torch.ones(2)), ("bias", torch.ones(1, 2, 1, 1))):
-        with pytest.raises(NotImplementedError, match=name):
-            ulysses(q, k, v, comm, **{name: x.requires_grad_()})
-    loss = ulysses(q, k, v, comm).sum()
+        x.requires_grad_(last)
+        errors = outcomes(comm, lambda name=name, x=x: ulysses_attention(q, k, v, comm=comm, **{name: x}))
+        assert {error for error, _ in errors} == {NotImplementedError}
+        assert all(name in message for _, message in errors)
+    loss = ulysses_attention(q, k, v, comm=comm).sum()
     with pytest.raises(NotImplementedError, match="requires a gradient"):
         torch.autograd.grad(loss, q, create_graph=True)
+
+
+@needs_ranks
+def test_gradients_on_some_ranks_only(comm):
+    """The ranks that record a gradient would wait for the others in the backward pass."""
+    arrays = [x.requires_grad_(comm.rank > 0) for x in rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))]
+    errors = outcomes(comm, lambda: ulysses_attention(*arrays, comm=comm))
+    assert {error for error, _ in errors} == {ValueError}
+
+
+def test_what_is_no_tensor(comm):
+    q, k, v = rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))
+    errors = outcomes(comm, lambda: ulysses_attention(q, None if comm.rank == 0 else k, v, comm=comm))
+    assert {error for error, _ in errors} == {TypeError}
+
+
+def both(q, k, v, sinks, mask, comm):
+    """Two calls that depend on each other and one that does not, with some of everything between them."""
+    first = ulysses_attention(q.sin(), k, v, comm=comm, causal=True, sinks=sinks, window_size=(5, -1))
+    second = ulysses_attention(first, k.cos(), first, comm=comm, key_padding_mask=mask, dropout_p=0.25, seed=3)
+    other, lse = ulysses_attention(q * 2, k, v, comm=comm, layout="bshd", return_lse=True)
+    return (second.square() + other.sin()).sum() + lse.detach().sum()
+
+
+def test_compiled(comm):
+    """One graph, in which every call is an operator; the same numbers as without the compiler."""
+    rows = split(9, comm.size, "uneven")
+    arrays = rows_of(comm, random_qkv(8, 2, 9, 4, 4, 8, "float64"), rows) + [torch.ones(4).double().requires_grad_()]
+    mask = torch.from_numpy(np.random.default_rng(8).random((2, 9)) < 0.8)
+    expected = [both(*arrays, mask, comm)]
+    expected += torch.autograd.grad(expected[0], arrays)
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        results = [compiled(*arrays, mask, comm)]
+        results += torch.autograd.grad(results[0], arrays)
+        for result, wanted in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result.detach(), wanted.detach(), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arrays, mask, comm), expected[0].detach())
+
+
+@pytest.mark.single
+def test_compiled_again_for_another_call():
+    """Other options are another call; a packed one has another lse."""
+    q = torch.from_numpy(random_qkv(9, 1, 9, 2, 2, 8, "float64")[0][0]).requires_grad_()
+    ends = torch.tensor([0, 4, 9])
+
+    def packed(q, ends, causal):
+        out, lse = attention(q, q, q, layout="thd", cu_seqlens_q=ends, causal=causal, return_lse=True)
+        return out + lse.detach().T[..., None]
+
+    torch.compiler.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for causal in (True, False, True):
+        torch.testing.assert_close(compiled(q, ends, causal), packed(q, ends, causal))
+
+
+@pytest.mark.single
+def test_on_one_rank():
+    """`attention`, and what a checkpoint computes again."""
+    q, k, v = (torch.from_numpy(x).requires_grad_() for x in random_qkv(10, 1, 4, 2, 1, 3, "float64"))
+    sinks = torch.zeros(2).double().requires_grad_()
+
+    def attend(q, k, v, sinks):
+        return attention(q, k, v, causal=True, sinks=sinks)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, sinks))
+    again = torch.utils.checkpoint.checkpoint(attend, q, k, v, sinks, use_reentrant=False)
+    for x, y in zip(
+        *(torch.autograd.grad(out.sum(), (q, k, v, sinks)) for out in (again, attend(q, k, v, sinks))), strict=True
+    ):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.single

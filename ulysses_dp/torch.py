@@ -1,0 +1,285 @@
+"""Attention as an operation of PyTorch: its autograd differentiates it, and its compiler takes it as it is.
+
+A module of its own, which ``import ulysses_dp`` does not import: PyTorch is an optional requirement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+
+from ._call.definitions import takes
+from ._call.layout import PACKED, Layout, bshd_shape
+from ._local import LocalOptions
+from .attention import attention as _attention
+from .attention import ulysses_attention as _ulysses_attention
+from .backward import attention_backward, ulysses_attention_backward
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Unpack
+
+    from ._ranks.orders import Order
+
+__all__ = ["attention", "ulysses_attention"]
+
+_ARRAYS = ("q", "k", "v")
+_WITH_GRADIENT = (*_ARRAYS, "sinks")  # in the order in which the gradients come
+
+
+@takes(LocalOptions)
+def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
+    """`ulysses_dp.attention` of tensors, with a gradient for q, k, v and `sinks`.
+
+    Not collective.
+
+    Parameters
+    ----------
+    q, k, v : torch.Tensor
+        As `ulysses_dp.attention` takes them, on the CPU or an XPU; they may require a gradient.
+    {names}
+        As in `ulysses_dp.attention`. `sinks` may be a tensor that requires a gradient; other tensors must not.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators, which has no gradient.
+
+    Returns
+    -------
+    out : torch.Tensor
+        What `ulysses_dp.attention` returns, as a part of the graph of autograd.
+    lse : torch.Tensor
+        Only with `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, ImportError
+        As `ulysses_dp.attention` does; and in the backward pass, if a gradient of the gradient is wanted.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ulysses_dp.torch import attention
+    >>> q = torch.ones(1, 16, 4, 8, requires_grad=True)
+    >>> attention(q, q, q, causal=True).sum().backward()
+    >>> q.grad.shape
+    torch.Size([1, 16, 4, 8])
+    """
+    return _run("attention", (q, k, v), {}, options, return_lse)
+
+
+@takes(LocalOptions)
+def ulysses_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    comm: Any = None,
+    return_lse: bool = False,
+    exchange: str = "auto",
+    overlap: SupportsIndex | str = "auto",
+    node_size: SupportsIndex | str = 1,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
+    **options: Unpack[LocalOptions],
+) -> Any:
+    """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v and `sinks`.
+
+    Collective over `comm`, and so is its part of the backward pass: every rank has to come by there for the same calls in the
+    same order. The gradient is that of the sum of the losses of all ranks. Tensors require gradients on all ranks alike.
+
+    Parameters
+    ----------
+    q, k, v : torch.Tensor
+        The rows of this rank, as `ulysses_dp.ulysses_attention` takes them, on the CPU or an XPU; they may require a gradient.
+    {names}
+        As in `ulysses_dp.ulysses_attention`. `sinks` may be a tensor that requires a gradient, which is that of all ranks, the
+        same on each; other tensors must not.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators, which has no gradient.
+    exchange, overlap, node_size, ring, order
+        As in `ulysses_dp.ulysses_attention`.
+
+    Returns
+    -------
+    out : torch.Tensor
+        What `ulysses_dp.ulysses_attention` returns, as a part of the graph of autograd.
+    lse : torch.Tensor
+        Only with `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, ImportError
+        On all ranks, as `ulysses_dp.ulysses_attention` does; and in the backward pass, if a gradient of the gradient is wanted.
+
+    Notes
+    -----
+    What `ulysses_dp.ulysses_attention` keeps for the gradient (`return_ctx`) is kept until the graph is gone. In what
+    ``torch.compile`` compiles it is one operator that nothing breaks apart or reorders; there, q, k and v are sent again for
+    the gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ulysses_dp.torch import ulysses_attention
+    >>> q = torch.ones(1, 16, 4, 8, requires_grad=True)  # 16 rows on every rank
+    >>> ulysses_attention(q, q, q, causal=True).sum().backward()
+    >>> q.grad.shape
+    torch.Size([1, 16, 4, 8])
+    """
+    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size, "ring": ring, "order": order}
+    return _run("ulysses_attention", (q, k, v), how, options, return_lse)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call without its tensors."""
+
+    function: str
+    names: tuple[str, ...]  # of the tensors: q, k, v and options
+    how: dict[str, Any]  # it is computed
+    options: dict[str, Any]  # that are no tensors
+
+    def forward(self, tensors: Sequence[Any], **wishes: Any) -> tuple[Any, ...]:
+        """The results for these tensors, of which those that get a gradient have none that is recorded in here."""
+        q, k, v, *others = (
+            x.detach() if name in _WITH_GRADIENT and isinstance(x, torch.Tensor) else x
+            for name, x in zip(self.names, tensors, strict=True)
+        )
+        function = _ulysses_attention if self.function == "ulysses_attention" else _attention
+        return function(q, k, v, **wishes, **self.how, **self._all_options(others))
+
+    def backward(self, dout: Any, tensors: Sequence[Any], out: Any, lse: Any, kept: Any = None) -> list[Any]:
+        """The gradients, in the order of the tensors."""
+        q, k, v, *others = tensors
+        options = self._all_options(others)
+        if self.function == "ulysses_attention":
+            options = self.how | ({"ctx": kept} if kept else options)
+            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, **options)
+        else:
+            gradients = attention_backward(dout, q, k, v, out, lse, **options)
+        by_name = dict(zip(_WITH_GRADIENT, gradients, strict=False))
+        return [
+            by_name[name].to(x.dtype) if name in _WITH_GRADIENT else None for name, x in zip(self.names, tensors, strict=True)
+        ]
+
+    def _all_options(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        return self.options | dict(zip(self.names[len(_ARRAYS) :], tensors, strict=True))
+
+
+def _run(function: str, arrays: tuple[Any, ...], how: dict[str, Any], options: Mapping[str, object], return_lse: bool) -> Any:
+    """Call as autograd or the compiler needs it."""
+    of_options = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
+    others = {name: x for name, x in options.items() if name not in of_options}
+    names, tensors = (*_ARRAYS, *of_options), [*arrays, *of_options.values()]
+    if torch.compiler.is_compiling():
+        out, lse = _compiled_attention(tensors, _name_of(function, names, tuple(how), **how, **others))
+        return (out, lse) if return_lse else out
+    call = _Call(function, names, how, others)
+    if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        return call.forward(tensors, return_lse=return_lse)
+    out, lse, _ = _Attention.apply(call, *tensors)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose gradient will be computed."""
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Any) -> tuple[Any, Any, Any]:
+        with torch.enable_grad():  # so that all ranks refuse a tensor that requires a gradient and gets none
+            if call.function == "attention":
+                return *call.forward(tensors, return_lse=True), None
+            return call.forward(tensors, return_lse=True, return_ctx=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any]) -> None:
+        ctx.call, *tensors = inputs
+        out, lse, ctx.kept = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*tensors, out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, *_: Any) -> tuple[Any, ...]:
+        # with create_graph=True a gradient of the gradient would be recorded: q, k or v are then refused, for there is none
+        *tensors, out, lse = ctx.saved_tensors
+        return None, *ctx.call.backward(dout, tensors, out, lse, ctx.kept)
+
+
+# The compiler takes operators of tensors, numbers and texts: what else there is of a call has a name.
+_calls: dict[str, _Call] = {}
+
+
+@torch.compiler.assume_constant_result
+def _name_of(function: str, names: tuple[str, ...], how: tuple[str, ...], **values: Any) -> str:
+    """The name of a call; runs when the compiler traces the call.
+
+    It says what the call is, for the compiler keeps what it compiled for other processes.
+    """
+    call = _Call(function, names, {name: values.pop(name) for name in how}, values)
+    known = next((name for name, other in _calls.items() if other == call), None)
+    if known is None:
+        texts = {name: value for name, value in (call.how | call.options).items() if name != "comm"}
+        known = f"{len(_calls)} {function} {names} {texts}"
+        _calls[known] = call
+    return known
+
+
+@torch.library.custom_op("ulysses_dp::attention", mutates_args=())
+def _compiled_attention(tensors: list[torch.Tensor], call: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and its lse."""
+    with torch.enable_grad():
+        out, lse = _calls[call].forward(tensors, return_lse=True)
+    return out, lse
+
+
+@torch.library.custom_op("ulysses_dp::attention_backward", mutates_args=())
+def _compiled_backward(
+    dout: torch.Tensor, tensors: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, call: str
+) -> list[torch.Tensor]:
+    """The gradients, of the tensors that have one."""
+    with torch.no_grad():
+        return [x for x in _calls[call].backward(dout, tensors, out, lse) if x is not None]
+
+
+@_compiled_attention.register_fake
+def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
+    q, layout = tensors[0], _calls[call].options.get("layout", "bshd")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, layout), dtype=dtype)
+
+
+@_compiled_backward.register_fake
+def _(dout: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
+    named = zip(_calls[call].names, tensors, strict=True)
+    return [x.new_empty(x.shape) for name, x in named if name in _WITH_GRADIENT]
+
+
+def _lse_shape(q: Any, layout: Layout) -> tuple[Any, ...]:
+    """The shape of lse; of arrays that the call will refuse, any."""
+    if q.ndim != (3 if layout == PACKED else 4):
+        return ()
+    batch, seq, heads, _ = bshd_shape(q.shape, layout)
+    return (heads, seq) if layout == PACKED else (batch, heads, seq)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+    tensors, ctx.call = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, dout: Any, _: Any) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = iter(_compiled_backward(dout, tensors, out, lse, ctx.call))
+    return [next(gradients) if name in _WITH_GRADIENT else None for name in _calls[ctx.call].names], None
+
+
+_compiled_attention.register_autograd(_differentiate, setup_context=_keep)
+for _operator in (_compiled_attention, _compiled_backward):
+    if hasattr(_operator, "register_effect"):  # every rank has to run them in the same order, and all of them
+        _operator.register_effect(torch.library.EffectType.ORDERED)

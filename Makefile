@@ -39,8 +39,8 @@ lint: .venv/installed
 docs: .venv/docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-.venv/docs: .venv/installed docs/requirements.txt
-	$(BIN)/pip install --quiet --requirement docs/requirements.txt
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet 'ulysses_dp[docs,llm]'
 	touch $@
 
 # A wheel and an sdist in dist/, checked, and tried on every supported Python found; the same kernels come out a second time.

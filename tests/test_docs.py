@@ -1,0 +1,51 @@
+"""The code on the pages runs when it is pasted, and the links of the pages lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.single
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+
+
+def blocks():
+    """The Python of every page, but that under a heading which says that it was not run."""
+    for page in PAGES:
+        for section in re.split(r"^(?=#+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            if "not run" not in section.partition("\n")[0]:
+                for number, code in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
+                    yield pytest.param(code, id=f"{page.name}-{section.partition(chr(10))[0].strip('# ')}-{number}")
+
+
+@pytest.mark.parametrize("code", list(blocks()))
+def test_code_runs_when_pasted(code, tmp_path):
+    (tmp_path / "pasted.py").write_text(code, encoding="utf-8")
+    command = [MPIEXEC, "-n", "2", sys.executable, "pasted.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "False" not in done.stdout, "what the code says of itself is not true"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(
+        r"`((?:scripts|examples|packaging|tests|docs|kernels|ulysses_dp)/[\w/.-]+)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / name).exists(), name

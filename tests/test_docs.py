@@ -26,6 +26,7 @@ def blocks():
                     yield pytest.param(code, id=f"{page.name}-{section.partition(chr(10))[0].strip('# ')}-{number}")
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("code", list(blocks()))
 def test_code_runs_when_pasted(code, tmp_path):
     (tmp_path / "pasted.py").write_text(code, encoding="utf-8")

@@ -35,9 +35,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site, in docs/_build/html; runs the examples of the gallery on two ranks. Any warning is an error.
+# The site, in docs/_build/html; runs the examples of the gallery, and the code of the pages, on two ranks. Any warning is an error.
 docs: .venv/docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	$(BIN)/python -m pytest -m pages
 
 .venv/docs: .venv/installed
 	$(BIN)/pip install --quiet 'ulysses_dp[docs,llm]'

@@ -122,13 +122,14 @@ setup(
         "demo": ["matplotlib", "scikit-image>=0.25", "tqdm"],
         "docs": [
             *("matplotlib", "myst-parser>=5", "numpydoc>=1.8", "pydata-sphinx-theme>=0.16", "scikit-image>=0.25", "sphinx>=8"),
-            *("sphinx-copybutton", "sphinx-design", "sphinx-gallery>=0.19", "torch>=2.5"),
+            *("sphinx-copybutton", "sphinx-design", "sphinx-gallery>=0.19", "jax>=0.10", "torch>=2.5"),
         ],
         "test": [
             *("array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"),
             "setuptools>=77",  # setup.py is run
         ],
         "torch": ["torch>=2.5"],
+        "jax": ["jax>=0.10"],
         "peers": ["torch==2.13.0", "yunchang==0.6.4"],
         "dev": ["import-linter", "mypy", "numpydoc>=1.8", "ruff"],
     },

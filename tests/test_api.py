@@ -15,7 +15,7 @@ from numpydoc.validate import validate
 
 import ulysses_dp
 
-FRAMEWORKS = ("torch",)  # of users, for each of which there is a module of the same name
+FRAMEWORKS = ("jax", "torch")  # of users, for each of which there is a module of the same name
 INSTALLED = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
 MODULES = sorted(
     module.name

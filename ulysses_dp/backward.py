@@ -9,7 +9,7 @@ import numpy as np
 from . import _local, _path
 from ._call.checks import Geometry, check_array, check_exchange, check_node_size, check_overlap, check_places
 from ._call.definitions import takes
-from ._call.layout import PACKED
+from ._call.layout import PACKED, lse_shape
 from ._device.arrays import from_host, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ._ranks.partition import Heads
     from ._ring import Ring
 
+ARRAYS = ("q", "k", "v")
+DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -247,14 +249,12 @@ def _check(
     """Check all arguments; returns what dout, q, k, v, out and lse are."""
     inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, **options)
     of_q = inputs[0]
-    rows = (geometry.heads, _local.rows_of(inputs, settings.layout)[0])
-    lse_shape = rows if settings.layout == PACKED else (geometry.batch, *rows)
     return (
         (
             _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
             *inputs,
             _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
-            _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape),
+            _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape(of_q.shape, settings.layout)),
         ),
         geometry,
         settings,

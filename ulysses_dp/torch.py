@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 
 from ._call.definitions import takes
-from ._call.layout import PACKED, Layout, bshd_shape
+from ._call.layout import lse_shape
 from ._local import LocalOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
-from .backward import attention_backward, ulysses_attention_backward
+from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from ._ranks.orders import Order
 
 __all__ = ["attention", "ulysses_attention"]
-
-_ARRAYS = ("q", "k", "v")
-_WITH_GRADIENT = (*_ARRAYS, "sinks")  # in the order in which the gradients come
 
 
 @takes(LocalOptions)
@@ -147,7 +144,7 @@ class _Call:
     def forward(self, tensors: Sequence[Any], **wishes: Any) -> tuple[Any, ...]:
         """The results for these tensors, of which those that get a gradient have none that is recorded in here."""
         q, k, v, *others = (
-            x.detach() if name in _WITH_GRADIENT and isinstance(x, torch.Tensor) else x
+            x.detach() if name in DIFFERENTIABLE and isinstance(x, torch.Tensor) else x
             for name, x in zip(self.names, tensors, strict=True)
         )
         function = _ulysses_attention if self.function == "ulysses_attention" else _attention
@@ -162,20 +159,20 @@ class _Call:
             gradients = ulysses_attention_backward(dout, q, k, v, out, lse, **options)
         else:
             gradients = attention_backward(dout, q, k, v, out, lse, **options)
-        by_name = dict(zip(_WITH_GRADIENT, gradients, strict=False))
+        by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
         return [
-            by_name[name].to(x.dtype) if name in _WITH_GRADIENT else None for name, x in zip(self.names, tensors, strict=True)
+            by_name[name].to(x.dtype) if name in DIFFERENTIABLE else None for name, x in zip(self.names, tensors, strict=True)
         ]
 
     def _all_options(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        return self.options | dict(zip(self.names[len(_ARRAYS) :], tensors, strict=True))
+        return self.options | dict(zip(self.names[len(ARRAYS) :], tensors, strict=True))
 
 
 def _run(function: str, arrays: tuple[Any, ...], how: dict[str, Any], options: Mapping[str, object], return_lse: bool) -> Any:
     """Call as autograd or the compiler needs it."""
     of_options = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     others = {name: x for name, x in options.items() if name not in of_options}
-    names, tensors = (*_ARRAYS, *of_options), [*arrays, *of_options.values()]
+    names, tensors = (*ARRAYS, *of_options), [*arrays, *of_options.values()]
     if torch.compiler.is_compiling():
         out, lse = _compiled_attention(tensors, _name_of(function, names, tuple(how), **how, **others))
         return (out, lse) if return_lse else out
@@ -250,21 +247,13 @@ def _compiled_backward(
 def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
     q, layout = tensors[0], _calls[call].options.get("layout", "bshd")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, layout), dtype=dtype)
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q.shape, layout), dtype=dtype)
 
 
 @_compiled_backward.register_fake
 def _(dout: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
     named = zip(_calls[call].names, tensors, strict=True)
-    return [x.new_empty(x.shape) for name, x in named if name in _WITH_GRADIENT]
-
-
-def _lse_shape(q: Any, layout: Layout) -> tuple[Any, ...]:
-    """The shape of lse; of arrays that the call will refuse, any."""
-    if q.ndim != (3 if layout == PACKED else 4):
-        return ()
-    batch, seq, heads, _ = bshd_shape(q.shape, layout)
-    return (heads, seq) if layout == PACKED else (batch, heads, seq)
+    return [x.new_empty(x.shape) for name, x in named if name in DIFFERENTIABLE]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
@@ -276,7 +265,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
 def _differentiate(ctx: Any, dout: Any, _: Any) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     gradients = iter(_compiled_backward(dout, tensors, out, lse, ctx.call))
-    return [next(gradients) if name in _WITH_GRADIENT else None for name in _calls[ctx.call].names], None
+    return [next(gradients) if name in DIFFERENTIABLE else None for name in _calls[ctx.call].names], None
 
 
 _compiled_attention.register_autograd(_differentiate, setup_context=_keep)

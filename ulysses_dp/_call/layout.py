@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._device.arrays import tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Layout = str | tuple[int, ...]  # a name, or which axes are batch, seq, heads and head_dim
 LAYOUTS: dict[str, tuple[int, ...]] = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
@@ -34,6 +37,14 @@ def permute(x: Any, axes: tuple[int, ...]) -> Any:
 def lse_to_user(lse: Any, layout: Layout) -> Any:
     """(batch, heads, seq), whatever the order of axes; (heads, total) of packed sequences."""
     return lse[0, ...] if layout == PACKED else lse
+
+
+def lse_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """The shape of lse for q of this shape and layout; () if that has another number of axes."""
+    if len(shape) != (3 if layout == PACKED else 4):
+        return ()
+    batch, seq, heads, _ = bshd_shape(tuple(shape), layout)
+    return (heads, seq) if layout == PACKED else (batch, heads, seq)
 
 
 def axes_of(layout: Layout) -> tuple[int, ...]:

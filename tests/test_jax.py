@@ -1,0 +1,114 @@
+"""Attention as a function of JAX."""
+
+import numpy as np
+import pytest
+from checks import OPTIONS, some_options
+from gradients import dense_gradient
+from helpers import outcomes, part, random_qkv, split
+from oracle import dense_attention
+
+jax = pytest.importorskip("jax")
+
+from jax import numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+from ulysses_dp.jax import attention, ulysses_attention  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+
+def rows_of(comm, whole, rows, dtype=None):
+    """This rank's rows."""
+    return [jnp.asarray(part(x, rows, comm.rank), dtype) for x in whole]
+
+
+def as_traced(options):
+    """Options with arrays of JAX for arrays."""
+    return {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("causal", "window", "alibi", "sinks"), OPTIONS], ids=lambda names: " ".join(names) or "none"
+)
+@pytest.mark.parametrize("how", ["uneven", "gaps"])
+def test_gradients(comm, names, how):
+    """Of everything that may be traced, under jit, against the formulas."""
+    rows = split(11, comm.size, how)
+    whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
+    dout = np.random.default_rng(1).standard_normal(whole[0].shape)
+    given = as_traced(options)
+    sinks = {"sinks": given.pop("sinks")} if "sinks" in given else {}
+    fixed = {name: x for name, x in given.items() if not isinstance(x, jax.Array)}
+
+    @jax.jit
+    def run(q, k, v, sinks, traced, dout):
+        def attend(q, k, v, sinks):
+            return ulysses_attention(q, k, v, comm=comm, return_lse=True, **sinks, **traced, **fixed)
+
+        out, differentiate, lse = jax.vjp(attend, q, k, v, sinks, has_aux=True)
+        return out, lse, differentiate(dout)
+
+    traced = {name: x for name, x in given.items() if name not in fixed}
+    out, lse, (*grads, of_sinks) = run(*rows_of(comm, whole, rows), sinks, traced, *rows_of(comm, [dout], rows))
+    expected_out, expected_lse = dense_attention(*whole, **options)
+    expected = dense_gradient(dout, *whole, **options)
+    pairs = [(out, part(expected_out, rows, comm.rank)), (lse, part(expected_lse, rows, comm.rank, axis=2))]
+    pairs += [(x, part(y, rows, comm.rank)) for x, y in zip(grads, expected, strict=False)]
+    pairs += [(x, expected[3]) for x in of_sinks.values()]
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y[np.isfinite(y)]).max(initial=1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes(comm, dtype):
+    rows, whole = split(13, comm.size), random_qkv(3, 2, 13, 4, 2, 16)
+    arrays = rows_of(comm, whole, rows, dtype)
+    grads = jax.jit(jax.grad(lambda *x: ulysses_attention(*x, comm=comm, causal=True).sum(), (0, 1, 2)))(*arrays)
+    numbers = [np.asarray(jnp.asarray(x, dtype).astype("float64")) for x in whole]
+    tolerance = {"float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
+    for x, expected in zip(grads, dense_gradient(np.ones(whole[0].shape), *numbers, causal=True)[:3], strict=True):
+        assert x.dtype == dtype
+        atol = tolerance * np.abs(expected).max(initial=1)
+        np.testing.assert_allclose(x.astype("float64"), part(expected, rows, comm.rank), rtol=0, atol=atol)
+
+
+def test_more_than_one_call(comm):
+    """Calls that need each other, calls that do not and calls in a loop run in the same order on all ranks."""
+    q, k, v = rows_of(comm, random_qkv(4, 1, 9, 2, 2, 8, "float64"), split(9, comm.size, "uneven"))
+
+    def loss(q, k, v):
+        first, _ = jax.lax.scan(lambda x, _: (ulysses_attention(x, k, v, comm=comm, causal=True), None), q, None, length=3)
+        return (first * ulysses_attention(jnp.sin(q), k, v, comm=comm)).sum() + ulysses_attention(q, k, q, comm=comm).sum()
+
+    value_and_grads = jax.value_and_grad(loss, (0, 1, 2))
+    for x, y in zip(*map(jax.tree.leaves, (jax.jit(value_and_grads)(q, k, v), value_and_grads(q, k, v))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+
+
+def test_refused(comm):
+    """What has no gradient when the program is traced; the rest when it runs, on all ranks."""
+    q, k, v = rows_of(comm, random_qkv(5, 1, 9, 2, 2, 8), split(9, comm.size))
+    with pytest.raises(NotImplementedError, match="no gradient of lse"):
+        jax.grad(lambda q: ulysses_attention(q, k, v, comm=comm, return_lse=True)[1].sum())(q)
+    with pytest.raises(NotImplementedError, match="no gradient of bias"):
+        jax.grad(lambda bias: ulysses_attention(q, k, v, comm=comm, bias=bias).sum())(jnp.ones((1, 1, 1, 1)))
+    last = comm.rank == comm.size - 1
+    for bad in (k[..., :3], None):
+        errors = outcomes(comm, lambda bad=bad: jax.block_until_ready(ulysses_attention(q, bad if last else k, v, comm=comm)))
+        assert all(error is not None and "k " in error[1] for error in errors)
+    assert outcomes(comm, lambda: jax.block_until_ready(ulysses_attention(q, k, v, comm=comm))) == [None] * comm.size
+
+
+@pytest.mark.single
+def test_on_one_rank():
+    """`attention`, which JAX may also batch and compute again."""
+    q, k, v = map(jnp.asarray, random_qkv(6, 1, 4, 2, 1, 3, "float64"))
+
+    def attend(q, k, v):
+        return attention(q, k, v, causal=True)
+
+    check_grads(attend, (q, k, v), order=1, modes=["rev"])
+    np.testing.assert_array_equal(jax.vmap(attend)(*(x[None] for x in (q, k, v)))[0], attend(q, k, v))
+    grads = (jax.grad(lambda *x, f=f: f(*x).sum(), (0, 1, 2))(q, k, v) for f in (attend, jax.checkpoint(attend)))
+    for x, y in zip(*grads, strict=True):
+        np.testing.assert_array_equal(x, y)

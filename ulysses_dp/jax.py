@@ -1,0 +1,223 @@
+"""Attention as a function of JAX, which differentiates and compiles it.
+
+A module of its own, which ``import ulysses_dp`` does not import: JAX is an optional requirement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import io_callback
+
+from ._call.definitions import takes
+from ._call.layout import lse_shape
+from ._local import LocalOptions
+from .attention import attention as _attention
+from .attention import ulysses_attention as _ulysses_attention
+from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from typing_extensions import Unpack
+
+    from ._ranks.orders import Order
+
+__all__ = ["attention", "ulysses_attention"]
+
+
+@takes(LocalOptions)
+def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
+    """`ulysses_dp.attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
+
+    Not collective. It may be under ``jax.jit``, ``jax.grad``, ``jax.vmap``, ``jax.checkpoint`` and the like.
+
+    Parameters
+    ----------
+    q, k, v : jax.Array
+        As `ulysses_dp.attention` takes them.
+    {names}
+        As in `ulysses_dp.attention`. Arrays may be traced; `sinks` may be differentiated by, others must not be.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators, which has no gradient.
+
+    Returns
+    -------
+    out : jax.Array
+        What `ulysses_dp.attention` returns.
+    lse : jax.Array
+        Only with `return_lse`.
+
+    Raises
+    ------
+    NotImplementedError
+        A gradient is wanted where there is none: by other options, or of lse.
+    jax.errors.JaxRuntimeError
+        When it runs, with the text of what `ulysses_dp.attention` raises.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from ulysses_dp.jax import attention
+    >>> q = jax.numpy.ones((1, 16, 4, 8))
+    >>> gradient = jax.jit(jax.grad(lambda q: attention(q, q, q, causal=True).sum()))
+    >>> gradient(q).shape
+    (1, 16, 4, 8)
+    """
+    return _run("attention", (q, k, v), {}, options, return_lse)
+
+
+@takes(LocalOptions)
+def ulysses_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    comm: Any = None,
+    return_lse: bool = False,
+    exchange: str = "auto",
+    overlap: SupportsIndex | str = "auto",
+    node_size: SupportsIndex | str = 1,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
+    **options: Unpack[LocalOptions],
+) -> Any:
+    """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
+
+    Collective over `comm` when it runs, and so is its gradient: every rank is a process of its own, with JAX on one device, and
+    runs the same program. The gradient is that of the sum of the losses of all ranks. It may be under ``jax.jit``,
+    ``jax.grad``, ``jax.lax.scan`` and the like.
+
+    Parameters
+    ----------
+    q, k, v : jax.Array
+        The rows of this rank, as `ulysses_dp.ulysses_attention` takes them.
+    {names}
+        As in `ulysses_dp.ulysses_attention`. Arrays may be traced; `sinks` may be differentiated by, which gives the gradient
+        of all ranks, the same on each; others must not be.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks; ``MPI.COMM_WORLD`` by default.
+    return_lse : bool
+        Also return the logarithm of the softmax denominators, which has no gradient.
+    exchange, overlap, node_size, ring, order
+        As in `ulysses_dp.ulysses_attention`.
+
+    Returns
+    -------
+    out : jax.Array
+        What `ulysses_dp.ulysses_attention` returns.
+    lse : jax.Array
+        Only with `return_lse`.
+
+    Raises
+    ------
+    NotImplementedError
+        A gradient is wanted where there is none: by other options, or of lse.
+    jax.errors.JaxRuntimeError
+        On all ranks, when it runs, with the text of what `ulysses_dp.ulysses_attention` raises.
+
+    Notes
+    -----
+    It is an ordered ``jax.experimental.io_callback``: JAX runs the calls of a program in its order, each once. So it cannot be
+    under ``jax.vmap`` or ``jax.checkpoint``, which raise. q, k and v are sent again for the gradient.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from ulysses_dp.jax import ulysses_attention
+    >>> q = jax.numpy.ones((1, 16, 4, 8))  # 16 rows on every rank
+    >>> gradient = jax.jit(jax.grad(lambda q: ulysses_attention(q, q, q, causal=True).sum()))
+    >>> gradient(q).shape
+    (1, 16, 4, 8)
+    """
+    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size, "ring": ring, "order": order}
+    return _run("ulysses_attention", (q, k, v), how, options, return_lse)
+
+
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention, attention_backward),
+    "ulysses_attention": (_ulysses_attention, ulysses_attention_backward),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call without what of it is an array of JAX."""
+
+    function: str
+    how: Mapping[str, Any]  # it is computed
+    options: Mapping[str, Any]
+
+    def run(self, function: Callable[..., Any], shapes: Any, *arguments: Any) -> Any:
+        """Run a method of this on the host, as a part of the program of JAX."""
+        if self.function == "ulysses_attention":
+            return io_callback(function, shapes, *arguments, ordered=True)
+        return jax.pure_callback(function, shapes, *arguments, vmap_method="sequential")
+
+    def forward(self, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The result and its lse."""
+        inputs, options = self._arguments(arrays)
+        return _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
+
+    def backward(self, dout: Any, arrays: Mapping[str, Any], *results: Any) -> dict[str, Any]:
+        """The gradients, by the names of the arrays that have one."""
+        inputs, options = self._arguments(arrays)
+        gradients = _FUNCTIONS[self.function][1](np.asarray(dout), *inputs, *map(np.asarray, results), **options)
+        by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
+        return {name: by_name[name].astype(x.dtype, copy=False) for name, x in arrays.items() if name in by_name}
+
+    def _arguments(self, arrays: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        host = {name: np.asarray(x) for name, x in arrays.items()}
+        return [host.pop(name) for name in ARRAYS], {**self.how, **self.options, **host}
+
+
+def _run(function: str, inputs: Sequence[Any], how: Mapping[str, Any], options: Mapping[str, Any], return_lse: bool) -> Any:
+    """Call with what JAX may trace apart from the rest."""
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in inputs):  # JAX would raise, but on this rank alone
+        inputs = [np.empty(x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in inputs]
+        return _FUNCTIONS[function][0](*inputs, return_lse=return_lse, **how, **options)
+    traced = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    call = _Call(function, how, {name: x for name, x in options.items() if name not in traced})
+    out, lse = _attend(call, dict(zip(ARRAYS, map(jnp.asarray, inputs), strict=True)) | traced)
+    return (out, lse) if return_lse else out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    q = arrays["q"]
+    lse = jax.ShapeDtypeStruct(
+        lse_shape(q.shape, call.options.get("layout", "bshd")), np.float64 if q.dtype == np.float64 else np.float32
+    )
+    return call.run(call.forward, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), arrays)
+
+
+def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+    """The results, and what the gradient needs."""
+    for name, x in arrays.items():
+        if x.perturbed and name not in DIFFERENTIABLE:
+            raise NotImplementedError(f"there is no gradient of {name}; use jax.lax.stop_gradient({name})")
+    values = {name: x.value for name, x in arrays.items()}
+    results = _attend(call, values)
+    return results, (values, *results)
+
+
+def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
+    """The gradients of the arrays, and nothing for those that have none."""
+    dout, dlse = cotangents
+    if not isinstance(dlse, SymbolicZero):
+        raise NotImplementedError("there is no gradient of lse; use jax.lax.stop_gradient(lse)")
+    if isinstance(dout, SymbolicZero):
+        dout = jnp.zeros(dout.shape, dout.dtype)
+    arrays = kept[0]
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in DIFFERENTIABLE}
+    return (dict.fromkeys(arrays) | call.run(call.backward, shapes, dout, *kept),)
+
+
+_attend.defvjp(_keep, _differentiate, symbolic_zeros=True)

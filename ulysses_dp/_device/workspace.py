@@ -122,6 +122,16 @@ def _bound(queue: Any) -> None:
         store.evictions += 1
 
 
+def kept(queue: Any, slot: str, make: Callable[[], Any]) -> Any:
+    """The USM array that `make` returned for this slot of a queue; like scratch memory, it may be let go and made again."""
+    memories, key = _store().memories, (0, queue, slot)
+    if key not in memories:
+        memories[key] = make()
+        _bound(queue)
+    memories.move_to_end(key)
+    return memories[key]
+
+
 def _limit(queue: Any) -> int:
     wish = os.environ.get(LIMIT, "")
     if wish and not wish.isdigit():

@@ -11,8 +11,8 @@ from ulysses_dp.kernels.row_dot import row_dot
 from .._device.copies import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import NoReturn
+    from collections.abc import Collection, Sequence
+    from typing import ClassVar, NoReturn
 
     from .._call.checks import Geometry
     from .._call.options import Options
@@ -29,6 +29,12 @@ class Backend:
 
     in_blocks = False  #: whether it takes options for some rows and keys of a call, as a ring meets them
     name: str  #: of the member of AttnType, or of the user's function
+    has: ClassVar[Collection[str]] = ()  #: the options that it has, by their public names
+    _declared: ClassVar[list[type[Backend]]] = []
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Backend._declared.append(cls)
 
     def __str__(self) -> str:
         return self.name
@@ -43,20 +49,13 @@ class Backend:
 
         ImportError where a package is missing.
         """
+        for name in options.given:
+            if name not in self.has:
+                self.refuse(name, next(backend.name for backend in self._declared if name in backend.has))
 
     def refuse(self, what: str, alternative: str = "INTEL_SYCL") -> NoReturn:
         """Say that there is no such thing here, and where there is."""
         raise NotImplementedError(f"attn_type {self.name} does not support {what}; {alternative} does")
-
-    def refuse_rare_options(self, options: Options) -> None:
-        """Refuse what the attention of other libraries has no place for."""
-        for name, given in (
-            ("softcap", options.softcap),
-            ("sinks", options.sinks is not None),
-            ("dropout_p", options.dropout_p),
-        ):
-            if given:
-                self.refuse(name)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         """Write `out`, which is dense in the last axis, and `lse`, which is None if nobody wants it."""

@@ -23,6 +23,7 @@ from .._device.workspace import scratch
 from . import _onednn
 from ._base import Backend
 from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strides
+from .dense import Mask, add_up, for_query_heads, is_coarse, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .._ranks.partition import HeadMap
 
 DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}  # by the dtype of a USM array
+COARSE = 2.0**-10  # error of the weights from which on the gradient is refused: for float32, with an lse of 16384
 ALIGNMENT = 64  # bytes: GPU kernels read blocks, which must not start between
 
 
@@ -47,10 +49,14 @@ class IntelOneDnn(Backend):
     """
 
     name = "INTEL_ONEDNN"
+    has = (
+        *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
+        *("cu_seqlens_q", "cu_seqlens_k"),
+    )
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         _onednn.library()
-        self.refuse_rare_options(options)
+        super().check(device, geometry, options, backward=backward)
         if geometry.dtype not in DTYPES.values():
             self.refuse(geometry.dtype)
         if backward and geometry.head_dim == 1:  # the library would end the process
@@ -70,20 +76,20 @@ class IntelOneDnn(Backend):
             if lse is not None:
                 lse[...] = -np.inf
             return
-        queue, seq_k, (batch, seq_q, query_heads, _) = q.sycl_queue, k.shape[1], q.shape
+        seq_k, (batch, seq_q, query_heads, _) = k.shape[1], q.shape
+        mask = None if options.plain else mask_of(q, seq_k, options, heads)
         k, v, share = _regular(q, k, v, heads)
-        stats = scratch(queue, "oneDNN lse", (batch, query_heads, seq_q), np.dtype(np.float32))
-        mask, blind = _mask(options, stats, seq_k, heads, q.dtype)
+        stats = scratch(q.sycl_queue, "oneDNN lse", (batch, query_heads, seq_q), np.dtype(np.float32))
         writes = (out,) if lse is None else (out, _as_rows(stats))
         _run(forward_graph, (q, k, v), writes, mask, share, options)
         if lse is None:
             return
         # of a query that sees no key, the kernels give the result of zeros, but not this lse
-        if blind is None:
+        if mask is None:
             lse[...] = stats
             lse[:, :, : max(0, -options.diagonal(seq_q, seq_k))] = -np.inf
         else:
-            lse[...] = tensor.where(blind, -np.inf, stats)
+            lse[...] = tensor.where(mask.blind(), -np.inf, stats, order="C")
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
@@ -91,19 +97,20 @@ class IntelOneDnn(Backend):
             for grad in grads:
                 grad[...] = 0
             return
-        queue, seq_k = q.sycl_queue, k.shape[1]
+        if is_coarse(lse, COARSE):
+            self.refuse(f"the gradient of rows whose lse is beyond {2 * COARSE / np.finfo(lse.dtype).eps:.0f} in size")
+        mask = None if options.plain else mask_of(q, k.shape[1], options, heads)
         parts = list(grads)
         if q.shape[2] > k.shape[2]:  # dk and dv of every query head
             shape = (*k.shape[:2], *q.shape[2:])
-            parts[1:] = [scratch(queue, f"oneDNN {name} of query heads", shape, k.dtype) for name in ("dk", "dv")]
-        mask, _ = _mask(options, lse, seq_k, heads, q.dtype)
+            parts[1:] = [scratch(q.sycl_queue, f"oneDNN {name} of query heads", shape, k.dtype) for name in ("dk", "dv")]
         k, v, share = _regular(q, k, v, heads)
         # of a query that sees no key, the weights are exp(-inf - 0), and not exp(-inf + inf)
         stats = _as_rows(tensor.where(lse == -np.inf, 0, lse, order="C"))
         _run(backward_graph, (q, k, v, _projection(dout, delta), dout, stats), parts, mask, share, options)
         for part, grad in zip(parts, grads, strict=True):
             if part is not grad:
-                _add_up(part, grad, heads)
+                add_up(part, grad, heads)
 
 
 class Spec(NamedTuple):
@@ -238,17 +245,22 @@ def _compiled(
 
 
 def _run(
-    build: Callable[..., Built], reads: Sequence[Any], writes: Sequence[Any], mask: Any, share: int, options: Options
+    build: Callable[..., Built],
+    reads: Sequence[Any],
+    writes: Sequence[Any],
+    mask: Mask | None,
+    share: int,
+    options: Options,
 ) -> None:
     """Compute with a graph; `share` query heads read a kv head.
 
     All that the library sees of an array goes through here: it may have any strides, and start anywhere.
     """
     queue, kv_heads, engine = reads[0].sycl_queue, reads[1].shape[2], _onednn.engine_of(reads[0].sycl_queue)
-    if mask is not None and engine.kind == _onednn.CPU and reads[0].dtype == np.uint16:
+    masks = [] if mask is None else [tensor.permute_dims(mask.added, (0, 2, 1, 3))]
+    if masks and engine.kind == _onednn.CPU and reads[0].dtype == np.uint16:
         # oneDNN 3.13.2 is wrong in bfloat16 with AMX if a mask of rows and keys is one for several batches and heads
-        mask = tensor.broadcast_to(mask, (reads[0].shape[0], *mask.shape[1:]))
-    masks = [] if mask is None else [mask]
+        masks = [tensor.broadcast_to(x, (reads[0].shape[0], *x.shape[1:])) for x in masks]
 
     def normal(n: int, x: Any) -> Any:
         fits = _is_normal(_spec(x, kv_heads, share)) and x._pointer % ALIGNMENT == 0
@@ -322,27 +334,10 @@ def _regular(q: Any, k: Any, v: Any, heads: HeadMap) -> tuple[Any, Any, int]:
     Where this rank has but some of the query heads of a kv head, every query head gets its copy; and for a single score, which
     oneDNN 3.13.2 gets wrong on CPUs in the gradient of grouped heads.
     """
-    query_heads, single = q.shape[2], q.shape[1] == k.shape[1] == 1
-    share = query_heads // k.shape[2]
-    kv = (np.arange(query_heads) + heads.shift) // heads.group
-    if not single and (kv == np.arange(query_heads) // share).all():
-        return k, v, share
-    kv = tensor.asarray(kv, sycl_queue=k.sycl_queue)
-    return tensor.take(k, kv, axis=2), tensor.take(v, kv, axis=2), 1
-
-
-def _add_up(parts: Any, grad: Any, heads: HeadMap) -> None:
-    """Add the gradients of query heads up to those of kv heads, in the order of the query heads."""
-    (parts,) = readable((parts,), "oneDNN exact parts", np.dtype("float32"), by_head=False)
-    total = grad if grad.dtype == parts.dtype else scratch(grad.sycl_queue, "oneDNN sum", grad.shape, parts.dtype)
-    total[...] = 0
-    for number in range(heads.group):  # the query head with this number of every kv head that has it
-        start = (number - heads.shift) % heads.group
-        mine = parts[:, :, start :: heads.group]
-        first = (start + heads.shift) // heads.group
-        total[:, :, first : first + mine.shape[2]] += mine
-    if total is not grad:
-        copy_arrays((total,), (grad,))
+    single = q.shape[1] == k.shape[1] == 1
+    if not single and heads.uniform(q.shape[2], k.shape[2]):
+        return k, v, q.shape[2] // k.shape[2]
+    return *for_query_heads(k, v, q, heads), 1
 
 
 def _projection(dout: Any, delta: Any) -> Any:
@@ -370,35 +365,3 @@ def _projection(dout: Any, delta: Any) -> Any:
 def _only_hides(options: Options) -> bool:
     """Whether the numbers of the mask are all 0 or -inf, which 16 bits hold."""
     return options.alibi_slopes is None and options.bias is None
-
-
-def _mask(options: Options, lse: Any, seq_k: int, heads: HeadMap, dtype: Any) -> tuple[Any, Any]:
-    """What is added to the scores, (1 or batch, 1 or seq_q, 1 or heads, seq_k); and which queries of lse see no key.
-
-    None and None where nothing but the causal mask is wanted. It has the dtype of q if that holds it, which the fused gradient
-    of GPUs needs, else float32.
-    """
-    extras = options.extras(_as_rows(lse), seq_k, heads.first)
-    if extras is None:
-        return None, None
-    queue, table = lse.sycl_queue, extras.spans
-    if extras.slopes is None and (table[:, :2] == table[:1, :2]).all():
-        table = table[:1]
-    first, end, diagonal = (tensor.asarray(x[:, None], sycl_queue=queue) for x in table.T)
-    key = tensor.arange(seq_k, dtype=first.dtype, sycl_queue=queue)
-    hidden = ((key < first) | (key >= end))[None, None]  # the axes of lse, and the keys
-    added = tensor.zeros((1, 1, 1, 1), dtype=lse.dtype, sycl_queue=queue)
-    if extras.padding is not None:
-        hidden = hidden | tensor.asarray(~extras.padding[:, None, None, :], sycl_queue=queue)
-    if extras.slopes is not None:
-        slopes = tensor.asarray(extras.slopes[..., None, None], dtype=lse.dtype, sycl_queue=queue)
-        added = added - slopes * tensor.astype(tensor.abs(key - diagonal), lse.dtype)
-    if extras.bias is not None:
-        added = added + extras.bias[tuple(slice(None if stride else 1) for stride in extras.bias.strides)]
-    mask = tensor.where(hidden, -np.inf, added, order="C")
-    blind = tensor.all(mask == -np.inf, axis=-1)
-    mask = tensor.permute_dims(mask, (0, 2, 1, 3))
-    if dtype != mask.dtype and _only_hides(options):
-        exact, mask = mask, scratch(queue, "oneDNN mask", mask.shape, dtype)
-        copy_arrays((exact,), (mask,))
-    return mask, blind

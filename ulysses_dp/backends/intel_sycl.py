@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ulysses_dp.kernels.arguments import Problem
 from ulysses_dp.kernels.schedules import choose
 
+from .._call.options import OPTIONS
 from .._device.copies import copy_arrays, readable
 from .._device.workspace import scratch
 from ._base import Backend, compute_dtype
@@ -30,8 +31,10 @@ class IntelSycl(Backend):
 
     name = "INTEL_SYCL"
     in_blocks = True
+    has = OPTIONS
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+        super().check(device, geometry, options, backward=backward)
         # a bad environment variable of this rank
         choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1, options=not options.plain, backward=backward)
 

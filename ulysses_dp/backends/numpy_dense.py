@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels import reference, row_dot
 
+from .._call.options import OPTIONS
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
 from .._device.workspace import scratch
@@ -24,6 +25,7 @@ class NumpyDense(Backend):
 
     name = "NUMPY"
     in_blocks = True
+    has = OPTIONS
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         compute = compute_dtype(q)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._call.spans import UNLIMITED, spans
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays
-from .._device.workspace import empty_like
-from ._base import Backend, compute_dtype
+from .._device.workspace import empty_like, scratch
+from ._base import Backend
+from .dense import add_up, for_query_heads, is_coarse, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .._ranks.partition import HeadMap
 
 BLOCK = 2**22  # scores that are in memory at once where lse is computed
+COARSE = 2.0**-14  # error of the weights from which on the gradient keeps them: for float32, with an lse of 1024
 
 
 class TorchSdpa(Backend):
@@ -33,140 +34,93 @@ class TorchSdpa(Backend):
     """
 
     name = "TORCH"
+    has = (
+        *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
+        *("cu_seqlens_q", "cu_seqlens_k"),
+    )
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         try:
             import torch  # noqa: F401
         except ImportError as error:
             raise ImportError("attn_type TORCH needs PyTorch: pip install 'ulysses_dp[torch]'") from error
-        self.refuse_rare_options(options)
+        super().check(device, geometry, options, backward=backward)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         import torch
 
         with torch.no_grad():
+            mask = _mask(q, k, options, heads)
+            if not heads.uniform(q.shape[2], k.shape[2]):
+                k, v = for_query_heads(k, v, q, heads)
             queries, keys, values = (_to_torch(x) for x in (q, k, v))
-            masks = _Masks.of(q, k, options, heads, queries.device)
-            _write(_attend(queries, keys, values, masks, options, heads), out)
+            _write(_attend(queries, keys, values, mask, options), out)
             if lse is not None:
-                _write(_lse(queries, keys, masks, options, heads), lse)
+                _write(_lse(queries, keys, mask, options), lse)
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        dout, q, k, v, _, _ = arrays
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        dout, q, k, v, lse, _ = arrays
+        mask, targets = _mask(q, k, options, heads), list(grads)
+        if not heads.uniform(q.shape[2], k.shape[2]):
+            k, v = for_query_heads(k, v, q, heads)
+            targets[1:] = [scratch(q.sycl_queue, f"PyTorch {name} of query heads", k.shape, k.dtype) for name in ("dk", "dv")]
+        # the fused kernels keep lse, too, to compute the weights again
+        kernels = sdpa_kernel(SDPBackend.MATH) if is_coarse(lse, COARSE) else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), kernels:  # whatever the caller has set
             queries, keys, values = (_to_torch(x).requires_grad_() for x in (q, k, v))
-            masks = _Masks.of(q, k, options, heads, queries.device)
-            out = _attend(queries, keys, values, masks, options, heads)
+            out = _attend(queries, keys, values, mask, options)
             results = torch.autograd.grad(out, (queries, keys, values), _to_torch(dout))
-        for result, grad in zip(results, grads, strict=True):
-            _write(result, grad)
+        for result, target, grad in zip(results, targets, grads, strict=True):
+            _write(result, target)
+            if target is not grad:
+                add_up(target, grad, heads)
 
 
-def _attend(q: Any, k: Any, v: Any, masks: _Masks, options: Options, heads: HeadMap) -> Any:
+def _mask(q: Any, k: Any, options: Options, heads: HeadMap) -> Any:
+    """The mask of a call as a tensor, or None where there is none, or where it is PyTorch's own causal one."""
+    # PyTorch aligns its own causal mask to the first query and key, attention here to the last ones. And on CPUs it hides, then
+    # scales, which by a scale of 0 or less makes nan or infinity of -infinity.
+    own = not options.causal or (q.shape[1] == k.shape[1] and options.softmax_scale > 0)
+    return None if options.plain and own else _to_torch(mask_of(q, k.shape[1], options, heads).added)
+
+
+def _attend(q: Any, k: Any, v: Any, mask: Any, options: Options) -> Any:
     """Attention of tensors, all of them (batch, seq, heads, head_dim)."""
     import torch
 
-    # PyTorch aligns its own causal mask to the first query and key, attention here to the last ones. And on CPUs it hides, then
-    # scales, which by a scale of 0 or less makes nan or infinity of -infinity.
-    is_causal = options.plain and options.causal and q.shape[1] == k.shape[1] and options.softmax_scale > 0
-    uniform = heads.uniform(q.shape[2], k.shape[2])
-    if not uniform:
-        k, v = _expanded(k, q, heads), _expanded(v, q, heads)
     # it attends over the last axis but one
     out = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        attn_mask=None if is_causal else masks.rows(slice(None)),
-        is_causal=is_causal,
+        attn_mask=mask,
+        is_causal=options.causal and mask is None,
         scale=options.softmax_scale,
         enable_gqa=k.shape[2] < q.shape[2],
     )
     return out.transpose(1, 2)
 
 
-def _expanded(x: Any, q: Any, heads: HeadMap) -> Any:
-    """A kv head for every query head."""
-    return x[:, :, heads.kv_heads(q.shape[2])]
-
-
-def _lse(q: Any, k: Any, masks: _Masks, options: Options, heads: HeadMap) -> Any:
+def _lse(q: Any, k: Any, mask: Any, options: Options) -> Any:
     """Logarithm of the softmax denominators, (batch, heads, seq_q), by blocks of rows."""
     import torch
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, seq_q, count, _ = q.shape
-    keys = _expanded(k, q, heads).to(dtype).permute(0, 2, 3, 1)
+    keys = k.repeat_interleave(count // k.shape[2], dim=2).to(dtype).permute(0, 2, 3, 1)
     lse = torch.empty((batch, count, seq_q), dtype=dtype, device=q.device)
     step = max(1, BLOCK // max(1, batch * count * k.shape[1]))
     for start in range(0, seq_q, step):
         rows = slice(start, start + step)
         scores = options.softmax_scale * q[:, rows].transpose(1, 2).to(dtype) @ keys
-        mask = masks.rows(rows)
         if mask is not None:
-            scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+            scores += mask[:, :, rows] if mask.shape[2] > 1 else mask
+        elif options.causal:
+            future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(start + 1)
+            scores.masked_fill_(future, -torch.inf)
         lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
     return lse
-
-
-@dataclass(frozen=True, eq=False)
-class _Masks:
-    """What is added to the scores of a call, and which keys its queries see; tensors on the device of q."""
-
-    spans: Any  # (seq_q, 3): first key, end of the keys, key on the diagonal; None where all see all
-    seq_k: int
-    slopes: Any = None  # (1 or batch, heads, 1, 1)
-    bias: Any = None  # 4-D, broadcast by axes of length 1
-    padding: Any = None  # (batch, 1, 1, seq_k), bool
-
-    @classmethod
-    def of(cls, q: Any, k: Any, options: Options, heads: HeadMap, device: Any) -> _Masks:
-        """The masks of USM arrays, for the heads of q, on a device of torch."""
-        import torch
-
-        def near(x: np.ndarray | None) -> Any:
-            return None if x is None else torch.tensor(x.copy(), device=device)
-
-        seq_q, seq_k = q.shape[1], k.shape[1]
-        # 16-bit numbers would be too coarse for what is added; PyTorch takes masks of float32 with them
-        dtype = compute_dtype(q)
-        extras = options.extras(q, seq_k, heads.first, dtype)
-        if extras is None:
-            return cls(near(spans(seq_q, seq_k, causal=True, window_size=UNLIMITED) if options.causal else None), seq_k)
-        bias = None
-        if extras.bias is not None:
-            bias = _to_torch(extras.bias)
-            bias = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())]
-        return cls(
-            near(extras.spans),
-            seq_k,
-            slopes=None if extras.slopes is None else near(extras.slopes[..., None, None].astype(dtype)),
-            bias=bias,
-            padding=None if extras.padding is None else near(extras.padding[:, None, None, :]),
-        )
-
-    def rows(self, rows: slice) -> Any:
-        """The mask for some rows, which broadcasts to (batch, heads, rows, seq_k): bool, or to be added; None for no mask."""
-        import torch
-
-        if self.spans is None:
-            return None
-        table = self.spans[rows]
-        keys = torch.arange(self.seq_k, device=table.device)
-        first_row = table[:1]
-        different = bool((table[:, :2] != first_row[:, :2]).any())
-        first, end, _ = (table if different else first_row)[..., None].unbind(1)
-        seen = (first <= keys) & (keys < end)
-        if self.padding is not None:
-            seen = seen & self.padding
-        if self.slopes is None and self.bias is None:
-            return seen[None, None] if seen.ndim == 2 else seen
-        added: Any = 0
-        if self.slopes is not None:
-            added = -self.slopes * (table[:, 2:] - keys).abs()
-        if self.bias is not None:
-            added = added + (self.bias[:, :, rows] if self.bias.shape[2] > 1 else self.bias)
-        return torch.where(seen, added, -torch.inf)
 
 
 def _in_reach(x: Any) -> bool:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._call.spans import UNLIMITED
 from .._device.arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
 from .._device.copies import copy_arrays
-from .._device.workspace import empty_like
 from ._base import Backend, compute_dtype
+from .dense import add_up, for_query_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +45,7 @@ class UserAttention(Backend):
             _check_signature(self.name, self.function, ["q", "k", "v"], [*names, "return_lse"])
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        arrays = q, *_equal_groups((k, v), q, heads)
+        arrays = q, *self._equal_groups(q, k, v, heads)
         keywords = self._keywords(q, options, heads) | {"return_lse": lse is not None}
         results = self.function(*map(self._give, arrays), **keywords)
         if lse is None:
@@ -59,13 +58,21 @@ class UserAttention(Backend):
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         assert self.gradient is not None
         dout, q, k, v, lse, delta = arrays
-        inputs = q, *_equal_groups((k, v), q, heads)
+        inputs = q, *self._equal_groups(q, k, v, heads)
         keywords = {"lse": self._give(lse), "delta": self._give(delta)} | self._keywords(q, options, heads)
         results = self.gradient(*map(self._give, (dout, *inputs)), **keywords)
         names = "dq", "dk", "dv"
         for name, result, x, grad in zip(names, self._unpack(results, names), inputs, grads, strict=True):
             taken = self._take(name, result, x.shape, dtype_of(self.like))
-            copy_arrays((taken if x.shape == grad.shape else _sum_of_groups(taken, grad, heads),), (grad,))
+            if x.shape == grad.shape:
+                copy_arrays((taken,), (grad,))
+            else:
+                add_up(taken, grad, heads)
+
+    @staticmethod
+    def _equal_groups(q: Any, k: Any, v: Any, heads: HeadMap) -> Sequence[Any]:
+        """k and v with as many query heads to each kv head: as they are, or with a kv head for every query head."""
+        return (k, v) if heads.uniform(q.shape[2], k.shape[2]) else for_query_heads(k, v, q, heads)
 
     def _keywords(self, q: Any, options: Options, heads: HeadMap) -> dict[str, Any]:
         """The options as the functions take them: arrays of the kind of the call, for the heads of q."""
@@ -115,19 +122,9 @@ class UserAttention(Backend):
 
 def _given(options: Options, q: Any) -> dict[str, Any]:
     """Scale and causal, and what else the user has set, by the names of the public functions."""
-    given: dict[str, Any] = {"softmax_scale": options.softmax_scale, "causal": options.causal}
-    if options.window_size != UNLIMITED:
-        given["window_size"] = options.window_size
-    if options.softcap:
-        given["softcap"] = options.softcap
-    if options.dropout_p:
-        given |= {"dropout_p": options.dropout_p, "seed": options.seed}
-    for name in ("alibi_slopes", "bias", "key_padding_mask", "sinks", "cu_seqlens_q", "cu_seqlens_k"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
-    if dtype_of(q) == "uint16":  # bit patterns do not say what they are
-        given["dtype"] = "bfloat16"
-    return given
+    given = {"softmax_scale": options.softmax_scale, "causal": options.causal} | options.given
+    # bit patterns do not say what they are
+    return given | ({"dtype": "bfloat16"} if dtype_of(q) == "uint16" else {})
 
 
 def _check_signature(name: str, function: Any, arrays: list[str], keywords: list[str]) -> None:
@@ -141,23 +138,3 @@ def _check_signature(name: str, function: Any, arrays: list[str], keywords: list
     except TypeError as error:
         call = ", ".join(arrays + [f"{keyword}=…" for keyword in keywords])
         raise NotImplementedError(f"attn_type {name} cannot be called with ({call}): {error}") from error
-
-
-def _equal_groups(arrays: Sequence[Any], q: Any, heads: HeadMap) -> Sequence[Any]:
-    """k and v with as many query heads to each kv head: as they are, or with a kv head for every query head."""
-    if heads.uniform(q.shape[2], arrays[0].shape[2]):
-        return arrays
-    index = tensor.asarray(heads.kv_heads(q.shape[2]), sycl_queue=q.sycl_queue)
-    return [tensor.take(x, index, axis=2) for x in arrays]
-
-
-def _sum_of_groups(x: Any, grad: Any, heads: HeadMap) -> Any:
-    """The gradient by kv heads from one by query heads, added up in the dtype of the computation."""
-    compute = compute_dtype(x)
-    wide, total = empty_like(x, x.shape, compute), empty_like(x, grad.shape, compute)
-    copy_arrays((x,), (wide,))
-    readers = np.array(heads.kv_heads(x.shape[2]))
-    for head in range(grad.shape[2]):
-        (mine,) = np.nonzero(readers == head)
-        total[:, :, head] = tensor.sum(wide[:, :, mine[0] : mine[-1] + 1], axis=2)
-    return total

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .score import ScoreOptions
 
 
+@np.errstate(invalid="ignore")  # of what is not finite, whether seen or not
 def forward(
     q: np.ndarray,
     k: np.ndarray,
@@ -29,16 +30,11 @@ def forward(
     k, v = k[:, kv], v[:, kv]
     score, _, seen, options = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
     weight, lse = _softmax(score, options)
-    weight = weight * dense_kept(options, weight.shape)
-    out = weight @ np.where(np.isfinite(v), v, 0)
-    # what is not finite reaches the queries that see it and, unlike in a product with a weight of 0, no other
-    for special in (np.inf, -np.inf, np.nan):
-        where = np.isnan(v) if np.isnan(special) else v == special
-        if where.any():
-            out += np.where(seen.astype(float) @ where > 0, special, 0)
+    out = _product(seen, weight * dense_kept(options, weight.shape), v)
     return out.swapaxes(1, 2), lse
 
 
+@np.errstate(invalid="ignore")
 def backward(
     dout: np.ndarray,
     q: np.ndarray,
@@ -61,25 +57,31 @@ def backward(
     kv = (np.arange(q.shape[1]) + head_shift) // group
     k, v = k[:, kv], v[:, kv]
     score, derivative, seen, options = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
-    with np.errstate(invalid="ignore"):
-        p = np.where(seen, np.exp(score - lse[..., None]), 0)
-        recompute = (abs(lse) > large) & np.isfinite(lse)
-        if recompute.any():
-            weight, own_lse = _softmax(score, options)
-            difference = own_lse - lse  # lse may be that of more keys than these
-            share = np.where(difference < -4 * np.finfo(lse.dtype).eps * abs(lse), np.exp(difference), 1)
-            p = np.where(recompute[..., None], weight * share[..., None], p)
-        dp = dout @ v.swapaxes(2, 3)
-        kept = dense_kept(options, score.shape)
-        ds = p * (dp * kept - delta[..., None]) * derivative
-    ds = np.where(seen, ds, 0)
-    k = np.where(seen.any(axis=(0, 1, 2))[:, None], k, 0)  # of keys that nobody sees, which may be nan
-    dq = scale * ds @ k
+    p = np.where(seen, np.exp(score - lse[..., None]), 0)
+    recompute = (abs(lse) > large) & np.isfinite(lse)
+    if recompute.any():
+        weight, own_lse = _softmax(score, options)
+        difference = own_lse - lse  # lse may be that of more keys than these
+        share = np.where(difference < -4 * np.finfo(lse.dtype).eps * abs(lse), np.exp(difference), 1)
+        p = np.where(recompute[..., None], weight * share[..., None], p)
+    dp = dout @ v.swapaxes(2, 3)
+    kept = dense_kept(options, score.shape)
+    ds = p * (dp * kept - delta[..., None]) * derivative
+    dq = scale * _product(seen, ds, k)
     dk, dv = np.zeros((2, k.shape[0], kv_heads, k.shape[2], k.shape[3]))
-    for h, of in enumerate(kv):
-        dk[:, of] += scale * ds[:, h].swapaxes(1, 2) @ q[:, h]
-        dv[:, of] += (p * kept)[:, h].swapaxes(1, 2) @ dout[:, h]
+    by_key = seen.swapaxes(2, 3)
+    for total, weight, x in ((dk, scale * ds, q), (dv, p * kept, dout)):
+        np.add.at(total, (slice(None), kv), _product(by_key, weight.swapaxes(2, 3), x))
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+def _product(seen: np.ndarray, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """weight @ x, to which what is not seen adds nothing, not even nan."""
+    special = ~np.isfinite(x).all(axis=(0, 1, 3))
+    result: np.ndarray = np.where(seen, weight, 0) @ np.where(special[:, None], 0, x)
+    for j in np.flatnonzero(special):
+        result += np.where(seen[..., j, None], weight[..., j, None] * x[:, :, j, None], 0)
+    return result
 
 
 def _softmax(score: np.ndarray, options: ScoreOptions) -> tuple[np.ndarray, np.ndarray]:

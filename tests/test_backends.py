@@ -237,6 +237,35 @@ def test_heads_do_not_see_each_other(comm, attn_type, name):
     np.testing.assert_allclose(out[:, :, :2], part(expected, rows, comm.rank), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("into", [0, 1, 2, 3], ids=["q", "k", "v", "dout"])
+@pytest.mark.parametrize("attn_type", COMPLETE)  # the others multiply what is hidden by 0
+def test_special_values_reach_what_sees_them_alone(comm, attn_type, special, into):
+    rng = np.random.default_rng(into)
+    seen = rng.random((24, 24)) < 0.3
+    options = {"bias": np.where(seen, 0, -np.inf).astype(np.float32)[None, None], "attn_type": attn_type, "comm": comm}
+    arrays = [*random_qkv(8, 2, 24, 4, 2, 8), rng.standard_normal((2, 24, 4, 8)).astype(np.float32)]
+    counts = split(24, comm.size, "uneven")
+
+    def gradients():
+        q, k, v, dout = (part(x, counts, comm.rank) for x in arrays)
+        out, lse = ulysses_attention(q, k, v, return_lse=True, **options)
+        return out, *ulysses_attention_backward(dout, q, k, v, out, lse, **options)
+
+    clean = gradients()
+    arrays[into][1, 11, 1, 3] = special
+    rows = np.zeros((2, 24, 4), bool)  # whose scores or gradients come to know of it; head 1 shares its keys with head 0
+    if into in (0, 3):
+        rows[1, 11, 1] = True
+    else:
+        rows[1, seen[:, 11], 2:] = True
+    keys = seen.T @ rows.reshape(2, 24, 2, 2).any(-1)
+    reached = {"out": rows & (into != 3), "dq": rows, "dk": keys, "dv": keys}
+    for hit, x, y in zip(reached.values(), gradients(), clean, strict=True):
+        free = part(~hit, counts, comm.rank)
+        np.testing.assert_allclose(x[free], y[free], rtol=0, atol=2e-6)
+
+
 @pytest.mark.single
 def test_backends_interleave_on_one_queue(attn_type):
     """A thousand times two backends and dpnp in turns, each with what the other has just computed."""

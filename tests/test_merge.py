@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import oracle
 import pytest
+from gradients import central_difference, dense_gradient
 from helpers import KINDS, as_kind, as_numpy, as_view, assert_like, new_queue, random_qkv
 
-from ulysses_dp import attention, merge_attention
+from ulysses_dp import attention, attention_backward, merge_attention, merge_attention_backward
 from ulysses_dp._call import checks
 
 pytestmark = pytest.mark.single
@@ -74,6 +75,119 @@ def test_order_does_not_matter(dtype):
     assert_merged(right, wanted, dtype)
     for result, other in zip(merge_attention(*a, *b), merge_attention(*b, *a), strict=True):
         np.testing.assert_array_equal(result, other)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "bits"])
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_any_number_of_parts(dtype, count):
+    """Bits of bfloat16 and float16 are rounded once."""
+    parts = [random_part(seed, dtype="float32" if dtype == "bits" else dtype) for seed in range(count)]
+    wanted = expected(*parts)
+    if dtype == "bits":
+        bits = [(oracle.to_bfloat16(out), lse) for out, lse in parts]
+        out, lse = merge_attention(*(x for part in bits for x in part), dtype="bfloat16")
+        wanted = expected(*((oracle.from_bfloat16(out), lse) for out, lse in bits))
+        assert_merged((oracle.from_bfloat16(out), lse), wanted, "bfloat16")
+    else:
+        assert_merged(merge_attention(*(x for part in parts for x in part)), wanted, dtype)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "torch", "array_api_strict"])
+def test_in_place(kind):
+    """A running result of float32 that parts of 16 bits are merged into."""
+    half = "float16" if kind in ("numpy", "torch") else "float32"
+    parts = [random_part(seed, dtype=half) for seed in range(4)]
+    given = [tuple(as_kind(x, kind) for x in part) for part in parts]
+    running = tuple(as_kind(x.astype("float32"), kind) for x in parts[0])
+    for part in given[1:]:
+        results = merge_attention(*running, *part, out=running)
+        assert all(x is y for x, y in zip(results, running, strict=True))
+    assert_merged(map(as_numpy, running), expected(*parts))
+    for part, unchanged in zip(given, parts, strict=True):
+        for x, y in zip(part, unchanged, strict=True):
+            np.testing.assert_array_equal(as_numpy(x), y)
+
+
+def test_results_in_views_and_in_16_bits():
+    parts = [random_part(seed) for seed in range(3)]
+    padded = np.full((2, 5, 3, 9), np.nan, "float16")
+    lse = np.full((2, 5, 3), np.nan, "float32").swapaxes(1, 2)
+    merge_attention(*(x for part in parts for x in part), out=(padded[..., 1::2], lse))
+    assert_merged((padded[..., 1::2], lse), expected(*parts), "float16")
+    assert np.isnan(padded[..., ::2]).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "pattern"),
+    [
+        (np.ones((2, 5, 3, 4), "f4"), TypeError, "out must be a tuple of two arrays"),
+        ((np.ones((2, 5, 3, 4), "f4"), None), TypeError, r"out\[1\] must be an array"),
+        ((np.ones((2, 5, 3, 3), "f4"), np.ones((2, 3, 5), "f4")), ValueError, r"out\[0\] must have the shape \(2, 5, 3, 4\)"),
+        ((np.ones((2, 5, 3, 4), "f8"), np.ones((2, 3, 5), "f4")), TypeError, r"out\[0\] must have the dtype float32 or"),
+        ((np.ones((2, 5, 3, 4), "f4"), np.ones((2, 3, 5), "f8")), TypeError, r"out\[1\] must have the dtype float32"),
+    ],
+    ids=["one", "none", "shape", "out", "lse"],
+)
+def test_bad_out(out, error, pattern):
+    with pytest.raises(error, match=pattern):
+        merge_attention(*arguments().values(), out=out)
+
+
+@pytest.mark.parametrize(("shape", "with_lse"), [((2, 3, 2, 3), True), ((4, 2, 3), False)])
+def test_gradient_by_finite_differences(shape, with_lse):
+    """By every third number of three parts, of which one has not seen a key in some rows."""
+    parts = [random_part(seed, shape, "float64") for seed in range(3)]
+    parts[1][1][..., 0], parts[1][0][..., 0, :, :] = -np.inf, np.nan
+    arrays = [x for part in parts for x in part]
+    dout, dlse = random_part(9, shape, "float64")
+
+    def loss(*arrays):
+        out, lse = merge_attention(*arrays)
+        return (out * dout).sum() + (lse * dlse).sum() * with_lse
+
+    gradients = merge_attention_backward(dout, dlse if with_lse else None, *arrays)
+    for number, (x, gradient) in enumerate(zip(arrays, gradients, strict=True)):
+        assert_like(gradient, x, x.shape)
+        unseen = np.isneginf(parts[number // 2][1])
+        unseen = unseen if number % 2 else np.broadcast_to(unseen.swapaxes(-1, -2)[..., None], x.shape)
+        assert (gradient[unseen] == 0).all()
+        for index in list(zip(*np.nonzero(~unseen), strict=True))[number % 3 :: 3]:
+            np.testing.assert_allclose(gradient[index], central_difference(loss, arrays, number, index), rtol=0, atol=1e-8)
+
+
+def test_gradient_through_parts_against_dense():
+    """The gradient of attention by parts is that of attention over all keys."""
+    q, k, v = random_qkv(3, 2, 7, 4, 2, 8, "float64", 11)
+    dout = np.random.default_rng(4).standard_normal(q.shape)
+    cuts = [slice(0, 2), slice(2, 3), slice(3, 11)]
+    parts = [attention(q, k[:, cut], v[:, cut], return_lse=True) for cut in cuts]
+    gradients = iter(merge_attention_backward(dout, None, *(x for part in parts for x in part)))
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for cut, (out, lse), dout_i, dlse_i in zip(cuts, parts, gradients, gradients, strict=True):
+        # the backward pass takes dout · out of an out, from which what comes through lse is to be subtracted
+        moved = out - dlse_i.swapaxes(1, 2)[..., None] * dout_i / (dout_i**2).sum(axis=-1, keepdims=True)
+        of_q, dk[:, cut], dv[:, cut] = attention_backward(dout_i, q, k[:, cut], v[:, cut], moved, lse)
+        dq += of_q
+    for x, wanted in zip((dq, dk, dv), dense_gradient(dout, q, k, v), strict=False):
+        np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["float16", "bits", "mixed"])
+def test_gradient_of_16_bits(form):
+    parts = [random_part(seed, dtype="float16" if form != "bits" else "float32") for seed in range(2)]
+    if form == "mixed":
+        parts[0] = parts[0][0].astype("float32"), parts[0][1]
+    if form == "bits":
+        parts = [(oracle.to_bfloat16(out), lse) for out, lse in parts]
+    dout, dlse = random_part(5)
+    arrays = [x for part in parts for x in part]
+    given = merge_attention_backward(dout, dlse, *arrays, dtype="bfloat16" if form == "bits" else None)
+    wide = [x.astype("float64") if form != "bits" or n % 2 else oracle.from_bfloat16(x) for n, x in enumerate(arrays)]
+    wanted = merge_attention_backward(dout.astype("f8"), dlse.astype("f8"), *(x.astype("f8") for x in wide))
+    for x, gradient, y in zip(arrays, given, wanted, strict=True):
+        assert_like(gradient, x, x.shape)
+        gradient = oracle.from_bfloat16(gradient) if gradient.dtype == np.uint16 else gradient
+        np.testing.assert_allclose(gradient.astype("f8"), y, rtol=0, atol=TOLERANCE["bfloat16"] * np.abs(y).max())
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 4), (0, 3, 4), (7, 0, 4), (7, 3, 0), (0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4)])
@@ -238,7 +352,13 @@ BAD = [
     (lambda: arguments(5, 3, 4, lse_b=np.ones((1, 3, 5), "f4")), ValueError, r"lse_b must have the shape \(3, 5\)"),
     (lambda: arguments(dtype=">f4"), TypeError, "out_a has dtype >f4; supported are float32, float64, .* native byte order"),
     (lambda: arguments(out_a=np.ones((2, 5, 3, 4), int)), TypeError, "out_a has dtype int64"),
-    (lambda: arguments(out_b=np.ones((2, 5, 3, 4), "f2")), TypeError, "out_b must have the dtype float32 .* not float16"),
+    (lambda: arguments(out_b=np.ones((2, 5, 3, 4), "f8")), TypeError, "out_b must have the dtype float32 or .* not float64"),
+    (lambda: arguments(out_c=np.ones((2, 5, 3, 4), "f4")), ValueError, "every out must be followed by its lse"),
+    (
+        lambda: arguments(out_c=np.ones((2, 5, 3, 4), "f4"), lse_c=np.ones((2, 3, 4), "f4")),
+        ValueError,
+        r"lse_c must have the shape \(2, 3, 5\)",
+    ),
     (lambda: arguments(dtype="float16", lse_a=np.ones((2, 3, 5), "f2")), TypeError, "lse_a must have the dtype float32"),
     (lambda: arguments(dtype="float64", lse_b=np.ones((2, 3, 5), "f4")), TypeError, "lse_b must have the dtype float64"),
 ]

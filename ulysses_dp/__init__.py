@@ -11,7 +11,7 @@ from .backward import attention_backward, ulysses_attention_backward  # noqa: E4
 from .decode import decode_attention  # noqa: E402
 from .layer import LongContextAttention, UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
 from .machine import Machine  # noqa: E402
-from .merge import merge_attention  # noqa: E402
+from .merge import merge_attention, merge_attention_backward  # noqa: E402
 from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
 from .plan import plan  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "free_workspace",
     "gather_heads",
     "merge_attention",
+    "merge_attention_backward",
     "order_ranks",
     "plan",
     "register_attention",

@@ -49,7 +49,7 @@ from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp._ranks import mpi
 from ulysses_dp._ranks.partition import Item, blocks_of, split
-from ulysses_dp._ranks.redistribution import Redistribution
+from ulysses_dp._ranks.redistribution import Redistribution, places_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,15 +118,15 @@ def arrays_of(job: Job, size: int, comm: Any) -> tuple[list[np.ndarray], list[np
     return (by_rows, by_heads) if job.scatter else (by_heads, by_rows)
 
 
-def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: Any) -> Call:
+def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: Any, exchange: str) -> Call:
     """Our side of a job: a public function, or the exchange as `attention.py` and `backward.py` do it."""
     queue = default_queue()
     if len(sources) == 1:
         (x,) = (dpnp.asarray(x, sycl_queue=queue) for x in sources)
         function = ulysses_dp.scatter_heads if job.scatter else ulysses_dp.gather_heads
-        return lambda: [function(x, comm=comm)]
+        return lambda: [function(x, comm=comm, exchange=exchange)]
 
-    link = mpi.link(mpi.resolve_comm("bench_exchange", comm), queue)
+    link = mpi.link(mpi.resolve_comm("bench_exchange", comm), queue, exchange=exchange)
     rows, width = (sources if job.scatter else results)[0].shape[1::2]
     arrays = {name: tensor.asarray(x, sycl_queue=queue) for name, x in zip("qkv", sources, strict=True)}
     items = tuple(
@@ -134,8 +134,10 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         for name, heads in zip("qkv", job.heads, strict=True)
     )
 
+    place = next(places_for(link, queue, (items,), 1))
+
     def redistribution(by_heads: Any = None) -> Redistribution:
-        return Redistribution(link, arrays["q"], items, 1, by_heads=by_heads)
+        return Redistribution(link, arrays["q"], items, 1, by_heads=by_heads, place=place)
 
     def scatter() -> list[Any]:
         with trace.call(job.name):
@@ -274,13 +276,13 @@ def stage_shares(call: Callable[[], Any], comm: Any, count: int = 9) -> dict[str
     return {name: comm.allreduce(share) / comm.size for name, share in shares.items()}
 
 
-def contenders(job: Job, size: int, comm: Any, peers: bool) -> dict[str, Call]:
+def contenders(job: Job, size: int, comm: Any, exchange: str, peers: bool) -> dict[str, Call]:
     """All who do a job, each with buffers of its own, and checked."""
     sources, results = arrays_of(job, size, comm)
     nbytes = sum(x.nbytes for x in sources)
     alltoall, (received,) = plain_alltoall(nbytes, comm)
     calls: dict[str, Call] = {
-        "ours": ours(job, sources, results, comm),
+        "ours": ours(job, sources, results, comm, exchange),
         "alltoall": alltoall,
         "memcpy": memcpy(received),
         "numpy": lambda: [textbook(x, comm, job.scatter) for x in sources],
@@ -300,14 +302,16 @@ def rotate(calls: list[Call]) -> Call:
     return lambda: next(turns)()
 
 
-def measure(job: Job, size: int, comm: Any, seconds: float, peers: bool, copies: int) -> Row:
+def measure(job: Job, size: int, comm: Any, seconds: float, exchange: str, peers: bool, copies: int) -> Row:
     """Check and time a job at one size, with so many sets of buffers."""
-    sets = [contenders(job, size, comm, peers) for _ in range(copies)]
+    sets = [contenders(job, size, comm, exchange, peers) for _ in range(copies)]
     calls = {name: rotate([calls[name] for calls in sets]) for name in sets[0]}
     times = in_turns({name: side(call, comm, **TURN) for name, call in calls.items()}, seconds, comm, least=3)
     shares = stage_shares(calls["ours"], comm)
     ulysses_dp.free_workspace()
     case = {"job": job.name, "bytes": 4 * ALL_HEADS * math.prod(shape_of(size)), "ranks": comm.size, "copies": copies}
+    if exchange != "auto":
+        case["exchange"] = exchange
     above = statistics.median(a - b for a, b in zip(times["ours"], times["alltoall"], strict=True))
     return row(case, times, shares=shares, seconds_above_alltoall=above)
 
@@ -377,6 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=size_of, nargs="+", default=SIZES, help="of a rank's arrays, 1K or more (1K to 256M)")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each row (1.5)")
+    parser.add_argument("--exchange", default="auto", help="of ulysses_dp: auto, device, host or shared (auto)")
     parser.add_argument("--cold", action="store_true", help="take turns with more buffers than fit the cache")
     Results.add_options(parser, "the rates and shares")
     arguments = parser.parse_args()
@@ -397,7 +402,7 @@ def main() -> None:
                 continue
             copies = min(math.ceil(2 * cache_bytes() / size), MOST_COPIES) if arguments.cold else 1
             for job in JOBS:
-                results.rows.append(measure(job, size, comm, arguments.seconds, not missing, copies))
+                results.rows.append(measure(job, size, comm, arguments.seconds, arguments.exchange, not missing, copies))
                 say(line(results.rows[-1]), flush=True)
         say(*summary(results.rows), sep="\n")
 

@@ -163,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--softmax-scale", type=float, help="factor of the dot products (1/sqrt(head_dim))")
     backends = [x.value for x in ulysses_dp.AttnType]
     parser.add_argument("--attn-type", choices=backends, default="intel_sycl", help="who computes on a rank (intel_sycl)")
-    parser.add_argument("--exchange", choices=["auto", "device", "host"], default="auto", help="how MPI reaches device memory")
+    parser.add_argument("--exchange", choices=["auto", "device", "host", "shared"], default="auto", help="how ranks exchange")
     parser.add_argument("--trace", metavar="FILE", help="write what every rank did when, for ui.perfetto.dev")
     parser.add_argument(
         "--check",

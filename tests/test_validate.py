@@ -120,7 +120,7 @@ BAD_KEYWORDS = [
     ({"dtype": "float64"}, TypeError, "q has dtype float32, but dtype is 'float64'"),
 ]
 BAD_EXCHANGE = [
-    ({"exchange": "fast"}, ValueError, "exchange must be one of 'auto', 'device', 'host', not 'fast'"),
+    ({"exchange": "fast"}, ValueError, "exchange must be one of 'auto', 'device', 'host', 'shared', not 'fast'"),
     ({"exchange": None}, ValueError, "exchange must be one of"),
     ({"exchange": ["auto"]}, ValueError, "exchange must be one of"),
     ({"exchange": np.array(["auto", "host"])}, ValueError, "exchange must be one of"),

@@ -165,8 +165,9 @@ def ulysses_attention(
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
-    exchange : {"auto", "device", "host"}
-        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    exchange : {"auto", "device", "host", "shared"}
+        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports. "shared" is for
+        CPU devices of one node: ranks write and read in memory that they share, and wait for each other instead of sending.
     overlap : int or "auto"
         Into how many parts the kv heads of every rank, with their query heads, are divided: while one part is computed, others
         travel. The result is the same, the messages are more and smaller. It helps only where the MPI library moves data
@@ -202,7 +203,10 @@ def ulysses_attention(
         queues or devices; or if the ranks disagree on anything but the number of their rows. Of `bias`, only shape and dtype
         are compared.
     NotImplementedError
-        On all ranks, if on any rank a torch tensor requires a gradient, or `attn_type` does not have one of the options.
+        On all ranks, if on any rank a torch tensor requires a gradient, or `attn_type` does not have one of the options; or if
+        `exchange` is "shared" and the ranks are on several nodes or not on CPU devices.
+    OSError
+        On all ranks, if `exchange` is "shared" and any rank cannot get that memory.
     ImportError
         On all ranks, if on any rank `attn_type` needs a package that is not installed.
 
@@ -259,11 +263,10 @@ def distributed(
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Geometry, Options, tuple[int, Order]]]:
         given, geometry, settings = _local.check_attention(q, k, v, names, **options)
-        check_exchange(exchange)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
         mesh = check_mesh(ring, order, ranks.size, geometry, settings, **how)
-        how |= {"ring and order": mesh}
+        how |= {"ring and order": mesh, "exchange": check_exchange(exchange)}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
         arrays = _local.to_usm(given, settings.layout)
         rows = _local.rows_of(given, settings.layout)

@@ -190,7 +190,6 @@ def ulysses_attention_backward(
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, tuple[int, Order]]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
         inputs, geometry, settings = _check(dout, q, k, v, out, lse, **given)
-        check_exchange(exchange)
         rows = _local.rows_of(inputs[1:], settings.layout)
         _check_context(ctx, geometry, ranks, rows)
         if ctx and options:
@@ -203,6 +202,7 @@ def ulysses_attention_backward(
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             **how,
             "ring and order": mesh,
+            "exchange": check_exchange(exchange),
             **vars(geometry),
             **settings.common(),
         }

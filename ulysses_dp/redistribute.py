@@ -44,8 +44,8 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_s
         between ranks and may be 0; the ranks hold consecutive rows in rank order.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
-    exchange : {"auto", "device", "host"}
-        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    exchange : {"auto", "device", "host", "shared"}
+        As in `ulysses_attention`.
     node_size : int or "auto"
         If more than 1, exchange in two steps, as `ulysses_attention` does.
 
@@ -94,8 +94,8 @@ def gather_heads(
         The ranks; ``MPI.COMM_WORLD`` by default.
     seq_local : int, optional
         Rows that this rank gets. By default the first ``seq % P`` ranks get one row more than the others.
-    exchange : {"auto", "device", "host"}
-        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports.
+    exchange : {"auto", "device", "host", "shared"}
+        As in `ulysses_attention`.
     node_size : int or "auto"
         If more than 1, exchange in two steps, as `ulysses_attention` does.
 
@@ -194,7 +194,6 @@ def _redistribute(
     # Validate inputs.
     def check() -> Checked[tuple[Array, Any, tuple[int, ...], bool, tuple[int, ...]]]:
         to_heads, axes = direction()
-        check_exchange(exchange)
         check_node_size(node_size, ranks.size)
         given = check_array("x", x)
         check_axis_count("x", given)
@@ -208,6 +207,7 @@ def _redistribute(
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
             "dtype": given.dtype,
+            "exchange": check_exchange(exchange),
             "node_size": node_size,
         }
         sizes: tuple[int, ...] = (seq,)
@@ -233,7 +233,7 @@ def _redistribute(
                 what = _to_heads(usm, blocks_of(split(heads, ranks.size)), column(sizes, 0))
                 _, (result,) = _path.run(function, agreement, ranks, link, what)
             else:
-                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank)
+                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), link)
                 results, _ = _path.run(function, agreement, ranks, link, what)
                 result = results["x"]
         return given.give(permute(result, inverse(axes)))
@@ -246,14 +246,14 @@ def _to_heads(x: Any, heads: Share, rows: tuple[int, ...]) -> Description:
     return Description("", x, x.shape[0], [lists], lambda: ({"x": x}, {}), lambda _, arrays: arrays["x"], keep=True)
 
 
-def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], rank: int) -> Description:
-    """No item to heads and one back: what is sent is x in its place, or else a copy."""
+def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], link: mpi.Link) -> Description:
+    """No item to heads and one back: what is sent is x in its place, or else a copy, as where others read it."""
     batch, _, _, width = x.shape
     lists = Lists((), (Item("x", heads, rows, width, x.dtype),))
-    in_place = _as_sent(x)
+    in_place = None if link.route.name == "shared" else _as_sent(x)
 
     def begin() -> tuple[Arrays, Arrays]:
-        return {}, {"x": empty_like(x, (batch, rows[rank], sum(count for _, count in heads), width))}
+        return {}, {"x": empty_like(x, (batch, rows[link.ranks.rank], sum(count for _, count in heads), width))}
 
     def copy(_: int, arrays: Arrays) -> None:
         if in_place is None:

@@ -21,7 +21,7 @@ from .layout import LAYOUTS, PACKED, Layout, bshd_shape
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-EXCHANGES = ("auto", "device", "host")
+EXCHANGES = ("auto", "device", "host", "shared")
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,11 @@ def _check_shapes(
     return Geometry(batch, heads, kv_heads, head_dim, dtypes[0])
 
 
-def check_exchange(exchange: Any) -> None:
-    """Check the wish for a route through MPI."""
+def check_exchange(exchange: Any) -> str:
+    """Check the wish for a route; returns what must be the same on all ranks."""
     if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, not {shown(exchange)}")
+    return "'shared'" if exchange == "shared" else "messages"
 
 
 def check_overlap(overlap: Any) -> int:

@@ -17,9 +17,9 @@ class Stage:
     """One stage of one call on this rank."""
 
     name: str  #: agree, prepare, pack, scatter, attention, gather, unpack, confirm; of a gradient also delta
-    bytes_sent: int = 0  #: bytes of arrays sent to other ranks
-    messages: int = 0  #: other ranks that were sent something
-    route: str = ""  #: of an all-to-all: "device" or "host"
+    bytes_sent: int = 0  #: bytes of arrays for other ranks: sent, or with route "shared" where they read them
+    messages: int = 0  #: other ranks that were sent something; none with route "shared"
+    route: str = ""  #: of an all-to-all: "device", "host" or "shared"
     start: float = 0.0  #: `time.perf_counter` at the start, in seconds
     seconds: float = 0.0
     passes: int = 0  #: relayout passes: launches of the kernel that copies arrays into another layout

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 POOLED_RESULTS = 8
 POOLED_SHARE = 4  # of the limit, this part may be memory of results
+SHARED = "shared"  # the slot of what ranks share
 ALIGNMENT = 8  # bytes: a whole number of elements of any dtype
 LIMIT = "ULYSSES_DP_WORKSPACE"  # bytes that a thread keeps; by default a quarter of the device's memory
 
@@ -137,6 +138,28 @@ def _limit(queue: Any) -> int:
     if wish and not wish.isdigit():
         raise ValueError(f"{LIMIT} must be a number of bytes, not {wish!r}")
     return int(wish) if wish else queue.sycl_device.global_mem_size // 4
+
+
+def shared(queue: Any, owner: int) -> Any:
+    """The memory that this thread shares with the other ranks of a communicator, or None."""
+    memories, key = _store().memories, (owner, queue, SHARED)
+    if key in memories:
+        memories.move_to_end(key)
+    return memories.get(key)
+
+
+def set_shared(queue: Any, owner: int, memory: Any) -> None:
+    """Keep memory that ranks share."""
+    note(allocations=1)
+    _store().memories[owner, queue, SHARED] = memory
+    _bound(queue)
+
+
+def drop_shared(queue: Any, owner: int) -> None:
+    """Let go of memory that ranks share: no earlier call has all its memory any more."""
+    store = _store()
+    store.memories.pop((owner, queue, SHARED), None)
+    store.prepared.clear()
 
 
 def prepared(key: tuple[int, str]) -> tuple[int, Any]:

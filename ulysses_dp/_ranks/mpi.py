@@ -10,13 +10,15 @@ import sys
 import threading
 from functools import cache
 from pathlib import Path
+from secrets import randbits
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._device.queue import device_turn, local_rank
+from .._device.shared import attach, create
 from .._device.trace import stage
-from .._device.workspace import release
+from .._device.workspace import drop_shared, release, set_shared, shared
 from .partition import starts
 
 ABORT = "ULYSSES_DP_ABORT_ON_SIGNAL"  # if set, SIGINT or SIGTERM to one rank ends the job
@@ -56,12 +58,12 @@ def library_version() -> str:
 class Route(NamedTuple):
     """How the bytes reach MPI."""
 
-    name: str  # "device": MPI is given USM pointers; "host": through pinned host memory
+    name: str  # "device": MPI is given USM pointers; "host": through pinned host memory; "shared": by memory that ranks share
     reason: str
 
 
 def choose_route(queue: Any, exchange: str) -> Route:
-    """How MPI reaches device memory of this queue; `exchange` is the user's wish: "auto", "device" or "host"."""
+    """How MPI reaches device memory of this queue; `exchange` is the user's wish."""
     if exchange != "auto":
         return Route(exchange, "as asked")
     device = queue.sycl_device
@@ -285,11 +287,80 @@ class Link(NamedTuple):
 
 
 def link(ranks: Ranks, queue: Any, *, exchange: str = "auto", node_size: Any = 1, blocking: bool = True) -> Link:
-    """The way between ranks for memory of a queue; collective for the first time in two steps, or to find out the node size."""
+    """The way between ranks for memory of a queue; collective for the first time in two steps, or to find out the node size.
+
+    Raises on all ranks if there is no such way.
+    """
     new = Link(ranks, choose_route(queue, exchange), ranks.node_size(node_size), blocking)
     if new.two_steps:
+        if new.route.name == "shared":
+            raise ValueError(f"exchange='shared' has no second step between nodes: node_size must be 1, not {new.node_size}")
         ranks.steps(new.node_size)
     return new
+
+
+def shared_memory(ranks: Ranks, queue: Any, bounds: tuple[int, ...], *, known: bool) -> Any:
+    """Memory that all ranks share, in segments with these bounds, each with pages near its rank; kept for the next call.
+
+    Collective, unless it is `known` that all ranks have it. Raises on all ranks if it cannot be had on any.
+    """
+    have = shared(queue, ranks.handle)
+    if known:
+        return have
+    device = "" if queue.sycl_device.is_cpu else queue.sycl_device.name.strip()
+    everyone = ranks.comm.allgather((device, have.mark if have else 0, have.nbytes if have else 0))
+    for rank, (other, _, _) in enumerate(everyone):
+        if other:
+            raise NotImplementedError(f"exchange='shared' needs CPU devices: that of rank {rank} is {other}")
+    if ranks.node_size("auto") != ranks.size:
+        raise NotImplementedError("exchange='shared' needs ranks that share memory: MPI reports several nodes")
+    if have and have.nbytes >= bounds[-1] and len(set(everyone)) == 1:
+        return have
+    drop_shared(queue, ranks.handle)  # free the old one first; and there may be no new one
+    file, failure, memory = None, "", None
+    if ranks.rank == 0:
+        try:
+            file = create(bounds[-1])
+        except OSError as error:
+            failure = str(error)
+    file, mark = ranks.comm.bcast((file, randbits(62)))
+    if file is not None:
+        try:
+            memory = attach(queue, file, mark, *bounds[ranks.rank : ranks.rank + 2])
+        except Exception as error:  # the other ranks must hear of it
+            failure = f"{type(error).__name__}: {error}"
+    failures = ranks.comm.allgather(failure)
+    if ranks.rank == 0 and file is not None:
+        os.close(file.number)
+    for rank, text in enumerate(failures):
+        if text:
+            raise OSError(f"exchange='shared': rank {rank} cannot share {bounds[-1]} bytes of memory: {text}")
+    set_shared(queue, ranks.handle, memory)
+    return memory
+
+
+class Meeting:
+    """What takes the place of an all-to-all where ranks share memory: after it, each may read what the others have written."""
+
+    def __init__(self, name: str, comm: Any, nbytes: int) -> None:
+        self._comm, self._request = comm, None
+        self._stage = stage(name, bytes_sent=nbytes, route="shared", exchange=True)
+
+    def start(self, *, blocking: bool = False) -> None:
+        """Tell the others that this rank has written; `blocking`, wait until all have."""
+        self._stage.open()
+        if blocking:
+            self._comm.Barrier()
+            self._stage.close()
+        else:
+            self._request = self._comm.Ibarrier()
+
+    def wait(self) -> None:
+        """Wait until all have written; once is enough."""
+        request, self._request = self._request, None
+        if request is not None:
+            request.Wait()
+            self._stage.close()
 
 
 @cache

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
+from mmap import PAGESIZE
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
+
+CACHE_LINE = 64
 
 
 def split(n: int, parts: int) -> tuple[int, ...]:
@@ -185,6 +188,31 @@ class Transfer:
     def by_heads(self) -> Blocks:
         """What travels of the buffer by heads: all but the block of this rank."""
         return _blocks([[count] for count in self.counts_by_heads], self.rank)
+
+
+class Window(NamedTuple):
+    """Memory that all ranks of a call share: of every rank a segment, in which are its buffers by heads of all messages."""
+
+    starts: tuple[tuple[int, ...], ...]  # of every message: where its buffers start, in bytes, by rank
+    bounds: tuple[int, ...]  # of the segments, in bytes
+
+
+@lru_cache(maxsize=256)
+def window_of(messages: tuple[tuple[Item, ...], ...], batch: int) -> Window:
+    """The window for these messages, each with its items. A page belongs to one rank, a line of the cache to one buffer."""
+    starts_of: list[list[int]] = [[] for _ in messages]
+    bounds = [0]
+    for rank in range(len(messages[0][0].rows)):
+        end = bounds[-1]
+        for items, of_message in zip(messages, starts_of, strict=True):
+            of_message.append(end)
+            end += _up(transfer_of(rank, items, batch).size_by_heads * dtype_of_message(items).itemsize, CACHE_LINE)
+        bounds.append(_up(max(end, 1), PAGESIZE))  # there is no empty file in memory
+    return Window(tuple(map(tuple, starts_of)), tuple(bounds))
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 class TwoStep:

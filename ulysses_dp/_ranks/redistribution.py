@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ulysses_dp.kernels.launch import place
@@ -15,7 +16,7 @@ from .._device.copies import copy_arrays
 from .._device.trace import note, stage
 from .._device.workspace import empty_like, scratch
 from . import mpi
-from .partition import Item, TwoStep, dtype_of_message, transfer_of
+from .partition import Item, TwoStep, dtype_of_message, transfer_of, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,11 @@ class Redistribution:
         Flat memory by heads that there is already.
     keep : bool
         Receive into new memory, not into scratch memory.
+    place : Place, optional
+        In memory that all ranks share, for the route "shared". Then `pack` writes into the buffers by heads of the other ranks,
+        `unpack` reads from them, and instead of messages the ranks wait for each other in between. That is all the order there
+        has to be: a rank enters the last agreement of a call when it has read what it needs, and leaves it after all have
+        entered, so nothing is overwritten by the next call that is still read; and the buffers of a call are apart.
     """
 
     def __init__(
@@ -62,10 +68,23 @@ class Redistribution:
         slot: str = "",
         by_heads: Any = None,
         keep: bool = False,
+        place: Place | None = None,
     ) -> None:
         ranks, queue = link.ranks, like.sycl_queue
-        self._link, self._queue, self._layout = link, queue, layout_of(ranks.rank, items, batch, link)
-        layout = self._layout
+        self._link, self._queue = link, queue
+        self._rest: list[Callable[[], None]] = []
+        self._in_window: Any = None  # the buffer by heads where what comes is copied from it
+        if place is not None:
+            self._layout = layout = layout_of(ranks.rank, items, batch, link, place.starts, keep=keep)
+            size = layout.dtype.itemsize
+            self._by_rows = tensor.usm_ndarray((place.memory.nbytes // size,), dtype=layout.dtype, buffer=place.memory)
+            if keep:
+                self._in_window = self._by_rows
+                self._by_heads = empty_like(like, (layout.transfer.size_by_heads,), layout.dtype)
+            else:
+                self._by_heads = self._by_rows
+            return
+        self._layout = layout = layout_of(ranks.rank, items, batch, link)
         _check_numbers(layout, link)
 
         def memory(name: str, size: int, usm_type: str = "device") -> Any:
@@ -96,7 +115,6 @@ class Redistribution:
             )
             groups, everyone = buffer("groups", self._groups, two_step.groups), buffer("by heads", by_heads, two_step.by_heads)
             self._steps = [(within, by_rows, members), (between, groups, everyone)]
-        self._rest: list[Callable[[], None]] = []
 
     def pack(self, arrays: Mapping[str, Any]) -> None:
         """Copy the arrays of the items, with the rows of this rank, to where they travel from."""
@@ -131,10 +149,25 @@ class Redistribution:
 
     def received(self) -> dict[str, Any]:
         """The items as they came to the heads of this rank, by name: views of the buffer, or copies of what it cannot show."""
+        if self._in_window is not None:
+            self._keep_what_came()
         arrays = self.places()
         for name, columns in self._wide():
             copy_arrays((columns,), (as_columns(arrays[name], self._layout.dtype),))
         return arrays
+
+    def _keep_what_came(self) -> None:
+        """Copy what others wrote into the window: the next call uses it again."""
+        transfer = self._layout.transfer
+        row = transfer.batch * transfer.sizes[transfer.rank]
+        before = sum(transfer.rows[: transfer.rank])
+        after = before + transfer.rows[transfer.rank]
+        with stage("unpack"):
+            for first, rows in ((0, before), (after, sum(transfer.rows) - after)):
+                source = self._layout.window[transfer.rank] + first * row
+                panel = Panel(0, source, row, 0, 0, 1, 0, first * row, row, 0, 0, 1, row)
+                relayout([self._in_window], [self._by_heads], [panel], rows=rows, batch=1)
+            note(passes=1)
 
     def places(self) -> dict[str, Any]:
         """Where the items for the heads of this rank are computed, by name: (batch, all rows, heads of this rank, width).
@@ -162,7 +195,7 @@ class Redistribution:
         """The items in the buffer by heads, (batch, all rows, heads of this rank, columns)."""
         transfer = self._layout.transfer
         size = transfer.sizes[transfer.rank]
-        views, first = [], 0
+        views, first = [], self._layout.by_heads_start
         for item, width in zip(self._layout.items, self._layout.widths, strict=True):
             count = item.heads[transfer.rank][1]
             shape = transfer.batch, sum(transfer.rows), count, width
@@ -179,11 +212,22 @@ class Redistribution:
 
     def start_to_heads(self) -> None:
         """Send what was packed, receive all rows of the heads of this rank."""
-        self._start("scatter", self._steps, to_heads=True)
+        if self._layout.window:
+            self._meet("scatter", sum(self._layout.transfer.counts_by_rows))
+        else:
+            self._start("scatter", self._steps, to_heads=True)
 
     def start_to_rows(self) -> None:
         """Send what is by heads, receive what `unpack` needs."""
-        self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], to_heads=False)
+        if self._layout.window:
+            self._meet("gather", sum(self._layout.transfer.by_heads.counts))
+        else:
+            self._start("gather", [(comm, target, source) for comm, source, target in reversed(self._steps)], to_heads=False)
+
+    def _meet(self, name: str, numbers: int) -> None:
+        meeting = mpi.Meeting(name, self._link.ranks.comm, numbers * self._layout.dtype.itemsize)
+        self._rest = [meeting.wait]
+        meeting.start(blocking=self._link.blocking)
 
     def _start(self, name: str, steps: list[tuple[Any, mpi.ExchangeBuffer, mpi.ExchangeBuffer]], *, to_heads: bool) -> None:
         first, *others = (mpi.AllToAll(name, *step) for step in steps)
@@ -245,15 +289,22 @@ def _in_message(item: Item, x: Any, dtype: np.dtype) -> Any:
 class _Layout:
     """Where the items of one redistribution lie in its buffers: all that does not depend on their memory."""
 
-    def __init__(self, rank: int, items: tuple[Item, ...], batch: int, node_size: int) -> None:
+    def __init__(
+        self, rank: int, items: tuple[Item, ...], batch: int, node_size: int, window: tuple[int, ...], *, keep: bool
+    ) -> None:
         self.items, self.dtype = items, dtype_of_message(items)
         self.widths = tuple(item.columns(self.dtype) for item in items)
         self.wide = {item.name for item in items if item.dtype != self.dtype}
         self.without_heads = {n for n, item in enumerate(items) if not any(count for _, count in item.heads)}  # on any rank
         self.transfer = transfer_of(rank, items, batch)
         self.two_step = TwoStep(self.transfer, node_size) if node_size else None
-        # of the blocks of the ranks in the buffer by rows
+        # of the blocks of the ranks in the buffer by rows, or in the buffers by heads of these ranks
         self.starts = self.two_step.starts_by_rows if self.two_step else self.transfer.by_rows.displacements
+        self.window = tuple(start // self.dtype.itemsize for start in window)
+        if window:
+            rows = sum(self.transfer.rows[:rank]) * batch
+            self.starts = tuple(start + rows * size for start, size in zip(self.window, self.transfer.sizes, strict=True))
+        self.by_heads_start = self.window[rank] if window and not keep else 0
 
     def largest_number(self) -> int:
         """The largest count or displacement that MPI gets for it."""
@@ -264,13 +315,36 @@ class _Layout:
 
 
 @lru_cache(maxsize=256)
-def _layout(rank: int, items: tuple[Item, ...], batch: int, node_size: int) -> _Layout:
-    return _Layout(rank, items, batch, node_size)
+def _layout(rank: int, items: tuple[Item, ...], batch: int, node_size: int, window: tuple[int, ...], *, keep: bool) -> _Layout:
+    return _Layout(rank, items, batch, node_size, window, keep=keep)
 
 
-def layout_of(rank: int, items: tuple[Item, ...], batch: int, link: mpi.Link) -> _Layout:
-    """The layout of items for a rank."""
-    return _layout(rank, items, batch, link.node_size if link.two_steps else 0)
+def layout_of(
+    rank: int, items: tuple[Item, ...], batch: int, link: mpi.Link, window: tuple[int, ...] = (), *, keep: bool = False
+) -> _Layout:
+    """The layout of items for a rank; in a window, with the buffers by heads of the ranks from these bytes on."""
+    return _layout(rank, items, batch, link.node_size if link.two_steps else 0, window, keep=keep)
+
+
+class Place(NamedTuple):
+    """Where the items of one redistribution are in memory that all ranks share."""
+
+    memory: Any
+    starts: tuple[int, ...]  # of the buffers by heads, in bytes, by rank
+
+
+def places_for(
+    link: mpi.Link, queue: Any, messages: tuple[tuple[Item, ...], ...], batch: int, *, known: bool = False
+) -> Iterator[Place | None]:
+    """Where each message is in memory that the ranks share; None for all where they do not.
+
+    Collective, unless it is `known` that all ranks have the memory.
+    """
+    if link.route.name != "shared":
+        return repeat(None)
+    window = window_of(messages, batch)
+    memory = mpi.shared_memory(link.ranks, queue, window.bounds, known=known)
+    return (Place(memory, starts) for starts in window.starts)
 
 
 def _check_numbers(layout: _Layout, link: mpi.Link) -> None:
@@ -305,7 +379,7 @@ def _blocks(layout: _Layout) -> Iterator[_Block]:
     for peer, start in enumerate(layout.starts):
         buffer, size = BY_ROWS, transfer.sizes[peer]
         if peer == transfer.rank:
-            buffer, start = BY_HEADS, transfer.by_heads.own.start
+            buffer, start = BY_HEADS, layout.by_heads_start + transfer.by_heads.own.start
         for number, (item, width) in enumerate(zip(layout.items, layout.widths, strict=True)):
             first, heads = item.heads[peer]
             yield _Block(number, first, heads, width, (buffer, start, transfer.batch * size, size, width))

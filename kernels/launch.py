@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dpctl
-import numpy as np
 from dpctl import SyclQueue
 from dpctl.memory import MemoryUSMDevice
 from dpctl.program import create_program_from_spirv
 
 from . import manifest
+from .constants import specialise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+
+    from .constants import Constants
 
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 KEPT_BYTES = 65536  # hashing more takes longer than sending it again
@@ -46,29 +50,6 @@ def _interface() -> Any:
 
 
 _submit, _wait, _delete = _interface()
-
-
-Constants = tuple[tuple[int, int], ...]  # specialisation constants that are not 0: (number, value)
-
-
-def specialise(spirv: bytes, constants: Constants) -> bytes:
-    """The SPIR-V module with other values for some of its specialisation constants of 32 bits.
-
-    A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
-    """
-    decorate, spec_id, spec_constant = 71, 1, 50
-    words, values = np.frombuffer(spirv, np.uint32).copy(), dict(constants)
-    numbers: dict[int, int] = {}  # by the name of the result
-    position = 5
-    while position < len(words):
-        instruction = words[position : position + int(words[position] >> 16)]
-        opcode = instruction[0] & 0xFFFF
-        if opcode == decorate and instruction[2] == spec_id:
-            numbers[int(instruction[1])] = int(instruction[3])
-        elif opcode == spec_constant and numbers.get(int(instruction[2])) in values:
-            instruction[3] = values[numbers[int(instruction[2])]]
-        position += len(instruction)
-    return words.tobytes()
 
 
 @cache

@@ -51,8 +51,7 @@ def backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients dq, dk and dv, which tests compare with `flash_backward`."""
     kv_heads = k.shape[2]
-    # an lse above it may have lost the number of keys in rounding; see score.py
-    large = 0.5**11 / np.finfo(lse.dtype).eps
+    large = largest_exact_lse(lse.dtype)
     dout, q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (dout, q, k, v))
     kv = (np.arange(q.shape[1]) + head_shift) // group
     k, v = k[:, kv], v[:, kv]
@@ -82,6 +81,11 @@ def _product(seen: np.ndarray, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     for j in np.flatnonzero(special):
         result += np.where(seen[..., j, None], weight[..., j, None] * x[:, :, j, None], 0)
     return result
+
+
+def largest_exact_lse(dtype: np.dtype) -> float:
+    """The size of an lse from which on it may have lost the number of keys in rounding; `score.stages` has it for kernels."""
+    return float(0.5**11 / np.finfo(dtype).eps)
 
 
 def _softmax(score: np.ndarray, options: ScoreOptions) -> tuple[np.ndarray, np.ndarray]:

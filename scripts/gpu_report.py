@@ -38,8 +38,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ulysses_dp.kernels import manifest
+from ulysses_dp.kernels.constants import specialise
 from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS
-from ulysses_dp.kernels.launch import specialise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from gpu import spirv

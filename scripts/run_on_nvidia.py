@@ -68,6 +68,8 @@ def plan(rows: int = ROWS) -> Iterator[tuple[str, Callable[..., Any]]]:
 def build(tools: Path, only: str) -> None:
     """Translate every kernel that a run needs into `FOLDER`."""
     standin.install()
+    from ulysses_dp.kernels.constants import specialise
+
     manifest = standin.manifest()
     dry = cases.Dry()
     for _, call in plan(rows=4):
@@ -85,7 +87,7 @@ def build(tools: Path, only: str) -> None:
         name, constants = kernel
         start, target = time.perf_counter(), FOLDER / nvidia.file_name(name, constants)
         module = (manifest.FOLDER / f"{name}.spv").read_bytes()
-        compiler.compile(spirv.specialise(module, dict(constants)), target)
+        compiler.compile(specialise(module, constants), target)
         return f"{target.name:60} {target.stat().st_size / 1024:6.0f} KB {time.perf_counter() - start:6.1f} s"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

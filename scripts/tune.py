@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dpnp
 import numpy as np
+from timing import in_turns, side
 from ulysses_dp.kernels import schedules
 from ulysses_dp.kernels.flash_forward import HEAD_DIMS
 
@@ -47,7 +47,7 @@ def measure(head_dim: int, seq: int, seconds: float) -> dict[str, float]:
         attention(*inputs)
 
     possible = schedules.candidates(default_queue().sycl_device, inputs[0].dtype, head_dim)
-    medians = in_turns({schedule.name: partial(call, schedule.name) for schedule in possible}, seconds)
+    medians = medians_of({schedule.name: partial(call, schedule.name) for schedule in possible}, seconds)
     os.environ.pop(schedules.SCHEDULE)
     return {name: round(value / min(medians.values()), 3) for name, value in medians.items()}
 
@@ -61,23 +61,10 @@ def arrays(head_dim: int, seq: int, dtype: str) -> list[Any]:
     return [dpnp.asarray(x, dtype=numbers.dtype if dtype == "bfloat16" else dtype, sycl_queue=queue) for x in numbers]
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median time of every call, all of them measured in turns.
-
-    A turn is two calls, of which the first does not count: threads of the last one may still be spinning on the cores.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = None
-    while end is None or time.perf_counter() < end:
-        for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        if end is None:  # the first turn compiled the kernels
-            times = {name: [] for name in calls}
-            end = time.perf_counter() + seconds
-    return {name: statistics.median(turns or [float("inf")]) for name, turns in times.items()}
+def medians_of(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median time of every call, all of them measured in turns."""
+    times = in_turns({name: side(call, seconds=0) for name, call in calls.items()}, seconds, least=1)
+    return {name: statistics.median(turns) for name, turns in times.items()}
 
 
 def compare_backends(seconds: float) -> None:
@@ -104,7 +91,7 @@ def compare_backends(seconds: float) -> None:
                     except (NotImplementedError, ImportError):  # on this device, or for this dtype
                         continue
                     calls[x.name] = call
-                medians = in_turns(calls, seconds)
+                medians = medians_of(calls, seconds)
                 cells = (f"{1e3 * medians[x.name]:14.2f}" if x.name in medians else f"{'-':>14}" for x in names)
                 print(f"{dtype:8} {head_dim:9} {seq:5}" + "".join(cells), flush=True)
 

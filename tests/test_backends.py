@@ -27,7 +27,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
 )
-from ulysses_dp._device.arrays import dtype_of, kind_of, tensor
+from ulysses_dp._device.arrays import dtype_of, library_of, tensor
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp._ranks.partition import share_heads
 from ulysses_dp.backends import torch_sdpa
@@ -37,7 +37,7 @@ def like(x, given, dtype=None):
     """Numbers of NumPy as an array of the kind and, if no other is given, dtype of another; bfloat16 as bit patterns."""
     dtype = dtype or (given.dtype if isinstance(given, np.ndarray) else dtype_of(given))  # str(bfloat16) is no dtype of NumPy
     x = oracle.to_bfloat16(x) if dtype == "uint16" else x.astype(dtype)
-    kind = kind_of(given).name.split(".")[0].removesuffix("_ndarray")
+    kind = library_of(given).name.split(".")[0].removesuffix("_ndarray")
     return as_kind(x, kind, getattr(given, "sycl_queue", None))
 
 
@@ -456,13 +456,13 @@ def test_user_gets_arrays_of_the_kind_of_the_call(comm, kind):
 
     def spy(*arrays, **options):
         arrays_too = [x for x in options.values() if not isinstance(x, bool | float)]
-        seen.extend(kind_of(x) for x in (*arrays, *arrays_too))
+        seen.extend(library_of(x) for x in (*arrays, *arrays_too))
         assert all(x.sycl_queue == q.sycl_queue for x in (*arrays, *arrays_too) if kind in ("dpnp", "usm"))
         return dense(*arrays, **options)
 
     given = {name: as_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     results = ulysses_attention(q, k, v, comm=comm, attn_type=spy, return_lse=True, **given)
-    assert seen == [kind_of(q)] * 6
+    assert seen == [library_of(q)] * 6
     for result, expected, axis in zip(results, oracle.dense_attention(*whole, **options), (1, 2), strict=True):
         assert type(result) is type(q)
         np.testing.assert_allclose(as_numpy(result), part(expected, rows, comm.rank, axis), rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ulysses_dp.kernels.constants import specialise
 
 pytestmark = pytest.mark.single
 
@@ -114,12 +115,11 @@ def test_bfloat16(tools):
     assert cases.widened(cases.narrowed(x))[3:5].tolist() == [1, 1 + 2**-6]  # ties to even
 
 
-def test_specialise(tools):
+def test_specialise():
     """Only the default of the constant with this identifier changes."""
-    spirv = tools["spirv"]
     decorations = [4 << 16 | 71, 7, 1, 3, 4 << 16 | 71, 8, 1, 4]
     module = np.array([*[0] * 5, *decorations, 4 << 16 | 50, 2, 7, 0, 4 << 16 | 50, 2, 8, 0], np.uint32)
-    changed = np.frombuffer(spirv.specialise(module.tobytes(), {4: 9}), np.uint32)
+    changed = np.frombuffer(specialise(module.tobytes(), ((4, 9),)), np.uint32)
     expected = module.copy()
     expected[-1] = 9
     np.testing.assert_array_equal(changed, expected)

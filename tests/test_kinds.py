@@ -20,7 +20,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_flash_attn_func,
 )
-from ulysses_dp._device.arrays import LIBRARIES, dtype_of, from_usm, library_of, to_usm
+from ulysses_dp._device.arrays import LIBRARIES, describe, dtype_of, library_of
 from ulysses_dp._device.arrays import tensor as usm
 
 ALL_KINDS = (*KINDS, "torch", "array_api_strict")
@@ -271,10 +271,12 @@ def test_bfloat16_goes_to_the_device_as_uint16_and_back(library):
     x = module.tensor(numbers).bfloat16() if library == "torch" else numbers.astype(module.bfloat16)
     assert dtype_of(x) == "bfloat16"
     for given in (x, x[:, ::2], x.T):
-        bits = to_usm(given)
+        array = describe(given, library_of(given))
+        bits = array.usm()
         assert (bits.dtype, bits.shape) == (np.uint16, tuple(given.shape))
-        back = from_usm(bits, given)
+        back = array.give(bits)
         assert_like(back, given, given.shape, c_contiguous=False)
         np.testing.assert_array_equal(as_numpy(back), as_numpy(given))
-    assert dtype_of(from_usm(usm.zeros(3, dtype="f4"), x)) == "float32"  # an lse
-    assert usm.asnumpy(to_usm(x))[0, 0] == 0x3F80
+    array = describe(x, library_of(x))
+    assert dtype_of(array.give(usm.zeros(3, dtype="f4"))) == "float32"  # an lse
+    assert usm.asnumpy(array.usm())[0, 0] == 0x3F80

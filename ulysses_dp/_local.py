@@ -63,7 +63,7 @@ def check_attention(
         settings = check_options(geometry, arrays[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
         settings = replace(settings, backend=backend_for(attn_type))
     of_q = arrays[0]
-    backend = settings.backend.for_call(of_q.data, device_of(of_q), geometry, settings, backward=backward)
+    backend = settings.backend.for_call(of_q, device_of(of_q), geometry, settings, backward=backward)
     return arrays, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from ulysses_dp.kernels.merge_rows import merge_rows
+from ulysses_dp.kernels.reference import largest_exact_lse
 
 from . import _local
 from ._call.checks import check_integer
@@ -215,7 +216,8 @@ class Ring:
             if hop <= self._reach(self._owner(hop)):
                 call.local(
                     lambda hop=hop: self._work.meet(
-                        *(self._owner(hop), self._at_hand(self._moving, hop)),
+                        self._owner(hop),
+                        self._at_hand(self._moving, hop),
                         self._at_hand(self._sums, hop) if hop or reach else self.sums,
                         first=hop == 0,
                     )
@@ -392,7 +394,8 @@ def _check_lse(lse: Any, options: Options) -> None:
     """
     if options.plain or not lse.size:
         return
-    largest, most = float(tensor.max(tensor.where(tensor.isfinite(lse), tensor.abs(lse), 0))), 0.5**11 / np.finfo(lse.dtype).eps
+    most, size = largest_exact_lse(lse.dtype), tensor.abs(lse)
+    largest = float(tensor.max(tensor.where(tensor.isfinite(lse), size, 0)))
     if largest > most:
         raise ValueError(f"lse must be at most {most:g} in size for gradients with these options and a ring, not {largest:g}")
 

@@ -291,7 +291,12 @@ def distributed(
             queue = arrays[0].sycl_queue
             link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
             forward = _describe(
-                *(arrays, geometry, settings, shares, mesh.of_group(q_rows), mesh.of_group(k_rows)),
+                arrays,
+                geometry,
+                settings,
+                shares,
+                mesh.of_group(q_rows),
+                mesh.of_group(k_rows),
                 rank=mesh.group.rank,
                 keep=return_ctx,
                 ring=mesh.new_ring(link.route, arrays[1], geometry, settings, heads[mesh.group.rank]),

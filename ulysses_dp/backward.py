@@ -227,11 +227,20 @@ def ulysses_attention_backward(
             queue = arrays[0].sycl_queue
             link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
             gradient = _describe(
-                *(arrays, geometry, settings, shares, mesh.of_group(q_rows), mesh.of_group(k_rows)),
+                arrays,
+                geometry,
+                settings,
+                shares,
+                mesh.of_group(q_rows),
+                mesh.of_group(k_rows),
                 rank=mesh.group.rank,
                 kept=ctx.parts if ctx else (),
                 ring=mesh.new_ring(
-                    *(link.route, arrays[2], geometry, settings, heads[mesh.group.rank]),
+                    link.route,
+                    arrays[2],
+                    geometry,
+                    settings,
+                    heads[mesh.group.rank],
                     backward=True,
                     kept=ctx.parts[0] if ctx else None,
                 ),

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ulysses_dp.kernels import score as score_options
 from ulysses_dp.kernels.reference import forward
-from ulysses_dp.kernels.score import ScoreOptions
 
+from ._call.definitions import takes
+from ._call.options import ScoreOptions
 from ._call.spans import spans
 from ._ranks.partition import group_size
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes(ScoreOptions)
 def dense_attention(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
     /,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    key_padding_mask: Any = None,
-    sinks: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    **options: Unpack[ScoreOptions],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention straight from its definition, softmax(softmax_scale * q kᵀ) v.
 
@@ -42,11 +38,7 @@ def dense_attention(
         Queries, (batch, seq_q, heads, head_dim), any real dtype; computed in float64.
     k, v : numpy.ndarray
         Keys and values, (batch, seq_k, kv_heads, head_dim); heads is a multiple of kv_heads.
-    softmax_scale : float, optional
-        Factor of the dot products; 1/sqrt(head_dim) by default.
-    causal : bool
-        Query i sees the keys j <= i + seq_k - seq_q (the last query sees all keys).
-    window_size, softcap, alibi_slopes, bias, key_padding_mask, sinks, cu_seqlens_q, cu_seqlens_k, dropout_p, seed
+    {names}
         As in `attention`, as NumPy arrays; packed sequences are one batch here, too.
 
     Returns
@@ -74,22 +66,26 @@ def dense_attention(
     """
     seq_q, heads, head_dim = q.shape[1:]
     seq_k, kv_heads = k.shape[1:3]
-    ends = tuple(map(int, cu_seqlens_q)) if cu_seqlens_q is not None else None
-    options = ScoreOptions(
+    call = inspect.signature(dense_attention).bind(q, k, v, **options)
+    call.apply_defaults()
+    given = SimpleNamespace(**call.arguments)
+    ends = None if given.cu_seqlens_q is None else tuple(map(int, given.cu_seqlens_q))
+    score = score_options.ScoreOptions(
         spans=spans(
-            *(seq_q, seq_k),
-            causal=causal,
-            window_size=window_size,
+            seq_q,
+            seq_k,
+            causal=given.causal,
+            window_size=given.window_size,
             cu_seqlens_q=ends,
-            cu_seqlens_k=ends if cu_seqlens_k is None else tuple(map(int, cu_seqlens_k)),
+            cu_seqlens_k=ends if given.cu_seqlens_k is None else tuple(map(int, given.cu_seqlens_k)),
         ),
-        softcap=softcap,
-        slopes=None if alibi_slopes is None else np.asarray(alibi_slopes).reshape(-1, heads),
-        sinks=None if sinks is None else np.asarray(sinks),
-        bias=bias,
-        padding=key_padding_mask,
-        dropout_p=dropout_p,
-        seed=seed,
+        softcap=given.softcap,
+        slopes=None if given.alibi_slopes is None else np.asarray(given.alibi_slopes).reshape(-1, heads),
+        sinks=None if given.sinks is None else np.asarray(given.sinks),
+        bias=given.bias,
+        padding=given.key_padding_mask,
+        dropout_p=given.dropout_p,
+        seed=given.seed or 0,
     )
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return forward(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), options=options)
+    scale = head_dim**-0.5 if given.softmax_scale is None else given.softmax_scale
+    return forward(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), options=score)

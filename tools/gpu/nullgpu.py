@@ -148,8 +148,8 @@ class Driver:
 def build_kernels() -> None:
     """Build all kernels of the manifest."""
     from ulysses_dp.kernels import manifest
+    from ulysses_dp.kernels.constants import specialise
     from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS
-    from ulysses_dp.kernels.launch import specialise
 
     all_options = tuple((number, 1) for number in CONSTANTS.values())
     sys.path.insert(0, str(HERE.parent))

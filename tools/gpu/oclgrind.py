@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import spirv, standin
+from . import standin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,8 +105,10 @@ class Oclgrind:
         return ctypes.c_void_p(result)
 
     def _kernel(self, name: str, constants: tuple[tuple[int, int], ...]) -> Any:
+        from ulysses_dp.kernels.constants import specialise  # of what `standin.install` has put in the place of the package
+
         module, program = self.folder / "kernel.spv", self.folder / "kernel.bc"
-        module.write_bytes(spirv.specialise((self.spirv / f"{name}.spv").read_bytes(), dict(constants)))
+        module.write_bytes(specialise((self.spirv / f"{name}.spv").read_bytes(), constants))
         translate(module, program)
         binary, status = program.read_bytes(), ctypes.c_int()
         text = ctypes.create_string_buffer(binary, len(binary))

@@ -32,10 +32,6 @@ class Library:
     name: str  #: of its class of arrays, for messages
     place_is = "device"  #: what `place` tells
 
-    @property
-    def value(self) -> str:
-        return self.name
-
     def owns(self, cls: type) -> bool:
         """Whether these are its arrays."""
         raise NotImplementedError
@@ -318,25 +314,3 @@ def _undone(order: tuple[int, ...]) -> tuple[int, ...]:
 def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """A view of the whole allocation of a USM array, from an element offset, with any shape and strides."""
     return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_data, strides=strides, offset=offset)
-
-
-def to_usm(x: Any) -> Any:
-    """See `Library.to_usm`."""
-    library = library_of(x)
-    assert library is not None
-    return library.to_usm(x)
-
-
-def from_usm(x: Any, like: Any) -> Any:
-    """See `Library.from_usm`."""
-    library = library_of(like)
-    assert library is not None
-    return library.from_usm(x, like)
-
-
-def place_of(x: Any, library: Library) -> Any:
-    """See `Library.place`."""
-    return library.place(x)
-
-
-kind_of = library_of

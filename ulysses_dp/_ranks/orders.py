@@ -60,9 +60,7 @@ def rows_of_ranks(
     ranks, ring : int
         Ranks, and groups of them; `ring` divides `ranks`.
     order : {"contiguous", "zigzag", "zigzag_ranks", "striped"}
-        "contiguous": consecutive rows in rank order. "zigzag": of 2 ring chunks, group r has chunks r and 2 ring - 1 - r, cut
-        among its ranks (yunchang). "zigzag_ranks": of 2 P chunks, rank i has chunks i and 2 P - 1 - i (TransformerEngine).
-        "striped": group r has every ring-th row from row r on, cut among its ranks.
+        What each rank holds, as `row_positions` tells.
     cu_seqlens : tuple of int, optional
         Where packed sequences start and end: each is shared out by itself, so that each is balanced.
     counts : tuple of int, optional

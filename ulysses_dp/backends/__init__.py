@@ -17,6 +17,7 @@ from .user import UserAttention
 if TYPE_CHECKING:
     from .._call.checks import Geometry
     from .._call.options import Options
+    from .._device.arrays import Array
 
 __all__ = [
     "AttnType",
@@ -186,7 +187,7 @@ class Auto(Backend):
 
     name = "AUTO"
 
-    def for_call(self, q: Any, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
         preferred = PREFERRED.get((device.device_type.name, geometry.dtype))
         if preferred and options.plain:
             try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .._call.checks import Geometry
     from .._call.options import Options
+    from .._device.arrays import Array
     from .._ranks.partition import HeadMap
 
 
@@ -39,7 +40,7 @@ class Backend:
     def __str__(self) -> str:
         return self.name
 
-    def for_call(self, q: Any, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
         """The backend of a call, checked: this one, if it need not know the user's q or leave the call to another."""
         self.check(device, geometry, options, backward=backward)
         return self

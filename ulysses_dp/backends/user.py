@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._device.arrays import dtype_of, from_usm, kind_of, place_of, tensor, to_usm
+from .._device.arrays import describe, library_of, tensor
 from .._device.copies import copy_arrays
 from ._base import Backend, compute_dtype
 from .dense import add_up, for_query_heads
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .._call.checks import Geometry
     from .._call.options import Options
+    from .._device.arrays import Array
     from .._ranks.partition import HeadMap
 
 
@@ -28,15 +29,20 @@ class UserAttention(Backend):
     name: str
     function: Callable[..., Any]
     gradient: Callable[..., Any] | None = None
-    like: Any = field(default=None, repr=False)  # q of the call
+    like: Array | None = field(default=None, repr=False)  # q of the call
 
-    def for_call(self, q: Any, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
         backend = replace(self, like=q)
         backend.check(device, geometry, options, backward=backward)
         return backend
 
+    @property
+    def _like(self) -> Array:
+        assert self.like is not None
+        return self.like
+
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
-        names = list(_given(options, self.like))
+        names = list(_given(options, self._like.dtype))
         if backward and self.gradient is None:
             raise NotImplementedError(f"attn_type {self.name} has no backward; register_attention takes one")
         if backward:
@@ -53,7 +59,7 @@ class UserAttention(Backend):
         else:
             result, of_rows = self._unpack(results, ("out", "lse"))
             lse[...] = self._take("lse", of_rows, lse.shape, str(lse.dtype))
-        copy_arrays((self._take("out", result, out.shape, dtype_of(self.like)),), (out,))
+        copy_arrays((self._take("out", result, out.shape, self._like.dtype),), (out,))
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         assert self.gradient is not None
@@ -63,7 +69,7 @@ class UserAttention(Backend):
         results = self.gradient(*map(self._give, (dout, *inputs)), **keywords)
         names = "dq", "dk", "dv"
         for name, result, x, grad in zip(names, self._unpack(results, names), inputs, grads, strict=True):
-            taken = self._take(name, result, x.shape, dtype_of(self.like))
+            taken = self._take(name, result, x.shape, self._like.dtype)
             if x.shape == grad.shape:
                 copy_arrays((taken,), (grad,))
             else:
@@ -93,11 +99,11 @@ class UserAttention(Backend):
             "cu_seqlens_k": lambda x: as_kind(x, np.int32),
             "bias": lambda _: self._give(options.local_bias(q, mine, compute)),
         }
-        return {name: converted[name](x) if name in converted else x for name, x in _given(options, self.like).items()}
+        return {name: converted[name](x) if name in converted else x for name, x in _given(options, self._like.dtype).items()}
 
     def _give(self, x: Any) -> Any:
         """A USM array as the user's functions get it."""
-        return from_usm(x, self.like)
+        return self._like.give(x)
 
     def _unpack(self, results: Any, names: tuple[str, ...]) -> Sequence[Any]:
         if not isinstance(results, tuple | list) or len(results) != len(names):
@@ -107,24 +113,24 @@ class UserAttention(Backend):
 
     def _take(self, name: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """A result of the user's functions as a USM array, checked."""
-        kind, came = kind_of(self.like), kind_of(x)
-        subject = f"attn_type {self.name} must return {name}"
-        if kind is None or came is not kind:
-            raise TypeError(f"{subject} as {getattr(kind, 'value', kind)}, not {came.value if came else type(x).__qualname__}")
-        if dtype_of(x) != dtype:
-            raise TypeError(f"{subject} with dtype {dtype}, not {dtype_of(x)}")
-        if tuple(x.shape) != tuple(shape):
-            raise ValueError(f"{subject} with shape {tuple(shape)}, not {tuple(x.shape)}")
-        if place_of(x, kind) != place_of(self.like, kind):
-            raise ValueError(f"{subject} where q is, on {place_of(self.like, kind)}, not on {place_of(x, kind)}")
-        return to_usm(x)
+        like, library, subject = self._like, library_of(x), f"attn_type {self.name} must return {name}"
+        if library is not like.library:
+            raise TypeError(f"{subject} as {like.library.name}, not {library.name if library else type(x).__qualname__}")
+        array = describe(x, like.library)
+        if array.dtype != dtype:
+            raise TypeError(f"{subject} with dtype {dtype}, not {array.dtype}")
+        if array.shape != tuple(shape):
+            raise ValueError(f"{subject} with shape {tuple(shape)}, not {array.shape}")
+        if array.place != like.place:
+            raise ValueError(f"{subject} where q is, on {like.place}, not on {array.place}")
+        return array.usm()
 
 
-def _given(options: Options, q: Any) -> dict[str, Any]:
+def _given(options: Options, dtype: str) -> dict[str, Any]:
     """Scale and causal, and what else the user has set, by the names of the public functions."""
     given = {"softmax_scale": options.softmax_scale, "causal": options.causal} | options.given
     # bit patterns do not say what they are
-    return given | ({"dtype": "bfloat16"} if dtype_of(q) == "uint16" else {})
+    return given | ({"dtype": "bfloat16"} if dtype == "uint16" else {})
 
 
 def _check_signature(name: str, function: Any, arrays: list[str], keywords: list[str]) -> None:

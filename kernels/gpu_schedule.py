@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from . import flash_backward_gpu, flash_forward_gpu
 from .arguments import Place, place_by_head, place_of
@@ -124,8 +127,8 @@ def launch_backward(
 
 
 def _pack_rows(arrays: Sequence[Any], panels: Any, panel_dim: int) -> None:
-    """Copy arrays of one shape into panels (batch, heads, row blocks, arrays, panel_dim, 16 rows); what is more than head_dim
-    stays as it is."""
+    """Copy arrays of one shape into panels (batch, heads, row blocks, arrays, panel_dim, 16 rows), with zeros for rows that
+    there are not; what is more than head_dim stays as it is, and the kernels take zeros for it."""
     batch, seq, heads, head_dim = arrays[0].shape
     full, rest = divmod(seq, SUB_GROUP)
     size = SUB_GROUP * panel_dim
@@ -146,4 +149,8 @@ def _pack_rows(arrays: Sequence[Any], panels: Any, panel_dim: int) -> None:
                         *(slots, width),
                     )
                 )
-    relayout(arrays, [panels], entries, rows=head_dim, batch=batch)
+            if rest:
+                zeros = 0, target + full * block_size + rest, SUB_GROUP, heads * head_size, block_size
+                entries.append(Panel(len(arrays), 0, 0, 0, 0, 0, *zeros, 1, SUB_GROUP - rest))
+    zero = SimpleNamespace(usm_data=upload(panels.sycl_queue, np.zeros(1, panels.dtype)))
+    relayout([*arrays, zero], [panels], entries, rows=head_dim, batch=batch)

@@ -14,15 +14,24 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpctl.memory import MemoryUSMDevice
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _MAP_FIXED = 0x10  # of Linux, which Python does not name
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+
+@cache
+def _map() -> Any:
+    """The function of the C library, which Python gives no address. Only Linux has all that is needed here."""
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    return function
 
 
 class SharedFile(NamedTuple):
@@ -49,11 +58,11 @@ class SharedMemory(MemoryUSMDevice):
     """A USM allocation with pages of a shared file. Made by `attach`: the constructor is dpctl's."""
 
     mark = 0  # the same in all processes that share it, and in no other memory
-    _map = staticmethod(_libc.mmap)  # which is there until the end of the interpreter
-    _own_pages = _READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1, 0
+    own_pages: Callable[[], object] | None = None  # gives them back, where they were replaced
 
     def __del__(self) -> None:
-        self._map(self._pointer, self.nbytes, *self._own_pages)
+        if self.own_pages is not None:
+            self.own_pages()
 
 
 def attach(queue: Any, file: SharedFile, mark: int, first: int, last: int) -> SharedMemory:
@@ -68,9 +77,10 @@ def attach(queue: Any, file: SharedFile, mark: int, first: int, last: int) -> Sh
         memory = SharedMemory(file.identity[2], alignment=mmap.PAGESIZE, queue=queue)
         if memory._pointer % mmap.PAGESIZE:
             raise OSError("SYCL gives no memory that starts with a page")
-        shared = _READ_WRITE, mmap.MAP_SHARED | _MAP_FIXED, number, 0
-        if SharedMemory._map(memory._pointer, memory.nbytes, *shared) != memory._pointer:
+        pages = memory._pointer, memory.nbytes, mmap.PROT_READ | mmap.PROT_WRITE
+        if _map()(*pages, mmap.MAP_SHARED | _MAP_FIXED, number, 0) != memory._pointer:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        memory.own_pages = partial(_map(), *pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1, 0)
     finally:
         os.close(number)
     memory.mark = mark

@@ -321,8 +321,8 @@ def shared_memory(ranks: Ranks, queue: Any, bounds: tuple[int, ...], *, known: b
     if ranks.rank == 0:
         try:
             file = create(bounds[-1])
-        except OSError as error:
-            failure = str(error)
+        except Exception as error:  # other systems than Linux do not have it
+            failure = f"{type(error).__name__}: {error}"
     file, mark = ranks.comm.bcast((file, randbits(62)))
     if file is not None:
         try:

@@ -42,7 +42,10 @@ TOTALS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 16, 17, 23, 31, 32, 33, 48, 61, 64, 65
 SPANS, SPLITS = (-1, 0, 1, 3, 8, 40), ("first", "even", "uneven", "gaps", "last")
 # by name: the chance to take one of the values after the first, which is the plainest, and the values
 SPACE = {
-    "call": (0.5, ("ulysses", "local", "local", "class", "flash", "trade", "trade", "4d", "merge", "refuse", "refuse")),
+    "call": (
+        0.6,
+        ("ulysses", "local", "local", "class", "flash", "decode", "trade", "trade", "4d", "merge", "refuse", "refuse"),
+    ),
     "kind": (0.7, ("numpy", "dpnp", "usm", "dpnp", "usm", *(["torch"] if torch else []), "array_api_strict")),
     "form": (0.5, ("float32", "float64", "float16", "bfloat16", "bits")),
     "attn_type": (0.5, ("INTEL_SYCL", "NUMPY", "TORCH", "INTEL_ONEDNN", "user", "AUTO")),
@@ -57,7 +60,9 @@ SPACE = {
     "split": (0.9, SPLITS),
     "seq_k": (0.4, (None, *TOTALS)),
     "split_k": (0.9, SPLITS),
-    "order": (0.1, (1, -1)),
+    "reversed": (0.1, (False, True)),
+    "ring": (0.3, (1, 2, 3, 4, 5)),
+    "order": (0.3, ("contiguous", "zigzag", "zigzag_ranks", "striped")),
     "cuts": (0.8, (0, 1, 2, 3, 8)),
     "cuts_k": (0.4, (False, True)),
     "causal": (0.4, (False, True)),
@@ -85,6 +90,7 @@ SPACE = {
     **{
         f"flat {x}": (0.04, (None, 0, 1, 2, 3)) for x in ("q", "k", "v", "dout")
     },  # the same numbers along an axis: a stride of 0
+    "field": (0.05, (False, True)),
     **{f"nan {x}": (0.03, (False, True)) for x in ("q", "k", "v", "dout")},
 }
 # what an argument must not be; what can be called, is called with what it is
@@ -144,6 +150,12 @@ def mended(case):
     foreign = c["attn_type"] in ("TORCH", "INTEL_ONEDNN")
     if foreign and c["seed"] % 10:
         c |= {"softcap": 0.0, "sinks": "", "dropout": 0.0}
+    if c["call"] not in ("ulysses", "class", "flash") or c["ranks"] % c["ring"]:
+        c |= {"ring": 1, "order": "contiguous"}
+    c["mesh"] = c["ring"] > 1 or c["order"] != "contiguous"
+    if c["mesh"] or c["call"] == "decode":  # what they do not have
+        foreign, c["attn_type"] = False, "NUMPY" if c["attn_type"] == "NUMPY" else "INTEL_SYCL"
+        c |= {"overlap": "auto", "node_size": 1, "bias_huge": 0}
     if c["attn_type"] == "user":
         c |= {"dropout": 0.0}  # its function does not learn which heads it has
     if c["schedule"] == "gpu" and c["ranks"] > 1:
@@ -156,7 +168,7 @@ def mended(case):
         c["form"] = "float32"
     if c["form"] == "bits" and c["kind"] in ("torch", "array_api_strict"):
         c["kind"] = "numpy"
-    if c["call"] == "flash" or (c["layout"] == "thd" and c["call"] in ("class", "refuse")):
+    if c["call"] == "flash" or (c["layout"] == "thd" and c["call"] in ("class", "decode", "refuse")):
         c["layout"] = "bshd"
     if c["layout"] == "thd":
         c |= {"batch": 1, "alibi": c["alibi"] and "heads"}
@@ -194,6 +206,9 @@ def place(name, x, c, comm, guards, flat=None, kind=None):
     view = np.ndarray(x.shape, x.dtype, memory, offset * size, [s * size for s in strides])
     view[...] = x
     kept = memory
+    if kind == "numpy" and c["field"]:  # of a packed structure: no number is where its size would put it
+        kept = np.zeros(x.shape, [("before", "u1"), ("x", x.dtype)])
+        kept["x"], view = x, kept["x"]
     if kind in ("dpnp", "usm"):
         kept = tensor.asarray(memory, sycl_queue=default_queue())
         array, size = (dpnp.ndarray, size) if kind == "dpnp" else (tensor.usm_ndarray, 1)  # whose strides count other things
@@ -340,13 +355,22 @@ def attention(c, comm):
     rng, guards, form, local = np.random.default_rng(c["seed"]), [], c["form"], c["call"] == "local"
     queries, keys = (sum(c["rows"]), c["heads"]), (sum(c["rows_k"]), c["kv_heads"])
     here, rows, rows_k = (MPI.COMM_SELF, [queries[0]], [keys[0]]) if local else (comm, c["rows"], c["rows_k"])
-    whole, mine = {}, {}
+    whole, mine, held = {}, {}, {}
+    options, dense = options_of(c, rng, comm, guards)
+    mesh = {"ring": c["ring"], "order": c["order"]} if c["mesh"] else {}
+    for name, counts in (("q", rows), ("k", rows_k)):
+        held[name] = part(np.arange(sum(counts)), counts, here.rank, 0)
+        if c["order"] != "contiguous":
+            ends = dense.get(f"cu_seqlens_{name}", dense.get("cu_seqlens_q"))
+            held[name] = library.row_positions(sum(counts), here, **mesh, cu_seqlens=None if ends is None else ends.tolist())
+        elif c["call"] == "decode" and name == "q":
+            held[name] = np.arange(sum(counts))
 
     def by_user_axes(x):
         return x[0] if c["packed"] else x.transpose(np.argsort(c["axes"]))
 
-    def of_this_rank(x, counts):
-        return by_user_axes(part(x, counts, here.rank))
+    def of_this_rank(x, name):
+        return by_user_axes(x[:, held["q" if name in ("q", "dq", "dout", "out") else "k"]])
 
     for name, (seq, heads) in {"q": queries, "k": keys, "v": keys, "dout": queries}.items():
         x, flat = rng.standard_normal((c["batch"], seq, heads, c["head_dim"])), c[f"flat {name}"]
@@ -356,8 +380,7 @@ def attention(c, comm):
             x = np.where(rng.random(x.shape[:3])[..., None] < 0.1, np.nan, x)
         whole[name] = encode(x, form)
         flat = None if flat is None or c["packed"] else c["axes"][flat]
-        mine[name] = place(name, of_this_rank(whole[name], rows if name in ("q", "dout") else rows_k), c, comm, guards, flat)
-    options, dense = options_of(c, rng, comm, guards)
+        mine[name] = place(name, of_this_rank(whole[name], name), c, comm, guards, flat)
     inputs = (decode(whole[x]).astype(float) for x in ("q", "k", "v", "dout"))
     expected = oracle.attention(*inputs, unit=c["unit"], stored=UNIT[form], **dense)
     options |= {"dtype": "bfloat16"} if form == "bits" else {}
@@ -369,15 +392,17 @@ def attention(c, comm):
     keep, how = c["gradient"] == "ctx" and not local, {}
     if c["call"] == "ulysses":
         node_size = c["node_size"] if c["node_size"] != "all" else comm.size
-        how = {"overlap": c["overlap"], "node_size": node_size, "exchange": c["exchange"], "comm": comm}
+        how = {"overlap": c["overlap"], "node_size": node_size, "exchange": c["exchange"], "comm": comm} | mesh
     more = {"attn_type": attn_type, "layout": c["layout"] if c["layout"].isalpha() else c["axes"]}
 
     def forward(**how):
         if c["call"] == "class":
-            layer = library.UlyssesAttention(comm, c["axes"][2], c["axes"][1], attn_type=attn_type)
+            layer = library.UlyssesAttention(comm, c["axes"][2], c["axes"][1], attn_type=attn_type, **mesh)
             return layer(q, k, v, return_attn_probs=True, **options)[:2]
         if c["call"] == "flash":
-            return library.ulysses_flash_attn_func(q, k, v, return_attn_probs=True, group=comm, **options)[:2]
+            return library.ulysses_flash_attn_func(q, k, v, return_attn_probs=True, group=comm, **options, **mesh)[:2]
+        if c["call"] == "decode":
+            return library.decode_attention(q, k, v, comm=comm, return_lse=True, **options, **more)
         call = library.attention if local else library.ulysses_attention
         return call(q, k, v, return_lse=True, **options, **more, **how, **({"return_ctx": True} if keep else {}))
 
@@ -385,9 +410,9 @@ def attention(c, comm):
     if results is None:
         return
     out, lse, *ctx = results
-    lse_of_rank = tuple(part(x, rows, here.rank, 2)[0 if c["packed"] else ...] for x in expected["lse"])
+    lse_of_rank = tuple(x[:, :, held["q"]][0 if c["packed"] else ...] for x in expected["lse"])
     results = {
-        "out": (out, form, q, tuple(of_this_rank(x, rows) for x in expected["out"])),
+        "out": (out, form, q, tuple(of_this_rank(x, "out") for x in expected["out"])),
         "lse": (lse, c["of_lse"], q, lse_of_rank),
     }
     compare(comm, results, guards)
@@ -395,7 +420,7 @@ def attention(c, comm):
         again = outcome(comm, lambda: forward(comm=comm))[0]
         if not all(comm.allgather(as_numpy(again).tobytes() == as_numpy(out).tobytes())):
             raise Failure("overlap, node_size or exchange changes bits")
-    if not c["gradient"] or c["call"] in ("class", "flash"):
+    if not c["gradient"] or c["call"] in ("class", "flash", "decode"):
         return
     out, lse = (
         place(name, encode(decode(x), y), c, comm, guards) for name, x, y in (("out", out, form), ("lse", lse, c["of_lse"]))
@@ -406,8 +431,8 @@ def attention(c, comm):
     if grads is None:
         return
     results = {"dsinks": (grads[3], c["of_lse"], q, expected["dsinks"])} if c["sinks"] else {}
-    for name, x, given, counts in zip(("dq", "dk", "dv"), grads, (q, k, v), (rows, rows_k, rows_k), strict=False):
-        results[name] = x, form, given, tuple(of_this_rank(y, counts) for y in expected[name])
+    for name, x, given in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=False):
+        results[name] = x, form, given, tuple(of_this_rank(y, name) for y in expected[name])
     compare(comm, results, guards)
 
 
@@ -496,9 +521,11 @@ COMMUNICATORS = {}
 def run(case):
     """What is wrong with a case, or None; the same on all ranks."""
     faulthandler.dump_traceback_later(250, exit=True)
-    c, key = mended(case), (case["ranks"], case["order"])
+    c, key = mended(case), (case["ranks"], case["reversed"])
     if key not in COMMUNICATORS:
-        COMMUNICATORS[key] = WORLD.Split(0 if WORLD.rank < c["ranks"] else MPI.UNDEFINED, WORLD.rank * c["order"])
+        COMMUNICATORS[key] = WORLD.Split(
+            0 if WORLD.rank < c["ranks"] else MPI.UNDEFINED, -WORLD.rank if c["reversed"] else WORLD.rank
+        )
     comm, problem = COMMUNICATORS[key], None
     if comm != MPI.COMM_NULL:
         try:

@@ -67,8 +67,37 @@ def test_a_loop_of_generation(comm):
         if step % comm.size == comm.rank:  # in turns, which is no order of positions
             caches[:, :, length] = np.stack(new)[:, :, 0]
             length += 1
-        result = decode_attention(q, *caches, comm=comm, length=length)
+        result = decode_attention(q, *caches, comm=comm, lengths=length)
         np.testing.assert_allclose(result, dense_attention(q, *whole)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "softcap", "alibi", "alibi of batch", "sinks"])
+def test_lengths_of_every_batch(comm, name):
+    """Batches that have grown differently, and some of them not on all ranks; what is beyond their lengths is nan."""
+    batch, rows = 3, 9
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(0, rows + 1, (comm.size, batch))
+    lengths[0] = 9, 4, 2
+    q, *whole = random_qkv(4, batch, 2, 4, 2, 8, seq_k=rows * comm.size)
+    options = some_options((name,), batch, 4, 2, rows * comm.size)
+    caches = np.full((2, batch, rows, 2, 8), np.nan, np.float32)
+    first = lengths[: comm.rank].sum(axis=0)
+    for b, n in enumerate(lengths[comm.rank]):
+        for cache, x in zip(caches, whole, strict=True):
+            cache[b, :n] = x[b, first[b] : first[b] + n]
+    result = decode_attention(q, *caches, comm=comm, lengths=lengths[comm.rank], **options)
+    for b, n in enumerate(lengths.sum(axis=0)):
+        own = options | ({"alibi_slopes": options["alibi_slopes"][b : b + 1]} if name == "alibi of batch" else {})
+        expected, _ = dense_attention(q[b : b + 1], *(x[b : b + 1, :n] for x in whole), **own)
+        np.testing.assert_allclose(result[b : b + 1], expected, atol=TOLERANCE["float32"])
+
+
+def test_what_lengths_of_every_batch_do_not_go_with(comm):
+    q, k = np.ones((2, 1, 2, 4), np.float32), np.ones((2, 4, 2, 4), np.float32)
+    bias = np.zeros((1, 1, 1, 1), np.float32)
+    for kind, text in outcomes(comm, lambda: decode_attention(q, k, k, comm=comm, lengths=(1, 2), bias=bias)):
+        assert kind is ValueError
+        assert "bias needs as many keys in every batch" in text
 
 
 def test_nothing_of_the_cache_moves(comm):
@@ -89,9 +118,10 @@ def test_no_key_at_all(comm):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"length": 9}, ValueError, "length must be at most the 4 rows"),
-        ({"length": -1}, ValueError, "length must not be negative"),
-        ({"length": 1.5}, TypeError, "length must be an integer"),
+        ({"lengths": 9}, ValueError, "lengths must be at most the 4 rows"),
+        ({"lengths": -1}, ValueError, "lengths must not be negative"),
+        ({"lengths": 1.5}, TypeError, "lengths must be an integer"),
+        ({"lengths": (1, 2)}, ValueError, "lengths must be a number or 1, one for every batch, not 2"),
         ({"return_lse": 2}, TypeError, "return_lse must be a bool"),
         ({"layout": "thd", "cu_seqlens_q": (0, 1)}, ValueError, ""),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from ._local import LocalOptions
 from ._ranks import mpi
 from ._ranks.agree import Checked, CollectiveCall, agree
 from ._ranks.orders import Segment
-from ._ranks.partition import HeadMap, column
+from ._ranks.partition import HeadMap
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
     from ._call.checks import Geometry
@@ -38,7 +41,7 @@ def decode_attention(
     /,
     *,
     comm: Any = None,
-    length: int | None = None,
+    lengths: int | Sequence[int] | None = None,
     return_lse: bool = False,
     **options: Unpack[LocalOptions],
 ) -> Any:
@@ -58,8 +61,9 @@ def decode_attention(
     {options}
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
-    length : int, optional
-        How many rows of the cache of this rank count, from the first one on: a cache may be larger than what it holds.
+    lengths : int or sequence of int, optional
+        How many rows of the cache of this rank count, from the first one on: a cache may be larger than what it holds. A
+        sequence has a number for every batch; then, `bias`, `key_padding_mask` and `dropout_p` are a ValueError.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
 
@@ -99,7 +103,7 @@ def decode_attention(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, list[Any], Geometry, Options]]:
+    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, tuple[int, ...]]]:
         check_flag("return_lse", return_lse)
         given, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, **options)
         if settings.layout == PACKED:
@@ -108,22 +112,29 @@ def decode_attention(
             settings.backend.refuse("a cache that is split over ranks")
         arrays = _local.to_usm(given, settings.layout)
         rows = arrays[1].shape[1]
-        used = rows if length is None else check_count("length", length)
-        if used > rows:
-            raise ValueError(f"length must be at most the {rows} rows of k_cache, not {used}")
-        queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse}
-        return Checked((used,), vars(geometry) | settings.common() | queries, (given[0], arrays, geometry, settings), None)
+        used = _check_lengths(lengths, rows, settings)
+        if len(used) not in (1, geometry.batch):
+            raise ValueError(f"lengths must be a number or {geometry.batch}, one for every batch, not {len(used)}")
+        queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse, "numbers in lengths": len(used)}
+        common = vars(geometry) | settings.common() | queries
+        return Checked((max(used),), common, (given[0], arrays, geometry, settings, used), None)
 
     with call(function):
         agreement = agree(ranks, function, check)
-        like, arrays, geometry, settings = agreement.result
-        seq_q, lengths = arrays[0].shape[1], column(agreement.sizes, 0)
-        settings.check_lengths(function, seq_q, sum(lengths))
+        like, arrays, geometry, settings, used = agreement.result
+        seq_q = arrays[0].shape[1]
+        if len(used) == 1:
+            everywhere = np.array(agreement.sizes)
+            settings.check_lengths(function, seq_q, int(everywhere.sum()))
+        else:
+            everywhere = mpi.join(ranks, used).reshape(ranks.size, geometry.batch)
         # Delegate.
         collective = CollectiveCall(ranks, function)
-        keys = Segment(sum(lengths[: ranks.rank]), lengths[ranks.rank])
-        block = Block(Segment(0, seq_q), keys, seq_q, sum(lengths))
-        part = collective.local(_attend, arrays, geometry, settings.of_block(block))
+        blocks = []
+        for of_batch in everywhere.T.tolist():
+            keys = Segment(sum(of_batch[: ranks.rank]), of_batch[ranks.rank])
+            blocks.append(Block(Segment(0, seq_q), keys, seq_q, sum(of_batch)))
+        part = collective.local(_attend, arrays, geometry, settings, blocks)
         if part is None:  # the others wait for this rank
             part = np.zeros((*arrays[0].shape[:3], geometry.head_dim + 1), geometry.compute_dtype)
         with stage("merge", bytes_sent=part.nbytes * (ranks.size - 1), messages=ranks.size - 1, exchange=True):
@@ -133,14 +144,39 @@ def decode_attention(
             return _results(*_merge(parts, settings.sinks), arrays[0], settings, like, return_lse=return_lse)
 
 
-def _attend(arrays: list[Any], geometry: Geometry, options: Options) -> np.ndarray:
-    """Attention to the keys of this rank, on the host: (batch, seq_q, heads, head_dim + 1), whose last number is lse."""
+def _check_lengths(lengths: Any, rows: int, options: Options) -> tuple[int, ...]:
+    """How many rows of the cache count: one number, or one for every batch."""
+    if lengths is None:
+        return (rows,)
+    several = isinstance(lengths, (tuple, list)) or (isinstance(lengths, np.ndarray) and lengths.ndim == 1)
+    used = tuple(check_count("lengths", n) for n in (lengths if several else (lengths,)))
+    for n in used:
+        if n > rows:
+            raise ValueError(f"lengths must be at most the {rows} rows of k_cache, not {n}")
+    if len(used) > 1:
+        for name in ("bias", "key_padding_mask", "dropout_p"):
+            if getattr(options, name) is not None and not (name == "dropout_p" and options.dropout_p == 0):
+                raise ValueError(f"{name} needs as many keys in every batch: lengths must be one number, not {len(used)}")
+    return used
+
+
+def _attend(arrays: list[Any], geometry: Geometry, options: Options, blocks: list[Block]) -> np.ndarray:
+    """Attention to the keys of this rank, on the host: (batch, seq_q, heads, head_dim + 1), whose last number is lse.
+
+    There is one block for all batches, or one for each.
+    """
     q, k, v = arrays
-    assert options.block is not None
-    used, compute = slice(0, options.block.keys.length), np.dtype(geometry.compute_dtype)
+    compute = np.dtype(geometry.compute_dtype)
     out = scratch(q.sycl_queue, "decode out", q.shape, compute)
     lse = scratch(q.sycl_queue, "decode lse", (geometry.batch, geometry.heads, q.shape[1]), compute)
-    _local.attend(q, k[:, used], v[:, used], out, lse, options, HeadMap(geometry.group))
+    slopes = options.alibi_slopes
+    for number, block in enumerate(blocks):
+        batch = slice(None) if len(blocks) == 1 else slice(number, number + 1)
+        of_batch = options.of_block(block)
+        if slopes is not None and len(slopes) > 1:
+            of_batch = replace(of_batch, alibi_slopes=slopes[batch])
+        keys, values = (x[batch, : block.keys.length] for x in (k, v))
+        _local.attend(q[batch], keys, values, out[batch], lse[batch], of_batch, HeadMap(geometry.group))
     return np.concatenate([to_host(out), to_host(lse).swapaxes(1, 2)[..., None]], axis=-1)
 
 

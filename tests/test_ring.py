@@ -42,12 +42,12 @@ def run(comm, arrays, rows, keys, dout, *, context=False, **options):
     return out, lse, grads
 
 
-def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=False, dtype="float32", **options):
+def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=False, dtype="float32", kv="ring", **options):
     q, k, v = arrays
     rows = held(q.shape[1], comm, ring, order, q_counts)[comm.rank]
     keys = held(k.shape[1], comm, ring, order, k_counts)[comm.rank]
     dout = np.random.default_rng(7).standard_normal(q.shape).astype(q.dtype)
-    out, lse, grads = run(comm, arrays, rows, keys, dout, context=context, ring=ring, order=order, **options)
+    out, lse, grads = run(comm, arrays, rows, keys, dout, context=context, ring=ring, order=order, kv=kv, **options)
     expected, expected_lse = dense_attention(q, k, v, **options)
     tolerance = TOLERANCE[dtype] * 3
     np.testing.assert_allclose(out, expected[:, rows], atol=tolerance, rtol=0)
@@ -62,11 +62,11 @@ def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=Fa
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("context", [False, True])
-def test_every_mesh_and_order(comm, order, causal, context):
+@pytest.mark.parametrize("kv", ["ring", "all_gather"])
+def test_every_mesh_and_order(comm, order, causal, kv):
     arrays = random_qkv(0, 2, 37, 6, 2, 16)
     for ring in rings(comm):
-        check(comm, arrays, ring, order, causal=causal, context=context)
+        check(comm, arrays, ring, order, kv=kv, causal=causal, context=causal == (kv == "ring"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -89,8 +89,10 @@ def test_all_options_at_once(comm, seed):
     options = some_options(tuple(names), batch, heads, seq, seq_k, seed=seed)
     order = str(rng.choice(ORDERS))
     ring = int(rng.choice(rings(comm)))
+    kv = str(rng.choice(["ring", "all_gather", "auto"]))
     arrays = random_qkv(seed, batch, seq, heads, kv_heads, head_dim, seq_k=seq_k)
-    check(comm, arrays, ring, order, causal=bool(rng.random() < 0.5), context=bool(rng.random() < 0.5), **options)
+    causal, context = (bool(rng.random() < 0.5) for _ in range(2))
+    check(comm, arrays, ring, order, kv=kv, causal=causal, context=context, **options)
 
 
 @pytest.mark.parametrize("how", ["uneven", "gaps", "first", "last"])
@@ -98,7 +100,8 @@ def test_uneven_rows_and_ranks_without_any(comm, how):
     arrays = random_qkv(2, 1, 31, 4, 2, 8)
     counts = split(31, comm.size, how)
     for ring in rings(comm):
-        check(comm, arrays, ring, "contiguous", q_counts=counts, k_counts=counts, causal=True, window_size=(9, 0))
+        kv = "all_gather" if ring > 2 else "ring"
+        check(comm, arrays, ring, "contiguous", q_counts=counts, k_counts=counts, kv=kv, causal=True, window_size=(9, 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -201,12 +204,29 @@ def test_keys_go_no_further_than_they_are_seen(comm):
     assert record.bytes_sent() == (comm.size - 1) * block
 
 
+def test_gathered_keys_go_to_those_who_see_them(comm):
+    seq, width = 8 * comm.size, 8
+    mine = [x[:, 8 * comm.rank : 8 * comm.rank + 8] for x in random_qkv(10, 1, seq, 1, 1, width)]
+    block, later = 2 * 8 * width * 4, comm.size - 1 - comm.rank
+    for options, far in (({}, comm.size - 1), ({"causal": True}, later), ({"window_size": (7, 0)}, min(later, 1))):
+        with trace() as record:
+            out, lse = ulysses_attention(*mine, comm=comm, ring=comm.size, kv="all_gather", return_lse=True, **options)
+        assert record.bytes_sent() == far * block
+        with trace() as record:
+            ulysses_attention_backward(out, *mine, out, lse, comm=comm, ring=comm.size, kv="all_gather", **options)
+        # the gradients come back from where the keys went
+        seen = comm.size - 1 if not options else comm.rank if "causal" in options else min(comm.rank, 1)
+        assert record.bytes_sent() == (far + seen) * block
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"ring": 7}, ValueError, "ring must divide"),
         ({"ring": "all"}, ValueError, "ring must be an integer or 'auto'"),
         ({"ring": 1.0}, TypeError, "ring must be an integer"),
+        ({"kv": "gather"}, ValueError, "kv must be one of ring, all_gather and auto"),
+        ({"kv": None}, TypeError, "kv must be a string"),
         ({"order": "random"}, ValueError, "order must be one of"),
         ({"order": 3}, TypeError, "order must be a string"),
         ({"order": "striped", "overlap": 2}, ValueError, "overlap must be 1"),

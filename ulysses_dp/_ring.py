@@ -4,6 +4,9 @@ The rows of a rank stay. Its keys visit the groups after its own, one after the 
 nobody sees does not travel. Partial results are merged in the dtype of the computation and rounded once, at the end: merging in
 16 bits is what ring implementations fail by. All sums have the order of the ring, so repetition is bit-identical. The gradients
 of keys travel behind them, and come home with the last hop (Liu et al., arXiv:2310.01889).
+
+Or every group sends its keys straight to all that see them, and gets back what these have of their gradients, which it adds up
+in the order of the groups: more memory, and nothing is sent on.
 """
 
 from __future__ import annotations
@@ -27,15 +30,24 @@ from ._ranks.orders import ORDERS, Order, Rows, count, rows_of_groups, rows_of_r
 from ._ranks.partition import HeadMap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ._call.checks import Geometry
     from ._call.options import Options
     from ._ranks.agree import CollectiveCall
     from ._ranks.partition import Heads
 
+KVS = ("ring", "all_gather")  # how keys get to the rows of other groups
 Arrays = dict[str, Any]
 Memory = tuple[Any, Any]  # a flat array, and one in host memory through which its bytes go, or None
+
+
+class Wish(NamedTuple):
+    """What a user has said of the mesh, checked."""
+
+    ring: int
+    order: Order
+    kv: str
 
 
 class Mesh(NamedTuple):
@@ -44,17 +56,17 @@ class Mesh(NamedTuple):
     ranks: mpi.Ranks
     group: mpi.Ranks  # those that share the heads of this rank's rows
     ring: int  # how many groups there are
+    kv: str  # how keys get to other groups
     rows: tuple[Rows, ...]  # of every rank
     keys: tuple[Rows, ...]
 
     @classmethod
-    def of(
-        cls, function: str, ranks: mpi.Ranks, ring: int, order: Order, counts: Sequence[tuple[int, ...]], options: Options
-    ) -> Mesh:
+    def of(cls, function: str, ranks: mpi.Ranks, wish: Wish, counts: Sequence[tuple[int, ...]], options: Options) -> Mesh:
         """The mesh of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
 
         Collective for the first time.
         """
+        ring, order, kv = wish
         packed = (None, None) if order == "contiguous" else (options.cu_seqlens_q, options.cu_seqlens_k)
         held = []
         for name, given, ends in zip("qk", counts, packed, strict=True):
@@ -62,7 +74,7 @@ class Mesh(NamedTuple):
             rows = rows_of_ranks(sum(given), ranks.size, ring, order, ends, fixed)
             check_rows(function, name, given, tuple(map(count, rows)), order, ring)
             held.append(rows)
-        return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, *held)
+        return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, kv, *held)
 
     def of_group(self, values: tuple[int, ...]) -> tuple[int, ...]:
         """The values of the ranks of this group, of those of all."""
@@ -80,9 +92,9 @@ class Mesh(NamedTuple):
 
 
 def check_mesh(
-    ring: Any, order: Any, ranks: int, geometry: Geometry, options: Options, *, overlap: int, node_size: Any
-) -> tuple[int, Order]:
-    """Check the wish for a mesh; returns how many groups there are, and the order of rows.
+    ring: Any, order: Any, kv: Any, ranks: int, geometry: Geometry, options: Options, *, overlap: int, node_size: Any
+) -> Wish:
+    """Check the wish for a mesh.
 
     "auto" is the smallest number of groups with which all ranks have as many heads.
     """
@@ -94,7 +106,21 @@ def check_mesh(
             raise ValueError(f"node_size must be 1 with a ring or an order of rows, not {node_size!r}")
         if not options.backend.in_blocks:
             options.backend.refuse("a ring or an order of rows")
-    return size, known
+    return Wish(size, known, check_kv(kv, size, geometry.heads, geometry.kv_heads))
+
+
+def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:
+    """Check how keys are to get to other groups.
+
+    "auto" gathers them, which never sends more, where they take no more memory than in a ring, or than q and out.
+    """
+    if not isinstance(kv, str):
+        raise TypeError(f"kv must be a string, not {type(kv).__name__}")
+    if kv == "auto":
+        return "all_gather" if ring * kv_heads <= max(2 * kv_heads, heads) else "ring"
+    if kv not in KVS:
+        raise ValueError(f"kv must be one of {', '.join(KVS)} and auto, not {kv!r}")
+    return kv
 
 
 def check_ring(ring: Any, ranks: int, heads: int) -> int:
@@ -162,7 +188,7 @@ class Ring:
         kept: Arrays | None = None,
     ) -> None:
         _, self._ranks = mesh.ranks.mesh(mesh.ring)
-        self._backward = backward
+        self._backward, self._gathers = backward, mesh.kv == "all_gather"
         self._size, self._position, self._by_host = mesh.ring, self._ranks.rank, route.name == "host"
         self._rows, self._keys = rows_of_groups(mesh.rows, mesh.ring), rows_of_groups(mesh.keys, mesh.ring)
         self._lengths = sum(map(count, mesh.rows)), sum(map(count, mesh.keys))
@@ -174,28 +200,31 @@ class Ring:
 
     def prepare(self) -> None:
         """Get the memory in which keys travel."""
-        most = max(map(self._numbers, range(self._size)))
-        self._moving = [self._memory(f"keys {n}", most, self._dtype) for n in range(2)]
+        most, mine = max(map(self._numbers, range(self._size))), self._numbers(self._position)
+        places = self._size if self._gathers else 2
+        self._moving = [self._memory(f"keys {n}", most, self._dtype) for n in range(places)]
         if self._backward:
-            self._sums = [self._memory(f"sums {n}", most, self.compute_dtype) for n in range(2)]
-            self._home = self._memory("sums at home", self._numbers(self._position), self.compute_dtype)
+            self._sums = [self._memory(f"sums {n}", most, self.compute_dtype) for n in range(places)]
+            self._home = self._memory("sums at home", mine, self.compute_dtype)
+            others = range(1, self._size) if self._gathers else ()
+            self._shares = {hop: self._memory(f"sums of {hop}", mine, self.compute_dtype) for hop in others}
 
     def compute(self, call: CollectiveCall, arrays: Arrays | None) -> None:
         """Attention, or its gradients, of the rows of this group and the keys of all. Collective.
 
         `arrays` is None if this rank has failed: it takes part in the exchanges all the same.
         """
-        if self._backward:
+        if self._backward and self._gathers:
+            self._differentiate_gathered(call, arrays)
+        elif self._backward:
             self._differentiate(call, arrays)
         else:
             self._attend(call, arrays)
 
     def _attend(self, call: CollectiveCall, arrays: Any) -> None:
         self._work = call.local(_Forward, self, arrays)
-        for hop in range(self._size):
-            shift = self._shift_keys(hop)
-            call.exchange(shift.start)
-            if hop <= self._reach(self._owner(hop)):
+        for hop, shift in enumerate(self._keys_on_their_way(call)):
+            if self._are_here(hop):
                 call.local(lambda hop=hop: self._work.meet(self._owner(hop), self._at_hand(self._moving, hop)))
             call.exchange(shift.wait)
 
@@ -209,11 +238,9 @@ class Ring:
         back = self._parcel(self._home, self._position, reach, tag=-1) if reach else None
         homecoming, sums = mpi.Shift(self._ranks.comm, None, back), mpi.Shift(self._ranks.comm, None, None)
         call.exchange(homecoming.start)
-        for hop in range(self._size):
-            shift = self._shift_keys(hop)
-            call.exchange(shift.start)
+        for hop, shift in enumerate(self._keys_on_their_way(call)):
             call.exchange(sums.wait)
-            if hop <= self._reach(self._owner(hop)):
+            if self._are_here(hop):
                 call.local(
                     lambda hop=hop: self._work.meet(
                         self._owner(hop),
@@ -227,6 +254,44 @@ class Ring:
             call.exchange(shift.wait)
         call.exchange(sums.wait)
         call.exchange(homecoming.wait)
+
+    def _differentiate_gathered(self, call: CollectiveCall, arrays: Any) -> None:
+        self._work = call.local(_Backward, self, arrays)
+        ways_home = []
+        for hop, shift in enumerate(self._keys_on_their_way(call)):
+            if self._are_here(hop):
+                call.local(
+                    lambda hop=hop: self._work.meet(
+                        self._owner(hop), self._at_hand(self._moving, hop), self._at_hand(self._sums, hop), first=True
+                    )
+                )
+            ways_home.append(self._send_home(hop))
+            call.exchange(ways_home[-1].start)
+            call.exchange(shift.wait)
+        for way in ways_home:
+            call.exchange(way.wait)
+        call.local(self._add_up)
+
+    def _send_home(self, hop: int) -> mpi.Shift:
+        """Send the gradients of the keys from so many groups back to these, and get those of as many ahead for the own keys."""
+        if not hop:
+            return mpi.Shift(self._ranks.comm, None, None)
+        owner, tag = self._owner(hop), self._size + hop
+        sent = self._parcel(self._sums[hop], owner, -hop, tag=tag) if self._are_here(hop) else None
+        comes = self._are_seen(hop)
+        return mpi.Shift(
+            self._ranks.comm, sent, self._parcel(self._shares[hop], self._position, hop, tag=tag) if comes else None
+        )
+
+    def _add_up(self) -> None:
+        """The gradients of the own keys, of all groups that have seen them, in the order of the groups."""
+        for x in self.sums:
+            x[...] = 0
+        for group in range(self._size):
+            hop = (group - self._position) % self._size
+            if not hop or self._are_seen(hop):
+                share = self._shares[hop][0] if hop else self._sums[0][0]
+                copy_arrays(self._views(share, self._position), self.sums, add=True)
 
     @property
     def sums(self) -> list[Any]:
@@ -257,6 +322,15 @@ class Ring:
     def _meetings(self, group: int, owner: int) -> Any:
         return meetings(self._rows[group], self._keys[owner], *self._lengths, self.options.mask)
 
+    def _are_here(self, hop: int) -> bool:
+        """Whether the keys from so many groups back are here at that hop."""
+        owner = self._owner(hop)
+        return not hop or (bool(self._meetings(self._position, owner)) if self._gathers else hop <= self._reach(owner))
+
+    def _are_seen(self, hop: int) -> bool:
+        """Whether the group so many ahead sees the own keys."""
+        return bool(self._meetings((self._position + hop) % self._size, self._position))
+
     def _owner(self, hop: int) -> int:
         """Whose keys are here after so many hops."""
         return (self._position - hop) % self._size
@@ -283,12 +357,32 @@ class Ring:
         return [view(flat, number * size, (batch, rows, self.kv_heads, width), strides) for number in range(2)]
 
     def _at_hand(self, memories: list[Memory], hop: int) -> list[Any]:
-        return self._views(memories[hop % 2][0], self._owner(hop))
+        return self._views(memories[hop % len(memories)][0], self._owner(hop))
 
     def _parcel(self, memory: Memory, owner: int, distance: int, *, tag: int) -> mpi.Parcel:
         """Keys of a group, or their gradients, on the way to or from the rank so far ahead."""
         array, host = (x if x is None else x[: self._numbers(owner)] for x in memory)
         return mpi.Parcel(array, (self._position + distance) % self._size, tag % (3 * self._size), host)
+
+    def _keys_on_their_way(self, call: CollectiveCall) -> Iterator[mpi.Shift]:
+        """The exchange of keys behind the computation of every hop; gathered, all keys are on their way at once."""
+        if not self._gathers:
+            for hop in range(self._size):
+                shift = self._shift_keys(hop)
+                call.exchange(shift.start)
+                yield shift
+            return
+        shifts = [self._send_keys(distance) for distance in range(1, self._size)]
+        for shift in shifts:
+            call.exchange(shift.start)
+        yield from (*shifts, mpi.Shift(self._ranks.comm, None, None))
+
+    def _send_keys(self, distance: int) -> mpi.Shift:
+        """Send the own keys so many groups ahead, if they are seen there, and get those from as many back."""
+        sent = self._parcel(self._moving[0], self._position, distance, tag=distance) if self._are_seen(distance) else None
+        memory, owner = self._moving[distance], self._owner(distance)
+        comes = self._are_here(distance)
+        return mpi.Shift(self._ranks.comm, sent, self._parcel(memory, owner, -distance, tag=distance) if comes else None)
 
     def _shift_keys(self, hop: int) -> mpi.Shift:
         """Pass on the keys that are here, if they go further, and get those of the group before, if they come as far."""
@@ -333,14 +427,14 @@ class _Forward:
         ring.note_pairs(owner, q.shape[2])
         for rows, keys, options in ring.meetings(owner):
             q_rows, out = q[:, rows], self._out[:, rows]
-            part, part_lse = (
-                ring.temporary("part", q_rows.shape),
-                ring.temporary("part lse", (*q_rows.shape[::2], out.shape[1])),
-            )
-            _local.attend(q_rows, k[:, keys], v[:, keys], part, part_lse, options, ring.heads)
             turn = self._merges[rows.start] % 2
             old, new = self._lse[turn][..., rows], self._lse[1 - turn][..., rows]
-            merge_rows(out, old, part, part_lse, new)
+            first = not self._merges[rows.start] and ring.options.sinks is None  # there is nothing to merge with
+            part = out if first else ring.temporary("part", q_rows.shape)
+            part_lse = new if first else ring.temporary("part lse", new.shape)
+            _local.attend(q_rows, k[:, keys], v[:, keys], part, part_lse, options, ring.heads)
+            if not first:
+                merge_rows(out, old, part, part_lse, new)
             self._merges[rows.start] += 1
 
     def give(self, out: Any, lse: Any) -> None:

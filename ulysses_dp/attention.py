@@ -20,7 +20,7 @@ from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._ranks.redistribution import as_columns
-from ._ring import Mesh, check_mesh
+from ._ring import Mesh, Wish, check_mesh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,8 +43,7 @@ class Context:
     k_rows: tuple[int, ...]
     parts: tuple[Arrays, ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
     options: dict[str, Any]  # as the user gave them
-    ring: int
-    order: Order
+    mesh: Wish
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Context cannot be pickled or copied: it holds memory of this rank's device")
@@ -136,6 +135,7 @@ def ulysses_attention(
     node_size: SupportsIndex | str = 1,
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
+    kv: str = "ring",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
@@ -183,6 +183,10 @@ def ulysses_attention(
         more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as many heads.
     order : {"contiguous", "zigzag", "zigzag_ranks", "striped"}
         Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.
+    kv : {"ring", "all_gather", "auto"}
+        How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two groups.
+        "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it never sends
+        more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q and out.
 
     Returns
     -------
@@ -235,6 +239,7 @@ def ulysses_attention(
         node_size=node_size,
         ring=ring,
         order=order,
+        kv=kv,
         return_ctx=return_ctx,
         return_lse=return_lse,
         **options,
@@ -253,6 +258,7 @@ def distributed(
     node_size: SupportsIndex | str = 1,
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
+    kv: str = "ring",
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -261,12 +267,12 @@ def distributed(
     ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, Sequence[Any], Geometry, Options, tuple[int, Order]]]:
+    def check() -> Checked[tuple[Array, Sequence[Any], Geometry, Options, Wish]]:
         given, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        mesh = check_mesh(ring, order, ranks.size, geometry, settings, **how)
-        how |= {"ring and order": mesh, "exchange": check_exchange(exchange)}
+        mesh = check_mesh(ring, order, kv, ranks.size, geometry, settings, **how)
+        how |= {"ring, order and kv": tuple(mesh), "exchange": check_exchange(exchange)}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
         arrays = _local.to_usm(given, settings.layout)
         rows = _local.rows_of(given, settings.layout)
@@ -274,7 +280,7 @@ def distributed(
 
     with call(function):
         agreement = agree(ranks, function, check)
-        like, arrays, geometry, settings, (size, known_order) = agreement.result
+        like, arrays, geometry, settings, wish = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -283,7 +289,7 @@ def distributed(
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, size, known_order, (q_rows, k_rows), settings)
+            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings)
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
@@ -304,7 +310,7 @@ def distributed(
             results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")
         given = {name: value for name, value in options.items() if name != "return_lse"}
-        context = Context(geometry, q_rows, k_rows, tuple(parts), given, size, known_order)
+        context = Context(geometry, q_rows, k_rows, tuple(parts), given, wish)
         user_results = _local.results_to_user(out, lse, settings, like)
     if not return_ctx:
         return user_results

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ._device.arrays import Array
     from ._ranks.orders import Order
     from ._ranks.partition import Heads
-    from ._ring import Ring
+    from ._ring import Ring, Wish
 
 ARRAYS = ("q", "k", "v")
 DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
@@ -124,6 +124,7 @@ def ulysses_attention_backward(
     node_size: SupportsIndex | str = 1,
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
+    kv: str = "ring",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
@@ -147,8 +148,8 @@ def ulysses_attention_backward(
     ctx : Context, optional
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
-    exchange, overlap, node_size, ring, order
-        What `ulysses_attention` was given; with `ctx`, ring and order are those of `ctx`.
+    exchange, overlap, node_size, ring, order, kv
+        What `ulysses_attention` was given; with `ctx`, ring, order and kv are those of `ctx`.
 
     Returns
     -------
@@ -187,7 +188,7 @@ def ulysses_attention_backward(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, tuple[int, Order]]]:
+    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
         inputs, geometry, settings = _check(dout, q, k, v, out, lse, **given)
         rows = _local.rows_of(inputs[1:], settings.layout)
@@ -196,12 +197,12 @@ def ulysses_attention_backward(
             _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
             _check_equal(settings.common(), kept.common())
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        of = (ctx.ring, ctx.order) if ctx else (ring, order)
+        of = ctx.mesh if ctx else (ring, order, kv)
         mesh = check_mesh(*of, ranks.size, geometry, settings, **how)
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             **how,
-            "ring and order": mesh,
+            "ring, order and kv": tuple(mesh),
             "exchange": check_exchange(exchange),
             **vars(geometry),
             **settings.common(),
@@ -211,7 +212,7 @@ def ulysses_attention_backward(
 
     with call(function):
         agreement = agree(ranks, function, check)
-        like, arrays, geometry, settings, (size, known_order) = agreement.result
+        like, arrays, geometry, settings, wish = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -219,7 +220,7 @@ def ulysses_attention_backward(
             with device_turn:
                 grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, size, known_order, (q_rows, k_rows), settings)
+            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings)
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             together = kv_heads_are_shared(heads)

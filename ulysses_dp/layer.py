@@ -38,7 +38,7 @@ class UlyssesAttention:
     attn_type : AttnType, UserAttention or callable
         The implementation of the local attention: a member of `AttnType`, what `register_attention` returned, or a function
         as it takes one.
-    ring, order
+    ring, order, kv
         As in `ulysses_attention`.
 
     Raises
@@ -66,6 +66,7 @@ class UlyssesAttention:
         *,
         ring: SupportsIndex | str = 1,
         order: Order = "contiguous",
+        kv: str = "ring",
     ) -> None:
         heads, seq = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
         self.sequence_process_group = sequence_process_group
@@ -75,6 +76,7 @@ class UlyssesAttention:
         self.attn_type = attn_type
         self.ring = ring
         self.order = order
+        self.kv = kv
         self._axes = axes_to_bshd(heads, seq)
 
     @takes(MoreOptions)
@@ -137,6 +139,7 @@ class UlyssesAttention:
             attn_type=self.attn_type,
             ring=self.ring,
             order=self.order,
+            kv=self.kv,
             dropout_p=dropout_p,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -169,6 +172,8 @@ class LongContextAttention(UlyssesAttention):
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
     ring : int or "auto"
         How many groups there are; yunchang's ``ring_degree``.
+    kv : {"ring", "all_gather", "auto"}
+        As in `ulysses_attention`.
 
     Raises
     ------
@@ -196,13 +201,14 @@ class LongContextAttention(UlyssesAttention):
         *,
         sequence_process_group: Any = None,
         ring: SupportsIndex | str = "auto",
+        kv: str = "ring",
     ) -> None:
         if not isinstance(ring_impl_type, str):
             raise TypeError(f"ring_impl_type must be a string, not {type(ring_impl_type).__name__}")
         if ring_impl_type not in _ORDERS:
             raise ValueError(f"ring_impl_type must be one of {', '.join(_ORDERS)}, not {ring_impl_type!r}")
         order = _ORDERS[ring_impl_type]
-        super().__init__(sequence_process_group, scatter_idx, gather_idx, use_sync, attn_type, ring=ring, order=order)
+        super().__init__(sequence_process_group, scatter_idx, gather_idx, use_sync, attn_type, ring=ring, order=order, kv=kv)
         self.use_pack_qkv = use_pack_qkv
         self.ring_impl_type = ring_impl_type
 
@@ -224,6 +230,7 @@ def ulysses_flash_attn_func(
     group: Any = None,
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
+    kv: str = "ring",
     dtype: str | None = None,
     **options: Unpack[MoreOptions],
 ) -> Any:
@@ -252,7 +259,7 @@ def ulysses_flash_attn_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    ring, order, dtype
+    ring, order, kv, dtype
         As in `ulysses_attention`.
 
     Returns
@@ -286,6 +293,7 @@ def ulysses_flash_attn_func(
         layout="bshd",
         ring=ring,
         order=order,
+        kv=kv,
         dtype=dtype,
         names=_FUNCTION_NAMES,
         attn_type=AttnType.INTEL_SYCL,

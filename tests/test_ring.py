@@ -279,3 +279,41 @@ def test_a_gradient_whose_lse_is_too_large_is_refused(comm):
     for kind, text in outcomes(comm, lambda: ulysses_attention_backward(out, q, k, v, out, lse, **options)):
         assert kind is ValueError
         assert "lse must be at most 4096" in text
+
+
+def test_several_meshes_alive_at_once(comm):
+    """Contexts of all meshes are kept, on two communicators, and used in another order than they were made."""
+    seq, other = 8 * comm.size, comm.Dup()
+    q, k, v = random_qkv(13, 1, seq, 4, 2, 8)
+    dense = dense_gradient(q, q, k, v, causal=True)[:3]
+    made = []
+    for kv in ("ring", "all_gather"):
+        for ring in rings(comm):
+            for ranks in (comm, other):
+                rows = held(seq, comm, ring, "zigzag")[comm.rank]
+                mine = [x[:, rows] for x in (q, k, v)]
+                how = {"comm": ranks, "causal": True, "ring": ring, "order": "zigzag", "kv": kv}
+                made.append((ranks, rows, mine, ulysses_attention(*mine, return_lse=True, return_ctx=True, **how)))
+    for ranks, rows, mine, (out, lse, ctx) in reversed(made):
+        grads = ulysses_attention_backward(mine[0], *mine, out, lse, comm=ranks, ctx=ctx)
+        for x, whole in zip(grads, dense, strict=True):
+            np.testing.assert_allclose(x, whole[:, rows], atol=3e-5)
+    other.Free()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_sequence_that_is_shorter_than_the_ring(comm, order):
+    for seq in (1, max(comm.size - 1, 1)):
+        arrays = random_qkv(14, 1, seq, 2, 1, 8)
+        for kv in ("ring", "all_gather"):
+            check(comm, arrays, comm.size, order, kv=kv, causal=True)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_without_a_mask_all_ranks_are_loaded_alike(comm, order):
+    seq = 4 * comm.size
+    rows = held(seq, comm, comm.size, order)[comm.rank]
+    arrays = random_qkv(15, 1, seq, 1, 1, 8)
+    with trace() as record:
+        ulysses_attention(*(x[:, rows] for x in arrays), comm=comm, ring=comm.size, order=order)
+    assert sum(call.pairs for call in record.calls) == (4 * seq if comm.size > 1 else 0)

@@ -9,6 +9,7 @@ takes part in all exchanges of the call, whatever fails on it, and the ranks exc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -34,7 +35,8 @@ class CallKey(NamedTuple):
     memory: Any  # what else the memory of this rank depends on: its queue, its route
 
 
-class Agreement(NamedTuple, Generic[_T]):
+@dataclass(frozen=True)  # Python 3.10 has no generic NamedTuple
+class Agreement(Generic[_T]):
     """What came of the checks of all ranks."""
 
     sizes: list[tuple[int, ...]]  # the sizes of every rank
@@ -43,7 +45,8 @@ class Agreement(NamedTuple, Generic[_T]):
     repeated: bool  # whether all ranks have the memory of the same call
 
 
-class Checked(NamedTuple, Generic[_T]):
+@dataclass(frozen=True)
+class Checked(Generic[_T]):
     """What the checks of one rank found."""
 
     sizes: tuple[int, ...]  # at most two that may differ between ranks
@@ -83,8 +86,9 @@ def agree(ranks: mpi.Ranks, function: str, check: Callable[[], Checked[_T]]) -> 
     error: Exception | None = None
     with stage("agree"):
         try:
-            sizes, common, result, memory_key = check()
-            texts = {"function": function} | {name: _text(value) for name, value in common.items()}
+            found = check()
+            sizes, result, memory_key = found.sizes, found.result, found.memory_key
+            texts = {"function": function} | {name: _text(value) for name, value in found.common.items()}
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             if ranks.size == 1:
                 raise _as_ours(function, _describe(caught)) from caught

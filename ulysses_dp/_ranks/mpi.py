@@ -88,17 +88,31 @@ def _mpi_reaches_level_zero() -> bool:
     return False
 
 
+def gathered(thing: Any) -> list[Any] | None:
+    """Any small object of all processes, on rank 0, None elsewhere; this one alone where there is no MPI."""
+    world = _world()
+    return [thing] if world is None else world.gather(thing)
+
+
 def gather_text(text: str) -> str:
     """The texts of all processes on rank 0, an empty string elsewhere; this text alone where there is no MPI."""
+    texts = gathered(text) or []
+    return text if len(texts) == 1 else "\n\n".join(f"rank {rank}\n{x}" for rank, x in enumerate(texts))
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, as it is where there is no MPI."""
+    world = _world()
+    return world is None or world.rank == 0
+
+
+def _world() -> Any:
+    """All ranks; None where there is no MPI, or no longer."""
     try:
         mpi = _mpi()
     except (ImportError, RuntimeError):
-        return text
-    world = mpi.COMM_WORLD
-    if not mpi.Is_initialized() or mpi.Is_finalized() or world.size == 1:
-        return text
-    texts = world.gather(text)
-    return "\n\n".join(f"rank {rank}\n{x}" for rank, x in enumerate(texts)) if texts else ""
+        return None
+    return mpi.COMM_WORLD if mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 
 def resolve_comm(function: str, comm: Any, name: str = "comm") -> Ranks:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import dpnp
 import numpy as np
 
-from ulysses_dp.kernels import flash_backward, flash_backward_gpu, flash_forward
+from ulysses_dp.kernels import flash_backward, flash_backward_gpu, flash_forward, merge_rows
 from ulysses_dp.kernels.schedules import choose
 
 from ._device.dtypes import DTYPES
@@ -31,7 +31,6 @@ from ._ranks import mpi
 from .attention import attention, ulysses_attention
 from .backends import AttnType
 from .backward import attention_backward, ulysses_attention_backward
-from .merge import merge_attention
 from .redistribute import gather_heads, scatter_heads
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def checks(device: Any) -> list[Check]:
         for options in (False, True):
             found += [Check(what, dtype, head_dim, options) for dtype in full for head_dim in (*own, ANY_HEAD_DIM)]
             found += [Check(what, dtype, 64, options) for dtype in DTYPES if dtype not in ("float32", "float64")]
-    return found + [Check("merge", dtype) for dtype in DTYPES if dtype in full or dtype not in ("float32", "float64")]
+    return found + [Check("merge", dtype) for dtype in full]
 
 
 # --- on the device: in a process of its own -----------------------------------------------------------------------------------
@@ -170,19 +169,15 @@ def _on_device(arrays: Sequence[np.ndarray]) -> list[Any]:
 
 
 def _merge(check: Check) -> Result:
-    """Attention to the first keys and to the others, merged, is attention to all."""
-    rows, queue = ROWS[1], default_queue()
-    q, k, v = (_random(n, (1, rows, HEADS, 64), check.dtype) for n in range(3))
-    wide = [_wide(x, check.dtype) for x in (q, k, v)]
-    word: dict[str, Any] = {"dtype": "bfloat16"} if check.dtype == "bfloat16" else {}
-    parts: list[Any] = []
-    for keys in (slice(0, 47), slice(47, None)):
-        given = [dpnp.asarray(x, sycl_queue=queue) for x in (q, k[:, keys], v[:, keys])]
-        parts += attention(*given, return_lse=True, **word)
-    out, lse = map(dpnp.asnumpy, merge_attention(*parts, **word))
-    expected = attention(*wide, return_lse=True, attn_type=AttnType.NUMPY)
-    error = max(_error(_wide(out, check.dtype), expected[0]), _error(lse.astype(np.float64), expected[1]))
-    return Result(check.name, error=error, seconds=_seconds(lambda: merge_attention(*parts, **word)))
+    """The kernel that merges, where they lie, the steps of a ring."""
+    shape = 1, ROWS[1], HEADS, 64
+    arrays = [_random(n, shape if n % 2 == 0 else (1, HEADS, ROWS[1]), check.dtype) for n in range(4)]
+    expected = merge_rows.reference(*arrays)
+    out, lse, part, part_lse, merged = (x.get_array() for x in _on_device([*arrays, arrays[1]]))
+    merge_rows.merge_rows(out, lse, part, part_lse, merged)
+    error = max(_error(dpnp.asnumpy(dpnp.asarray(x)), y) for x, y in zip((out, merged), expected, strict=True))
+    seconds = _seconds(lambda: merge_rows.merge_rows(out, lse, part, part_lse, merged))
+    return Result(check.name, error=error, seconds=seconds)
 
 
 def _random(number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

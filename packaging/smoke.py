@@ -23,7 +23,7 @@ def dense(q, k, v, dout):
     p /= p.sum(axis=1, keepdims=True)
     out, dp = p @ v, dout @ v.T
     ds = scale * p * (dp - (p * dp).sum(axis=1, keepdims=True))
-    return out, ds @ q, p.T @ dout, ds @ k
+    return out, ds.T @ q, p.T @ dout, ds @ k
 
 
 def main():

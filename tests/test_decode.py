@@ -108,6 +108,17 @@ def test_nothing_of_the_cache_moves(comm):
     assert record.bytes_sent() == (comm.size - 1) * 4 * (8 + 1) * 4
 
 
+def test_a_bias_in_which_the_number_of_keys_is_lost(comm):
+    q, k = np.ones((1, 1, 2, 4), np.float32), np.ones((1, 1 + comm.rank, 2, 4), np.float32)
+    bias = np.full((1, 1, 1, 1), -1e9, np.float32)
+    if comm.size == 1:
+        np.testing.assert_allclose(decode_attention(q, k, k, comm=comm, bias=bias), 1)
+        return
+    for kind, text in outcomes(comm, lambda: decode_attention(q, k, k, comm=comm, bias=bias)):
+        assert kind is ValueError
+        assert "lse must be at most 4096" in text
+
+
 def test_no_key_at_all(comm):
     q, k = np.ones((1, 1, 2, 4), np.float32), np.ones((1, 0, 2, 4), np.float32)
     result, lse = decode_attention(q, k, k, comm=comm, return_lse=True)

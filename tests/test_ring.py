@@ -270,15 +270,30 @@ def test_rows_that_do_not_fit_the_order(comm):
         assert "see row_positions" in text
 
 
-def test_a_gradient_whose_lse_is_too_large_is_refused(comm):
+def test_what_needs_a_smaller_lse_is_refused(comm):
+    """Keys that all have a large bias are equal, but how many a group has is lost in its lse."""
     if comm.size == 1:
         pytest.skip("one rank needs no ring")
     q, k, v = (x[:, :4] for x in random_qkv(11, 1, 4 * comm.size, 2, 2, 8))
-    options = {"bias": np.full((1, 1, 1, 1), -1e9, np.float32), "ring": comm.size, "comm": comm}
+    options = {"bias": np.full((1, 1, 1, 1), -1e9, np.float32), "comm": comm}
     out, lse = ulysses_attention(q, k, v, return_lse=True, **options)
-    for kind, text in outcomes(comm, lambda: ulysses_attention_backward(out, q, k, v, out, lse, **options)):
-        assert kind is ValueError
-        assert "lse must be at most 4096" in text
+    for call in (
+        lambda: ulysses_attention(q, k, v, ring=comm.size, **options),
+        lambda: ulysses_attention_backward(out, q, k, v, out, lse, ring=comm.size, **options),
+    ):
+        for kind, text in outcomes(comm, call):
+            assert kind is ValueError
+            assert "lse must be at most 4096" in text
+
+
+def test_a_large_bias_for_some_keys(comm):
+    """Those of one group, even if they are all it has, are hidden."""
+    bias = np.zeros((1, 1, 1, 4 * comm.size), np.float32)
+    bias[..., :4] = -1e9 * (comm.size > 1)
+    q, k, v = random_qkv(11, 1, 4 * comm.size, 2, 2, 8)
+    mine = slice(4 * comm.rank, 4 * comm.rank + 4)
+    out = ulysses_attention(*(x[:, mine] for x in (q, k, v)), ring=comm.size, comm=comm, bias=bias)
+    np.testing.assert_allclose(out, dense_attention(q, k, v, bias=bias)[0][:, mine], atol=1e-5)
 
 
 def test_several_meshes_alive_at_once(comm):

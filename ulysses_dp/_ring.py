@@ -439,11 +439,15 @@ class _Forward:
 
     def give(self, out: Any, lse: Any) -> None:
         """Write the results."""
+        parts = [(rows, self._lse[self._merges[rows.start] % 2][..., rows]) for rows in self._ring.row_slices()]
+        if self._ring.options.bias is not None:
+            for _, part in parts:
+                check_lse(part, "with a bias and a ring")
         if self._out is not out:
             copy_arrays((self._out,), (out,))
         if lse is not None:
-            for rows in self._ring.row_slices():
-                lse[..., rows] = self._lse[self._merges[rows.start] % 2][..., rows]
+            for rows, part in parts:
+                lse[..., rows] = part
 
 
 class _Backward:
@@ -452,7 +456,8 @@ class _Backward:
     def __init__(self, ring: Ring, arrays: Arrays) -> None:
         self._ring, self._arrays = ring, arrays | ring.kept
         arrays = self._arrays
-        _check_lse(arrays["lse"], ring.options)
+        if not ring.options.plain:
+            check_lse(arrays["lse"], "for gradients with these options and a ring")
         ring.load(arrays["k"], arrays["v"])
         dq = arrays["dq"]
         self._dq = dq if dq.dtype == ring.compute_dtype else ring.temporary("dq", dq.shape)
@@ -481,17 +486,17 @@ class _Backward:
         copy_arrays(self._ring.sums, [dk, dv])
 
 
-def _check_lse(lse: Any, options: Options) -> None:
-    """Refuse what would need the largest score of a row over all groups: lse alone has lost the number of keys in rounding.
+def check_lse(lse: Any, what: str) -> None:
+    """Refuse what needs the number of keys of every part of a row: a large lse, of USM or NumPy, has lost it in rounding.
 
-    The kernels with options find it again (`score.is_large`), but among the keys at hand.
+    The kernels with options find the largest score again (`score.is_large`), but among the keys at hand.
     """
-    if options.plain or not lse.size:
+    if not lse.size:
         return
-    most, size = largest_exact_lse(lse.dtype), tensor.abs(lse)
-    largest = float(tensor.max(tensor.where(tensor.isfinite(lse), size, 0)))
+    xp, most = np if isinstance(lse, np.ndarray) else tensor, largest_exact_lse(lse.dtype)
+    largest = float(xp.max(xp.where(xp.isfinite(lse), xp.abs(lse), 0)))
     if largest > most:
-        raise ValueError(f"lse must be at most {most:g} in size for gradients with these options and a ring, not {largest:g}")
+        raise ValueError(f"lse must be at most {most:g} in size {what}, not {largest:g}")
 
 
 def _near(x: np.ndarray, like: Any) -> Any:

@@ -22,6 +22,7 @@ from ._ranks import mpi
 from ._ranks.agree import Checked, CollectiveCall, agree
 from ._ranks.orders import Segment
 from ._ranks.partition import HeadMap
+from ._ring import check_lse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +78,8 @@ def decode_attention(
     Raises
     ------
     TypeError, ValueError, NotImplementedError, ImportError
-        On all ranks, as `ulysses_attention` does. Packed sequences are a ValueError.
+        On all ranks, as `ulysses_attention` does. Packed sequences are a ValueError, and so is a bias on several ranks that is
+        so large for all keys of a query that lse has lost their number: from 4096 on in float32.
 
     See Also
     --------
@@ -140,8 +142,11 @@ def decode_attention(
         with stage("merge", bytes_sent=part.nbytes * (ranks.size - 1), messages=ranks.size - 1, exchange=True):
             parts = mpi.join_rows(ranks, part[None], (1,) * ranks.size)
         collective.confirm()
+        out, lse = _merge(parts, settings.sinks)
+        if settings.bias is not None and ranks.size > 1:
+            check_lse(lse, "with a bias and a cache that is split over ranks")
         with device_turn:
-            return _results(*_merge(parts, settings.sinks), arrays[0], settings, like, return_lse=return_lse)
+            return _results(out, lse, arrays[0], settings, like, return_lse=return_lse)
 
 
 def _check_lengths(lengths: Any, rows: int, options: Options) -> tuple[int, ...]:

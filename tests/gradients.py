@@ -1,7 +1,7 @@
 """The gradient of attention from its formulas, in NumPy float64: what every backward pass is compared with."""
 
 import numpy as np
-from oracle import dropout_factors, in_window, positions
+from oracle import dropout_factors, in_ranges, in_window, positions
 
 
 def dense_gradient(
@@ -22,6 +22,9 @@ def dense_gradient(
     seed=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
+    key_ranges=None,
+    seqused_q=None,
+    seqused_k=None,
 ):
     """Gradient of sum(dout * out) for arrays and options as in `oracle.dense_attention`; returns dq, dk, dv and dsinks.
 
@@ -36,12 +39,13 @@ def dense_gradient(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     ends_q = cu_seqlens_q if packed else (0, seq_q)
     ends_k = (ends_q if cu_seqlens_k is None else cu_seqlens_k) if packed else (0, seq_k)
-    together, distance = positions(ends_q, ends_k, seq_q, seq_k)
+    together, distance = positions(ends_q, ends_k, seq_q, seq_k, seqused_q, seqused_k)
+    ranged = in_ranges(key_ranges, seq_q, seq_k)
     slopes = np.broadcast_to(0.0 if alibi_slopes is None else alibi_slopes, (batch, heads)).astype(np.float64)
     bias = np.broadcast_to(0.0 if bias is None else bias, (batch, heads, seq_q, seq_k)).astype(np.float64)
     takes_part = np.broadcast_to(True if key_padding_mask is None else key_padding_mask, (batch, seq_k))
     sinks = np.broadcast_to(-np.inf if sinks is None else sinks, (heads,)).astype(np.float64)[:, None, None]
-    seen = together & in_window(distance, causal, window_size) & takes_part[:, None, None] & (bias != -np.inf)
+    seen = together & in_window(distance, causal, window_size) & takes_part[:, None, None] & (bias != -np.inf) & ranged[:, None]
     keep = [dropout_factors(dropout_p, seed, b, h, seq_q, seq_k) for b, h in np.ndindex(batch, heads)]
     keep = np.reshape(keep, seen.shape)
 

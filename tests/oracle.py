@@ -23,6 +23,9 @@ def dense_attention(
     seed=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
+    key_ranges=None,
+    seqused_q=None,
+    seqused_k=None,
 ):
     """Attention of (batch, seq, heads, head_dim) arrays; returns out and lse, (batch, heads, seq_q), in float64.
 
@@ -40,7 +43,8 @@ def dense_attention(
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     ends_q = cu_seqlens_q if packed else (0, seq_q)
     ends_k = (ends_q if cu_seqlens_k is None else cu_seqlens_k) if packed else (0, seq_k)
-    together, distance = positions(ends_q, ends_k, seq_q, seq_k)
+    together, distance = positions(ends_q, ends_k, seq_q, seq_k, seqused_q, seqused_k)
+    ranged = in_ranges(key_ranges, seq_q, seq_k)
     visible = together & in_window(distance, causal, window_size)
     slopes = np.broadcast_to(0.0 if alibi_slopes is None else alibi_slopes, (batch, heads))
     bias = np.broadcast_to(0.0 if bias is None else bias, (batch, heads, seq_q, seq_k))
@@ -55,7 +59,7 @@ def dense_attention(
             if softcap > 0:
                 score = softcap * np.tanh(score / softcap)
             score = score - float(slopes[b, h]) * abs(distance) + bias[b, h]
-        seen = visible & takes_part[b] & (bias[b, h] != -np.inf)
+        seen = visible & ranged[b % len(ranged)] & takes_part[b] & (bias[b, h] != -np.inf)
         factor = dropout_factors(dropout_p, seed, b, h, seq_q, seq_k)
         for i in range(seq_q):
             row = score[i, seen[i]]
@@ -69,11 +73,18 @@ def dense_attention(
     return (out[0], lse[0]) if packed else (out, lse)
 
 
-def positions(cu_seqlens_q, cu_seqlens_k, seq_q, seq_k):
-    """Whether query row and key are of one sequence, and by how much the key comes first, counted from the sequences' ends."""
+def positions(cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, seqused_q=None, seqused_k=None):
+    """Whether query row and key are of one sequence, and by how much the key comes first, counted from the sequences' ends.
+
+    Of a sequence only the rows and keys that are used count.
+    """
     together, distance = np.zeros((seq_q, seq_k), bool), np.zeros((seq_q, seq_k))
     for n in range(len(cu_seqlens_q) - 1):
         rows, keys = slice(*map(int, cu_seqlens_q[n : n + 2])), slice(*map(int, cu_seqlens_k[n : n + 2]))
+        if seqused_q is not None:
+            rows = slice(rows.start, rows.start + int(seqused_q[n]))
+        if seqused_k is not None:
+            keys = slice(keys.start, keys.start + int(seqused_k[n]))
         from_end_q, from_end_k = (np.arange(x.stop - x.start, 0, -1) for x in (rows, keys))
         together[rows, keys] = True
         distance[rows, keys] = from_end_k - from_end_q[:, None]
@@ -89,6 +100,14 @@ def in_window(distance, causal, window_size):
     if right >= 0:
         seen &= -distance <= right
     return seen
+
+
+def in_ranges(key_ranges, seq_q, seq_k):
+    """Which keys the ranges leave, (1 or batch, seq_q, seq_k)."""
+    if key_ranges is None:
+        return np.ones((1, seq_q, seq_k), bool)
+    ranges = np.asarray(key_ranges).reshape(-1, seq_q, 2)
+    return (ranges[..., :1] <= np.arange(seq_k)) & (np.arange(seq_k) < ranges[..., 1:])
 
 
 def dropout_factors(dropout_p, seed, b, h, seq_q, seq_k):

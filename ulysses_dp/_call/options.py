@@ -19,7 +19,7 @@ import numpy as np
 
 from ulysses_dp.kernels import score
 
-from .._device.arrays import Array, library_of, tensor, to_host
+from .._device.arrays import Array, describe, library_of, tensor, to_host
 from .._device.dtypes import DTYPES, names
 from .checks import Geometry, check_array, check_flag, check_integer, shown
 from .definitions import Option, options_of
@@ -27,7 +27,7 @@ from .layout import PACKED, Layout
 from .spans import UNLIMITED, Block, spans, trim
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 Real = float | np.floating[Any] | np.integer[Any]
@@ -122,6 +122,20 @@ def _check_mask(name: str, mask: Any, call: Call) -> np.ndarray | None:
     return array
 
 
+def _check_ranges(name: str, ranges: Any, call: Call) -> np.ndarray | None:
+    if ranges is None:
+        return None
+    array, batch = _small_array(name, ranges), call.geometry.batch
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if array.ndim not in (2, 3) or array.shape[-1] != 2 or array.shape[:-2] not in ((), (batch,)):
+        raise ValueError(f"{name} must be (seq_q, 2) or ({batch}, seq_q, 2), the first and the end key, not {array.shape}")
+    array = array.astype(np.int64)
+    if array.ndim == 3 and (array[:1] == array).all():  # one for all
+        array = array[0] if batch else np.zeros(array.shape[1:], np.int64)
+    return array
+
+
 def _check_bias(name: str, bias: Any, call: Call) -> Array | None:
     if bias is None:
         return None
@@ -150,6 +164,17 @@ def check_cu_seqlens(name: str, x: Any, call: Any = None) -> tuple[int, ...] | N
     if starts[0] != 0 or any(b < a for a, b in pairwise(starts)):
         raise ValueError(f"{name} must start with 0 and not decrease, not {_shorten(starts)}")
     return starts
+
+
+def _check_seqused(name: str, x: Any, call: Call) -> tuple[int, ...] | None:
+    if x is None:
+        return None
+    array = _small_array(name, x)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one axis, one number for every sequence, not shape {array.shape}")
+    return tuple(map(int, array))
 
 
 def _as_it_is(name: str, value: Any, call: Call) -> Any:
@@ -230,6 +255,17 @@ class MoreOptions(TypedDict, total=False):
     key_padding_mask: Annotated[
         Any, Option(None, _check_mask, "array of bool, optional", "(batch, seq_k): True for the keys that take part.")
     ]
+    key_ranges: Annotated[
+        Any,
+        Option(
+            None,
+            _check_ranges,
+            "array of int, optional",
+            "(seq_q, 2) or (batch, seq_q, 2): the first key that a query sees, and the end of its keys, in numbers of the "
+            "whole sequences, from 0 to seq_k; none if the end is not larger. What other masks hide stays hidden. Keys outside "
+            "the ranges take no time.",
+        ),
+    ]
     sinks: Annotated[
         Any,
         Option(
@@ -259,6 +295,25 @@ class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
         Any,
         Option(
             None, check_cu_seqlens, "array or sequence of int, optional", "The same of the keys; `cu_seqlens_q` by default."
+        ),
+    ]
+    seqused_q: Annotated[
+        Any,
+        Option(
+            None,
+            _check_seqused,
+            "array or sequence of int, optional",
+            'With layout "thd": how many rows of each sequence count, from its start. The others are padding: they see no key, '
+            "and the last query, to which masks are aligned, is the last one that counts.",
+        ),
+    ]
+    seqused_k: Annotated[
+        Any,
+        Option(
+            None,
+            _check_seqused,
+            "array or sequence of int, optional",
+            "The same of the keys: nobody sees the others. All count by default.",
         ),
     ]
 
@@ -308,6 +363,9 @@ class Options:
     bias: Array | None  # 4-D
     cu_seqlens_q: tuple[int, ...] | None
     cu_seqlens_k: tuple[int, ...] | None
+    key_ranges: np.ndarray | None = None  # (seq_q, 2) or (batch, seq_q, 2), int64
+    seqused_q: tuple[int, ...] | None = None
+    seqused_k: tuple[int, ...] | None = None
     backend: Any = None  # who computes: known to those above, who know the backends
     block: Block | None = None  # what of the sequences is at hand; None: all
 
@@ -346,8 +404,53 @@ class Options:
     @property
     def mask(self) -> tuple[tuple[str, Any], ...]:
         """What says which keys a row sees, but for bias and padding: arguments of `spans`."""
-        names = "causal", "window_size", "cu_seqlens_q", "cu_seqlens_k"
-        return tuple((name, getattr(self, name)) for name in names)
+        names = "causal", "window_size", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
+        ranges = self.key_ranges
+        if ranges is not None and self.differ_by_batch:  # from the first key that a row of any batch sees to the last
+            ranges = np.stack([ranges[..., 0].min(axis=0), ranges[..., 1].max(axis=0)], axis=-1)
+        return (*((name, getattr(self, name)) for name in names), ("key_ranges", None if ranges is None else ranges.tobytes()))
+
+    @property
+    def differ_by_batch(self) -> bool:
+        """Whether queries of one row see other keys in other batches, for which kernels have no table."""
+        return self.key_ranges is not None and self.key_ranges.ndim == 3
+
+    def by_batch(self) -> Iterator[tuple[slice, Options]]:
+        """Every batch, and the options for it, where ranges of keys differ."""
+        assert self.key_ranges is not None
+        for b in range(len(self.key_ranges)):
+            one = slice(b, b + 1)
+            bias, slopes, padding = self.bias, self.alibi_slopes, self.key_padding_mask
+            if bias is not None and bias.shape[0] > 1:
+                bias = describe(bias.data[one], bias.library)
+            yield (
+                one,
+                replace(
+                    self,
+                    key_ranges=self.key_ranges[b],
+                    bias=bias,
+                    alibi_slopes=slopes if slopes is None or len(slopes) == 1 else slopes[one],
+                    key_padding_mask=None if padding is None else padding[one],
+                ),
+            )
+
+    def runs(self, seq_q: int, seq_k: int) -> list[tuple[slice, Options]]:
+        """Rows among which neither the first key nor the end of the keys decreases, and the options for them.
+
+        The queries of a key follow each other there, as the kernels for gradients expect.
+        """
+        if self.key_ranges is None:
+            return [(slice(None), self)]
+        block = self._block(seq_q, seq_k)
+        table = block.spans(spans(block.seq_q, block.seq_k, **dict(self.mask)))
+        (drops,) = np.nonzero((np.diff(table[:, :2], axis=0) < 0).any(axis=1))
+        if not drops.size:
+            return [(slice(None), self)]
+        ends = [0, *(drops + 1).tolist(), seq_q]
+        return [
+            (slice(first, end), replace(self, block=replace(block, rows=block.rows.cut(first, end))))
+            for first, end in pairwise(ends)
+        ]
 
     def common(self) -> dict[str, str]:
         """What must be the same on all ranks, as text by name. Of the bias, which may be large, its shape and dtype."""
@@ -372,6 +475,13 @@ class Options:
         for name, ends, rows in (("cu_seqlens_q", self.cu_seqlens_q, seq_q), ("cu_seqlens_k", self.cu_seqlens_k, seq_k)):
             if ends is not None and ends[-1] != rows:
                 raise ValueError(f"{function}: {name} must end with the {rows} rows of all ranks, not with {ends[-1]}")
+        ranges = self.key_ranges
+        if ranges is not None:
+            if ranges.shape[-2] != seq_q:
+                raise ValueError(f"{function}: key_ranges must be ({seq_q}, 2), one for every query, not {ranges.shape}")
+            if ranges.size and (ranges.min() < 0 or ranges.max() > seq_k):
+                came = f"{ranges.min()} to {ranges.max()}"
+                raise ValueError(f"{function}: key_ranges must be from 0 to the {seq_k} keys of all ranks, not {came}")
         if self.key_padding_mask is not None and self.key_padding_mask.shape[1] != seq_k:
             shape = self.key_padding_mask.shape
             raise ValueError(f"{function}: key_padding_mask must be (batch, {seq_k}), one for every key, not {shape}")
@@ -453,7 +563,12 @@ def check_options(
     if checked["window_size"] == (-1, 0):  # the plain kernel has that, too
         checked |= {"causal": True, "window_size": UNLIMITED}
     checked["cu_seqlens_k"] = _check_packing(layout, checked["cu_seqlens_q"], checked["cu_seqlens_k"])
-    return Options(**checked, layout=layout, return_lse=bool(return_lse))
+    for x in "qk":
+        _check_used(f"seqused_{x}", checked[f"seqused_{x}"], checked[f"cu_seqlens_{x}"], layout)
+    result = Options(**checked, layout=layout, return_lse=bool(return_lse))
+    if result.dropout_p > 0 and result.differ_by_batch:  # kernels count batches for their random numbers
+        raise NotImplementedError("key_ranges that differ between batches are not supported with dropout_p; (seq_q, 2) are")
+    return result
 
 
 def _check_packing(layout: Layout, starts_q: tuple[int, ...] | None, starts_k: tuple[int, ...] | None) -> Any:
@@ -470,6 +585,19 @@ def _check_packing(layout: Layout, starts_q: tuple[int, ...] | None, starts_k: t
     if len(starts_k) != len(starts_q):
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, not {len(starts_q)} and {len(starts_k)}")
     return starts_k
+
+
+def _check_used(name: str, used: tuple[int, ...] | None, starts: tuple[int, ...] | None, layout: Layout) -> None:
+    """Check how many rows of packed sequences count, against how many there are."""
+    if used is None:
+        return
+    if starts is None:
+        raise ValueError(f"{name} is for layout 'thd', not {layout!r}")
+    lengths = tuple(b - a for a, b in pairwise(starts))
+    if len(used) != len(lengths):
+        raise ValueError(f"{name} must have {len(lengths)} numbers, one for every sequence, not {len(used)}")
+    if not all(0 <= n <= length for n, length in zip(used, lengths, strict=True)):
+        raise ValueError(f"{name} must be from 0 to the rows of each sequence, {_shorten(lengths)}, not {_shorten(used)}")
 
 
 def _real(name: str, x: Any, alternative: str = "") -> Any:

@@ -24,21 +24,36 @@ def spans(
     window_size: tuple[int, int],
     cu_seqlens_q: tuple[int, ...] | None = None,
     cu_seqlens_k: tuple[int, ...] | None = None,
+    seqused_q: tuple[int, ...] | None = None,
+    seqused_k: tuple[int, ...] | None = None,
+    key_ranges: bytes | None = None,
 ) -> np.ndarray:
     """For every query row the first key that it sees, the end of its keys, and the key on its diagonal; (seq_q, 3), int64.
 
-    The diagonal joins the last query and the last key of a sequence; a row and a key on it have distance 0.
+    The diagonal joins the last query and the last key of a sequence that count; a row and a key on it have distance 0. The
+    ranges of keys are the bytes of (seq_q, 2) numbers of int64.
     """
     starts_q = np.array((0, seq_q) if cu_seqlens_q is None else cu_seqlens_q)
     starts_k = np.array((0, seq_k) if cu_seqlens_k is None else cu_seqlens_k)
     lengths_q = np.diff(starts_q)
-    start, end = (np.repeat(x, lengths_q) for x in (starts_k[:-1], starts_k[1:]))
-    centre = np.arange(seq_q) + np.repeat(starts_k[1:] - starts_q[1:], lengths_q)
+    ends_q = starts_q[1:] if seqused_q is None else starts_q[:-1] + np.array(seqused_q, int)
+    ends_k = starts_k[1:] if seqused_k is None else starts_k[:-1] + np.array(seqused_k, int)
+    start, end = (np.repeat(x, lengths_q) for x in (starts_k[:-1], ends_k))
+    row = np.arange(seq_q)
+    centre = row + np.repeat(ends_k - ends_q, lengths_q)
     left, right = (min(n, seq_q + seq_k) for n in window_size)
     if causal:
         right = 0
     first = start if left < 0 else np.clip(centre - left, start, end)
     end = end if right < 0 else np.clip(centre + right + 1, first, end)
+    if key_ranges is not None:
+        of_rows = np.frombuffer(key_ranges, np.int64).reshape(seq_q, 2)
+        first, end = np.maximum(first, of_rows[:, 0]), np.minimum(end, of_rows[:, 1])
+    if seqused_q is not None:
+        end = np.where(row < np.repeat(ends_q, lengths_q), end, first)
+    if key_ranges is not None or seqused_q is not None:  # rows without keys keep the order of the others
+        none, reached = first >= end, np.maximum.accumulate(np.where(first < end, end, 0))
+        first, end = (np.where(none, reached, x) for x in (first, end))
     table = np.stack([first, end, centre], axis=-1).astype(np.int64).reshape(seq_q, 3)
     table.flags.writeable = False  # it is shared between calls
     return table

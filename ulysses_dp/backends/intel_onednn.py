@@ -51,7 +51,7 @@ class IntelOneDnn(Backend):
     name = "INTEL_ONEDNN"
     has = (
         *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
-        *("cu_seqlens_q", "cu_seqlens_k"),
+        *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "key_ranges"),
     )
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:

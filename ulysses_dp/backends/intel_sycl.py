@@ -53,6 +53,10 @@ class IntelSycl(Backend):
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
+        runs = options.runs(q.shape[1], k.shape[1])
+        if len(runs) > 1:
+            self._backward_by_runs(arrays, grads, runs, heads)
+            return
         queue, compute = q.sycl_queue, lse.dtype
         schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options=not options.plain, backward=True)
         operand = schedule.operands[q.dtype]
@@ -65,6 +69,24 @@ class IntelSycl(Backend):
         for result, grad in zip(results, grads, strict=True):
             if result is not grad:
                 copy_arrays((result,), (grad,))
+
+    def _backward_by_runs(
+        self, arrays: Sequence[Any], grads: Sequence[Any], runs: list[tuple[slice, Options]], heads: HeadMap
+    ) -> None:
+        """Write the gradients by some rows after the others; those of the keys are added up."""
+        dout, q, k, v, lse, delta = arrays
+        dq, *of_keys = grads
+        parts, sums = (
+            [scratch(q.sycl_queue, f"{slot} {n}", x.shape, lse.dtype) for n, x in enumerate(of_keys)]
+            for slot in ("gradient of a run", "gradient of runs")
+        )
+        for x in sums:
+            x[...] = 0
+        for rows, mine in runs:
+            at_hand = dout[:, rows], q[:, rows], k, v, lse[..., rows], delta[..., rows]
+            self.backward(at_hand, (dq[:, rows], *parts), mine, heads)
+            copy_arrays(parts, sums, add=True)
+        copy_arrays(sums, of_keys)
 
 
 def _problem(q: Any, k: Any, options: Options, heads: HeadMap) -> Problem:

@@ -36,7 +36,7 @@ class TorchSdpa(Backend):
     name = "TORCH"
     has = (
         *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
-        *("cu_seqlens_q", "cu_seqlens_k"),
+        *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "key_ranges"),
     )
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:

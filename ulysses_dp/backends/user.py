@@ -97,6 +97,9 @@ class UserAttention(Backend):
             "key_padding_mask": lambda x: as_kind(x, bool),
             "cu_seqlens_q": lambda x: as_kind(x, np.int32),
             "cu_seqlens_k": lambda x: as_kind(x, np.int32),
+            "seqused_q": lambda x: as_kind(x, np.int32),
+            "seqused_k": lambda x: as_kind(x, np.int32),
+            "key_ranges": lambda x: as_kind(x, np.int64),
             "bias": lambda _: self._give(options.local_bias(q, mine, compute)),
         }
         return {name: converted[name](x) if name in converted else x for name, x in _given(options, self._like.dtype).items()}

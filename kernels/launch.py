@@ -7,6 +7,7 @@ addresses, of which all but the pointers to USM memory are made once: a launch c
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dpctl
 from dpctl import SyclQueue
 from dpctl.memory import MemoryUSMDevice
-from dpctl.program import create_program_from_spirv
+
+try:  # what dpctl deprecates from 0.23 on
+    from dpctl.compiler import create_kernel_bundle_from_spirv
+except ImportError:
+    from dpctl.program import create_program_from_spirv as create_kernel_bundle_from_spirv
 
 from . import manifest
 from .constants import specialise
@@ -28,12 +33,37 @@ if TYPE_CHECKING:
 
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 KEPT_BYTES = 65536  # hashing more takes longer than sending it again
-# DPCTLKernelArgType in dpctl_sycl_enum_types.h
+# of DPCTLKernelArgType in dpctl_sycl_enum_types.h
 _TYPE_IDS = {"int64": 6, "float32": 8, "float64": 9, "pointer": 10}
+_TYPE_NAMES = {6: "DPCTL_INT64_T", 8: "DPCTL_FLOAT32_T", 9: "DPCTL_FLOAT64_T", 10: "DPCTL_VOID_PTR"}
+# the parameters of DPCTLQueue_SubmitNDRange in dpctl_sycl_queue_interface.h
+_PARAMETERS = ["KRef", "QRef", "Args", "ArgTypes", "NArgs", "gRange", "lRange", "NDims", "DepEvents", "NDepEvents"]
+
+
+def check_headers(folder: Path) -> None:
+    """Compare the headers of dpctl in a folder with what launches pass to its C interface: what differs would crash.
+
+    Nothing is compared where a distribution leaves the headers out.
+    """
+    try:
+        types = (folder / "syclinterface/dpctl_sycl_enum_types.h").read_text()
+        queues = (folder / "syclinterface/dpctl_sycl_queue_interface.h").read_text()
+    except FileNotFoundError:
+        return
+    listed = re.search(r"enum\s*\{([^}]*)\}\s*DPCTLKernelArgType", re.sub("//.*", "", types))
+    names = re.findall(r"\w+", listed[1]) if listed else []
+    function = re.search(r"DPCTLQueue_SubmitNDRange\(([^)]*)\)", queues)
+    parameters = re.findall(r"(\w+)(?:\[3\])?\s*(?:,|$)", function[1]) if function else []
+    if parameters != _PARAMETERS or any(names[n : n + 1] != [name] for n, name in _TYPE_NAMES.items()):
+        raise RuntimeError(
+            f"dpctl {dpctl.__version__} has another C interface than this version of ulysses_dp knows: DPCTLQueue_SubmitNDRange"
+            f"({', '.join(parameters)}), argument types {names}. Install an earlier dpctl, or a later ulysses_dp."
+        )
 
 
 def _interface() -> Any:
     """The functions of dpctl's C interface that a launch needs. PyDLL: a launch is too short to let go of the interpreter."""
+    check_headers(Path(dpctl.get_include()))
     folder = Path(dpctl.__file__).parent
     path = next(path for path in folder.iterdir() if "DPCTLSyclInterface" in path.name and path.suffix in (".so", ".dll"))
     library, waiting = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
@@ -61,7 +91,7 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
         spirv = specialise(spirv, constants)
     options = entry["build_options"].get(device.backend.name, "") if device.is_gpu else ""
     # a program is built through a queue, but belongs to its context and device alone
-    program = create_program_from_spirv(SyclQueue(context, device), spirv, options)
+    program = create_kernel_bundle_from_spirv(SyclQueue(context, device), spirv, options)
     kernel = program.get_sycl_kernel(entry["entry"])
     expected = len(entry["arguments"])
     if kernel.num_args != expected:

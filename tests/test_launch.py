@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import dpctl
 import pytest
 from ulysses_dp.kernels import (
     flash_backward,
@@ -16,7 +17,7 @@ from ulysses_dp.kernels import (
     row_merge,
     row_product,
 )
-from ulysses_dp.kernels.launch import _kernel, launch
+from ulysses_dp.kernels.launch import _kernel, check_headers, launch
 
 from ulysses_dp._device.queue import default_queue
 
@@ -95,3 +96,26 @@ def test_wrong_number_of_arguments(monkeypatch):
     queue = default_queue()
     with pytest.raises(RuntimeError, match=f"kernel {name} takes .* arguments, its manifest lists"):
         _kernel.__wrapped__(queue.sycl_context, queue.sycl_device, name)
+
+
+@pytest.mark.parametrize(
+    ("header", "old", "new"),
+    [
+        ("enum_types", "DPCTL_INT8_T,", "DPCTL_BOOL,\n    DPCTL_INT8_T,"),
+        ("enum_types", "DPCTL_VOID_PTR", "DPCTL_POINTER"),
+        ("queue_interface", "size_t NArgs,", ""),
+        ("queue_interface", "SubmitNDRange(", "Submit("),
+    ],
+)
+def test_another_c_interface_of_dpctl(tmp_path, header, old, new):
+    """It would crash, or run with the wrong arguments."""
+    copied = shutil.copytree(dpctl.get_include(), tmp_path / "include")
+    check_headers(copied)
+    path = copied / f"syclinterface/dpctl_sycl_{header}.h"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(RuntimeError, match="has another C interface"):
+        check_headers(copied)
+
+
+def test_a_dpctl_without_headers(tmp_path):
+    check_headers(tmp_path)

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import oracle
 import pytest
-from helpers import COMPLETE, KINDS, as_kind, as_numpy, assert_like, part, random_qkv, split
+from helpers import COMPLETE, KINDS, as_kind, as_numpy, assert_like, outcomes, part, random_qkv, split
 from oracle import TOLERANCE
 
 from ulysses_dp import (
@@ -14,6 +14,7 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
     ulysses_flash_attn_func,
+    ulysses_flash_attn_varlen_func,
 )
 
 
@@ -69,6 +70,23 @@ def test_function(comm, problem, kind):
     assert_near(lse, expected_lse)
     alone = ulysses_flash_attn_func(*mine, softmax_scale=0.3, causal=True)
     np.testing.assert_array_equal(as_numpy(alone), as_numpy(out))
+
+
+def test_function_of_packed_sequences(comm):
+    rows, ends = split(23, comm.size, "uneven"), [0, 9, 9, 23]
+    q, k, v = (part(x, rows, comm.rank)[0] for x in random_qkv(2, 1, 23, 4, 2, 8))
+    slopes = np.array([0.5, 0.25, 0.125, 1], np.float32)
+    flash = 0.0, 0.3, True, (7, -1), 2.0, slopes, True, True
+    out, lse, nothing = ulysses_flash_attn_varlen_func(q, k, v, ends, ends, 14, 14, *flash, group=comm, seqused_q=[9, 0, 11])
+    assert nothing is None
+    options = {"softmax_scale": 0.3, "causal": True, "window_size": (7, -1), "softcap": 2.0, "alibi_slopes": slopes}
+    packed = {"layout": "thd", "cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqused_q": [9, 0, 11]}
+    expected = ulysses_attention(q, k, v, comm=comm, return_lse=True, **options, **packed)
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(lse, expected[1])
+    for kind, text in outcomes(comm, lambda: ulysses_flash_attn_varlen_func(q, k, v, [0, 9], ends, group=comm)):
+        assert kind is ValueError
+        assert "cu_seqlens" in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,12 @@ from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .decode import decode_attention  # noqa: E402
-from .layer import LongContextAttention, UlyssesAttention, ulysses_flash_attn_func  # noqa: E402
+from .layer import (  # noqa: E402
+    LongContextAttention,
+    UlyssesAttention,
+    ulysses_flash_attn_func,
+    ulysses_flash_attn_varlen_func,
+)
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention, merge_attention_backward  # noqa: E402
 from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
@@ -40,5 +45,6 @@ __all__ = [
     "ulysses_attention",
     "ulysses_attention_backward",
     "ulysses_flash_attn_func",
+    "ulysses_flash_attn_varlen_func",
     "unshard_rows",
 ]

@@ -1,4 +1,4 @@
-"""The class and the function that users of yunchang and flash-attn know, over `ulysses_attention`."""
+"""The classes and functions that users of yunchang and flash-attn know, over `ulysses_attention`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from ._call.checks import Names, check_axes
 from ._call.definitions import takes
-from ._call.layout import axes_to_bshd
+from ._call.layout import PACKED, axes_to_bshd
 from ._call.options import MoreOptions
 from .attention import distributed
 from .backends import AttnType, LocalAttention
@@ -297,6 +297,115 @@ def ulysses_flash_attn_func(
         dtype=dtype,
         names=_FUNCTION_NAMES,
         attn_type=AttnType.INTEL_SYCL,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        **options,
+    )
+
+
+@takes(MoreOptions)
+def ulysses_flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: SupportsIndex | None = None,
+    max_seqlen_k: SupportsIndex | None = None,
+    dropout_p: Real = 0.0,
+    softmax_scale: Real | None = None,
+    causal: bool | np.bool_ = False,
+    window_size: Window = (-1, -1),
+    softcap: Real = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    group: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    ring: SupportsIndex | str = 1,
+    order: Order = "contiguous",
+    kv: str = "ring",
+    dtype: str | None = None,
+    **options: Unpack[MoreOptions],
+) -> Any:
+    """`ulysses_attention` of packed sequences with the signature of ``flash_attn_varlen_func`` (flash-attn 2.6 and later).
+
+    Collective over `group`.
+
+    Parameters
+    ----------
+    q, k, v : arrays of one kind, dtype and device
+        Rows of this rank, of any kind and dtype that `ulysses_attention` takes, (rows, heads, head_dim): a part of the rows of
+        all sequences, one after the other; k and v may have fewer heads.
+    cu_seqlens_q, cu_seqlens_k : array or sequence of int
+        Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
+    max_seqlen_q, max_seqlen_k : int, optional
+        No effect: the lengths say it.
+    dropout_p : float
+        Probability with which a weight is dropped; needs `seed`.
+    softmax_scale : float, optional
+        Factor of the dot products; 1/sqrt(head_dim) by default.
+    causal : bool
+        Query i of a sequence sees its keys j <= i + keys - queries.
+    window_size, softcap, alibi_slopes
+        As in `ulysses_attention`.
+    deterministic : bool
+        The result is bit-identical on repetition either way.
+    return_attn_probs : bool
+        Return ``(out, lse, None)``, as flash-attn does without dropout.
+    {names}
+        As in `ulysses_attention`.
+    group : mpi4py.MPI.Intracomm, optional
+        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
+    seqused_q, seqused_k, ring, order, kv, dtype
+        As in `ulysses_attention`.
+
+    Returns
+    -------
+    out : same kind, dtype and device as q
+        (rows, heads, head_dim).
+    lse : same kind and device as q
+        Only with `return_attn_probs`: (heads, rows), followed by None.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        On all ranks, as `ulysses_attention` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from ulysses_dp import ulysses_flash_attn_varlen_func
+    >>> q = np.ones((16, 4, 8), dtype=np.float32)  # 16 rows on every rank
+    >>> starts = [0, 10, 16 * MPI.COMM_WORLD.size]  # of two sequences
+    >>> ulysses_flash_attn_varlen_func(q, q, q, starts, starts, causal=True).shape
+    (16, 4, 8)
+    """
+    return _flash_attn(
+        "ulysses_flash_attn_varlen_func",
+        q,
+        k,
+        v,
+        return_attn_probs,
+        comm=group,
+        layout=PACKED,
+        ring=ring,
+        order=order,
+        kv=kv,
+        dtype=dtype,
+        names=_FUNCTION_NAMES,
+        attn_type=AttnType.INTEL_SYCL,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,

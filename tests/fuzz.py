@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -48,7 +49,7 @@ SPACE = {
     ),
     "kind": (0.7, ("numpy", "dpnp", "usm", "dpnp", "usm", *(["torch"] if torch else []), "array_api_strict")),
     "form": (0.5, ("float32", "float64", "float16", "bfloat16", "bits")),
-    "attn_type": (0.5, ("INTEL_SYCL", "NUMPY", "TORCH", "INTEL_ONEDNN", "user", "AUTO")),
+    "attn_type": (0.5, ("INTEL_SYCL", "NUMPY", *(["TORCH"] if find_spec("torch") else []), "INTEL_ONEDNN", "user", "AUTO")),
     "schedule": (0.6, ("", "wide", "narrow", "short", "wide", "narrow", "short", "gpu")),
     "gradient": (0.8, ("", "plain", "ctx")),
     "layout": (0.7, ("bshd", "sbhd", "bhsd", "thd", "thd", "0321", "3012", "2130", "1302")),
@@ -82,7 +83,7 @@ SPACE = {
     "bias_repeats": (0.3, (False, True)),
     "overlap": (0.3, ("auto", 1, 2, 3, 9)),
     "node_size": (0.3, (1, "all", "auto")),
-    "exchange": (0.3, ("auto", "device", "host")),
+    "exchange": (0.3, ("auto", "device", "host", "shared")),
     **{
         f"odd {x}": (0.5, (False, True))
         for x in ("q", "k", "v", "dout", "out", "lse", "alibi", "sinks", "mask", "bias", "x", "a")
@@ -156,6 +157,8 @@ def mended(case):
     if c["mesh"] or c["call"] == "decode":  # what they do not have
         foreign, c["attn_type"] = False, "NUMPY" if c["attn_type"] == "NUMPY" else "INTEL_SYCL"
         c |= {"overlap": "auto", "node_size": 1, "bias_huge": 0}
+    if c["exchange"] == "shared":
+        c |= {"node_size": 1}  # it has no second step
     if c["attn_type"] == "user":
         c |= {"dropout": 0.0}  # its function does not learn which heads it has
     if c["schedule"] == "gpu" and c["ranks"] > 1:

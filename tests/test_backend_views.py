@@ -223,6 +223,9 @@ GIVEN = {
     "seed": {"dropout_p": 0.2, "seed": 1},
     "cu_seqlens_q": {"cu_seqlens_q": [0, 4, 9], "layout": "thd"},
     "cu_seqlens_k": {"cu_seqlens_q": [0, 4, 9], "cu_seqlens_k": [0, 5, 9], "layout": "thd"},
+    "key_ranges": {"key_ranges": [(max(row - 2, 0), row + 1) for row in range(9)]},
+    "seqused_q": {"cu_seqlens_q": [0, 4, 9], "seqused_q": [3, 5], "layout": "thd"},
+    "seqused_k": {"cu_seqlens_q": [0, 4, 9], "seqused_k": [4, 2], "layout": "thd"},
 }
 
 

@@ -258,7 +258,8 @@ def poison():
     """Fill all memory that the library keeps for later with garbage: no result may depend on it."""
     store = workspace._store()
     free = [entry[1] for entry in store.results if workspace._references(entry) == workspace._REFERENCES_OF_POOL]
-    for memory in (*store.memories.values(), *free):
+    scratch = [memory for memory in store.memories.values() if not isinstance(memory, tensor.usm_ndarray)]  # not masks
+    for memory in (*scratch, *free):
         tensor.usm_ndarray((memory.nbytes,), dtype="u1", buffer=memory)[...] = 255
     default_queue().wait()
 

@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import dpnp
 import numpy as np
 import oracle
 import pytest
@@ -400,3 +401,26 @@ def test_queues():
     values[3] = as_kind(arguments()["lse_b"], "dpnp", new_queue())
     with pytest.raises(ValueError, match=r"out_a, lse_a, out_b and lse_b must be on one queue, not out_a: .*, lse_b: "):
         merge_attention(*values)
+
+
+@pytest.mark.parametrize("kind", ["dpnp", "usm"])
+def test_views_that_run_backwards(kind):
+    """Of memory that holds nan everywhere else."""
+    rng = np.random.default_rng(12)
+    outs = rng.standard_normal((2, 1, 5, 1, 3)).astype(np.float32)
+    lses = rng.standard_normal((2, 1, 1, 5)).astype(np.float32)
+    lses[0, ..., 1] = lses[1, ..., 2] = -np.inf
+    whole = np.full((2, 1, 1, 15), np.nan, np.float32)
+    whole[..., 9:4:-1] = lses
+    memory = dpnp.asarray(whole)
+    backwards = memory[..., 9:4:-1]
+    parts = []
+    for out, lse in zip(outs, backwards, strict=True):
+        parts += [dpnp.asarray(out), lse] if kind == "dpnp" else [dpnp.asarray(out).get_array(), lse.get_array()]
+    straight = [x for pair in zip(outs, lses, strict=True) for x in pair]
+    for x, expected in zip(merge_attention(*parts), merge_attention(*straight), strict=True):
+        np.testing.assert_array_equal(as_numpy(x), expected)
+    for x, expected in zip(
+        merge_attention_backward(parts[0], parts[1], *parts), merge_attention_backward(*straight[:2], *straight), strict=True
+    ):
+        np.testing.assert_array_equal(as_numpy(x), expected)

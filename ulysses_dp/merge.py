@@ -246,7 +246,7 @@ def _parts(arrays: Sequence[Array]) -> list[tuple[Any, Any]]:
 def _weights(lses: Sequence[Any]) -> tuple[list[Any], Any]:
     """The share of every part, and the merged lse."""
     highest = reduce(tensor.maximum, lses)
-    highest = tensor.where(tensor.isinf(highest), 0, highest)  # inf - inf would be nan
+    highest = _where(tensor.isinf(highest), 0, highest)  # inf - inf would be nan
     weights = [tensor.exp(lse - highest) for lse in lses]
     total = reduce(tensor.add, weights)
     # Weights of exp(lse - merged lse) would get the rounding error of the merged lse, 3e-5 in float32 if it is 1000.
@@ -267,23 +267,28 @@ def _differentiate(parts: Sequence[tuple[Any, Any]], dout: Any, dlse: Any = None
     dout = _converted(dout, compute)
     weights, _ = _weights([lse for _, lse in parts])
     # rows without any key have weights of 0 / 0
-    weights = [tensor.where(lse == -np.inf, 0, weight) for weight, (_, lse) in zip(weights, parts, strict=True)]
+    weights = [_where(lse == -np.inf, 0, weight) for weight, (_, lse) in zip(weights, parts, strict=True)]
     products = []
     for out, lse in parts:
         product = _rows_first(tensor.sum(dout * _converted(out, compute), axis=-1))
-        products.append(tensor.where(lse == -np.inf, 0, product))
+        products.append(_where(lse == -np.inf, 0, product))
     mean = reduce(tensor.add, (weight * product for weight, product in zip(weights, products, strict=True)))
     gradients = []
     for weight, product, (_, lse) in zip(weights, products, parts, strict=True):
         through_weight = product - mean if dlse is None else dlse + product - mean
-        gradients += [_share(weight, lse, dout), tensor.where(lse == -np.inf, 0, weight * through_weight)]
+        gradients += [_share(weight, lse, dout), _where(lse == -np.inf, 0, weight * through_weight)]
     return [tensor.asarray(x, order="C") for x in gradients]
 
 
 def _share(weight: Any, lse: Any, x: Any) -> Any:
     """The share of one part in the average; nothing, whatever `x` holds, where it has seen no key."""
     weight, unseen = (tensor.expand_dims(_rows_first(y), axis=-1) for y in (weight, lse == -np.inf))
-    return tensor.where(unseen, 0, weight * x)
+    return _where(unseen, 0, weight * x)
+
+
+def _where(condition: Any, x: float, y: Any) -> Any:
+    """`tensor.where`, which in its own choice of order reads outside of arrays with negative strides (dpnp 0.20)."""
+    return tensor.where(condition, x, y, order="C")
 
 
 def _rows_first(x: Any) -> Any:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from .._call.options import Options
     from .._ranks.partition import HeadMap
 
+# the options for which a scale and a mask are enough
+BY_MASK = (
+    *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "key_ranges"),
+)
 MINUS_INFINITY_BITS = 0xFF80  # of bfloat16
 
 

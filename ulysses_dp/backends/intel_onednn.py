@@ -23,7 +23,7 @@ from .._device.workspace import scratch
 from . import _onednn
 from ._base import Backend
 from ._onednn import Compiled, Engine, Graph, Handle, LogicalTensor, dense_strides
-from .dense import Mask, add_up, for_query_heads, is_coarse, mask_of
+from .dense import BY_MASK, Mask, add_up, for_query_heads, is_coarse, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,10 +49,7 @@ class IntelOneDnn(Backend):
     """
 
     name = "INTEL_ONEDNN"
-    has = (
-        *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
-        *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "key_ranges"),
-    )
+    has = BY_MASK
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         _onednn.library()

@@ -12,7 +12,7 @@ from .._device.arrays import tensor
 from .._device.copies import copy_arrays
 from .._device.workspace import empty_like, scratch
 from ._base import Backend
-from .dense import add_up, for_query_heads, is_coarse, mask_of
+from .dense import BY_MASK, add_up, for_query_heads, is_coarse, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +34,7 @@ class TorchSdpa(Backend):
     """
 
     name = "TORCH"
-    has = (
-        *("softmax_scale", "causal", "window_size", "alibi_slopes", "bias", "key_padding_mask"),
-        *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "key_ranges"),
-    )
+    has = BY_MASK
 
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
         try:

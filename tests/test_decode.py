@@ -71,7 +71,7 @@ def test_a_loop_of_generation(comm):
         np.testing.assert_allclose(result, dense_attention(q, *whole)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "softcap", "alibi", "alibi of batch", "sinks"])
+@pytest.mark.parametrize("name", ["causal", "window", "softcap", "alibi", "alibi of batch", "sinks", "ranges of batch"])
 def test_lengths_of_every_batch(comm, name):
     """Batches that have grown differently, and some of them not on all ranks; what is beyond their lengths is nan."""
     batch, rows = 3, 9
@@ -79,7 +79,8 @@ def test_lengths_of_every_batch(comm, name):
     lengths = rng.integers(0, rows + 1, (comm.size, batch))
     lengths[0] = 9, 4, 2
     q, *whole = random_qkv(4, batch, 2, 4, 2, 8, seq_k=rows * comm.size)
-    options = some_options((name,), batch, 4, 2, rows * comm.size)
+    ranges = {"key_ranges": np.array([[(0, 2), (1, 2)], [(0, 1), (0, 2)], [(1, 2), (0, 1)]])}
+    options = ranges if name == "ranges of batch" else some_options((name,), batch, 4, 2, rows * comm.size)
     caches = np.full((2, batch, rows, 2, 8), np.nan, np.float32)
     first = lengths[: comm.rank].sum(axis=0)
     for b, n in enumerate(lengths[comm.rank]):
@@ -87,7 +88,7 @@ def test_lengths_of_every_batch(comm, name):
             cache[b, :n] = x[b, first[b] : first[b] + n]
     result = decode_attention(q, *caches, comm=comm, lengths=lengths[comm.rank], **options)
     for b, n in enumerate(lengths.sum(axis=0)):
-        own = options | ({"alibi_slopes": options["alibi_slopes"][b : b + 1]} if name == "alibi of batch" else {})
+        own = {key: x[b : b + 1] for key, x in options.items()} if name.endswith("of batch") else options
         expected, _ = dense_attention(q[b : b + 1], *(x[b : b + 1, :n] for x in whole), **own)
         np.testing.assert_allclose(result[b : b + 1], expected, atol=TOLERANCE["float32"])
 

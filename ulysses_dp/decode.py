@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,11 +124,9 @@ def decode_attention(
         agreement = agree(ranks, function, check)
         like, arrays, geometry, settings, used = agreement.result
         seq_q = arrays[0].shape[1]
-        if len(used) == 1:
-            everywhere = np.array(agreement.sizes)
-            settings.check_lengths(function, seq_q, int(everywhere.sum()))
-        else:
-            everywhere = mpi.join(ranks, used).reshape(ranks.size, geometry.batch)
+        everywhere = np.array(agreement.sizes) if len(used) == 1 else mpi.join(ranks, used).reshape(ranks.size, geometry.batch)
+        for keys_of_batch in everywhere.sum(axis=0).tolist():
+            settings.check_lengths(function, seq_q, keys_of_batch)
         # Delegate.
         collective = CollectiveCall(ranks, function)
         blocks = []
@@ -174,14 +171,10 @@ def _attend(arrays: list[Any], geometry: Geometry, options: Options, blocks: lis
     compute = np.dtype(geometry.compute_dtype)
     out = scratch(q.sycl_queue, "decode out", q.shape, compute)
     lse = scratch(q.sycl_queue, "decode lse", (geometry.batch, geometry.heads, q.shape[1]), compute)
-    slopes = options.alibi_slopes
     for number, block in enumerate(blocks):
-        batch = slice(None) if len(blocks) == 1 else slice(number, number + 1)
-        of_batch = options.of_block(block)
-        if slopes is not None and len(slopes) > 1:
-            of_batch = replace(of_batch, alibi_slopes=slopes[batch])
+        batch, of_batch = (slice(None), options) if len(blocks) == 1 else (slice(number, number + 1), options.of_batch(number))
         keys, values = (x[batch, : block.keys.length] for x in (k, v))
-        _local.attend(q[batch], keys, values, out[batch], lse[batch], of_batch, HeadMap(geometry.group))
+        _local.attend(q[batch], keys, values, out[batch], lse[batch], of_batch.of_block(block), HeadMap(geometry.group))
     return np.concatenate([to_host(out), to_host(lse).swapaxes(1, 2)[..., None]], axis=-1)
 
 

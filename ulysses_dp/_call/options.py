@@ -419,20 +419,21 @@ class Options:
         """Every batch, and the options for it, where ranges of keys differ."""
         assert self.key_ranges is not None
         for b in range(len(self.key_ranges)):
-            one = slice(b, b + 1)
-            bias, slopes, padding = self.bias, self.alibi_slopes, self.key_padding_mask
-            if bias is not None and bias.shape[0] > 1:
-                bias = describe(bias.data[one], bias.library)
-            yield (
-                one,
-                replace(
-                    self,
-                    key_ranges=self.key_ranges[b],
-                    bias=bias,
-                    alibi_slopes=slopes if slopes is None or len(slopes) == 1 else slopes[one],
-                    key_padding_mask=None if padding is None else padding[one],
-                ),
-            )
+            yield slice(b, b + 1), self.of_batch(b)
+
+    def of_batch(self, b: int) -> Options:
+        """The options for one batch."""
+        one, ranges = slice(b, b + 1), self.key_ranges
+        bias, slopes, padding = self.bias, self.alibi_slopes, self.key_padding_mask
+        if bias is not None and bias.shape[0] > 1:
+            bias = describe(bias.data[one], bias.library)
+        return replace(
+            self,
+            key_ranges=ranges if ranges is None or ranges.ndim == 2 else ranges[b],
+            bias=bias,
+            alibi_slopes=slopes if slopes is None or len(slopes) == 1 else slopes[one],
+            key_padding_mask=None if padding is None else padding[one],
+        )
 
     def runs(self, seq_q: int, seq_k: int) -> list[tuple[slice, Options]]:
         """Rows among which neither the first key nor the end of the keys decreases, and the options for them.

@@ -70,3 +70,24 @@ def test_special_scores(special):
     compare(q, k, v, causal=True)
     k[...] = special
     compare(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_ranges": [(0, 2), (1, 4), (3, 3), (0, 6), (2, 5), (5, 6)]},
+        {"cu_seqlens_q": [0, 2, 6], "seqused_q": [1, 3], "seqused_k": [2, 2], "causal": True},
+    ],
+)
+def test_ranges_of_keys_and_padded_sequences(options):
+    packed = "cu_seqlens_q" in options
+    q, k, v = random_qkv(3, 1, 6, 4, 2, 3)
+    expected = oracle.dense_attention(*((x[0] for x in (q, k, v)) if packed else (q, k, v)), **options)
+    for x, y in zip(dense_attention(q, k, v, **options), expected, strict=True):
+        np.testing.assert_allclose(x[0] if packed else x, y, rtol=0, atol=1e-6)
+
+
+def test_ranges_of_every_batch_are_refused():
+    q = np.zeros((2, 3, 1, 4))
+    with pytest.raises(ValueError, match=r"key_ranges must be \(3, 2\), the same for all batches, not \(2, 3, 2\)"):
+        dense_attention(q, q, q, key_ranges=np.zeros((2, 3, 2), int))

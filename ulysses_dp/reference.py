@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def dense_attention(
     k, v : numpy.ndarray
         Keys and values, (batch, seq_k, kv_heads, head_dim); heads is a multiple of kv_heads.
     {names}
-        As in `attention`, as NumPy arrays; packed sequences are one batch here, too.
+        As in `attention`, as NumPy arrays; packed sequences are one batch here, too, and `key_ranges` is (seq_q, 2).
 
     Returns
     -------
@@ -47,6 +47,11 @@ def dense_attention(
         (batch, seq_q, heads, head_dim), float64. Zeros for a query that sees no key.
     lse : numpy.ndarray
         log of the sum of exp(score), (batch, heads, seq_q), float64. -inf for a query that sees no key.
+
+    Raises
+    ------
+    ValueError
+        `key_ranges` differ between batches.
 
     References
     ----------
@@ -69,7 +74,10 @@ def dense_attention(
     call = inspect.signature(dense_attention).bind(q, k, v, **options)
     call.apply_defaults()
     given = SimpleNamespace(**call.arguments)
-    ends = None if given.cu_seqlens_q is None else tuple(map(int, given.cu_seqlens_q))
+    ranges = None if given.key_ranges is None else np.asarray(given.key_ranges, np.int64)
+    if ranges is not None and ranges.shape != (seq_q, 2):
+        raise ValueError(f"dense_attention: key_ranges must be ({seq_q}, 2), the same for all batches, not {ranges.shape}")
+    ends = _numbers(given.cu_seqlens_q)
     score = score_options.ScoreOptions(
         spans=spans(
             seq_q,
@@ -77,7 +85,10 @@ def dense_attention(
             causal=given.causal,
             window_size=given.window_size,
             cu_seqlens_q=ends,
-            cu_seqlens_k=ends if given.cu_seqlens_k is None else tuple(map(int, given.cu_seqlens_k)),
+            cu_seqlens_k=ends if given.cu_seqlens_k is None else _numbers(given.cu_seqlens_k),
+            seqused_q=_numbers(given.seqused_q),
+            seqused_k=_numbers(given.seqused_k),
+            key_ranges=None if ranges is None else ranges.tobytes(),
         ),
         softcap=given.softcap,
         slopes=None if given.alibi_slopes is None else np.asarray(given.alibi_slopes).reshape(-1, heads),
@@ -89,3 +100,7 @@ def dense_attention(
     )
     scale = head_dim**-0.5 if given.softmax_scale is None else given.softmax_scale
     return forward(q, k, v, scale=scale, diagonal=0, group=group_size(heads, kv_heads), options=score)
+
+
+def _numbers(x: Any) -> tuple[int, ...] | None:
+    return None if x is None else tuple(map(int, x))

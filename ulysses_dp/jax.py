@@ -87,6 +87,7 @@ def ulysses_attention(
     node_size: SupportsIndex | str = 1,
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
+    kv: str = "ring",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
@@ -106,7 +107,7 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
         Also return the logarithm of the softmax denominators, which has no gradient.
-    exchange, overlap, node_size, ring, order
+    exchange, overlap, node_size, ring, order, kv
         As in `ulysses_dp.ulysses_attention`.
 
     Returns
@@ -137,7 +138,8 @@ def ulysses_attention(
     >>> gradient(q).shape
     (1, 16, 4, 8)
     """
-    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size, "ring": ring, "order": order}
+    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size}
+    how |= {"ring": ring, "order": order, "kv": kv}
     return _run("ulysses_attention", (q, k, v), how, options, return_lse)
 
 

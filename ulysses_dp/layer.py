@@ -347,18 +347,8 @@ def ulysses_flash_attn_varlen_func(
         Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
     max_seqlen_q, max_seqlen_k : int, optional
         No effect: the lengths say it.
-    dropout_p : float
-        Probability with which a weight is dropped; needs `seed`.
-    softmax_scale : float, optional
-        Factor of the dot products; 1/sqrt(head_dim) by default.
-    causal : bool
-        Query i of a sequence sees its keys j <= i + keys - queries.
-    window_size, softcap, alibi_slopes
-        As in `ulysses_attention`.
-    deterministic : bool
-        The result is bit-identical on repetition either way.
-    return_attn_probs : bool
-        Return ``(out, lse, None)``, as flash-attn does without dropout.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As in `ulysses_flash_attn_func`; masks count within a sequence.
     {names}
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional

@@ -116,10 +116,15 @@ def to_usm(arrays: Sequence[Array], layout: Layout) -> list[Any]:
     return [to_bshd(x.usm(), layout) for x in arrays]
 
 
-def results_to_user(out: Any, lse: Any, options: Options, like: Array) -> Any:
+def results_to_user(out: Any, lse: Any, options: Options, like: Array) -> list[Any]:
     """The results of USM arrays as the user wants them: the axes of the layout, and the library of `like`."""
     out = to_user(out, options.layout, like)
-    return (out, like.give(lse_to_user(lse, options.layout))) if options.return_lse else out
+    return [out, like.give(lse_to_user(lse, options.layout))] if options.return_lse else [out]
+
+
+def alone_or_all(results: Sequence[Any]) -> Any:
+    """What a function returns: one result as it is, several as a tuple."""
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def to_user(x: Any, layout: Layout, like: Array) -> Any:

@@ -26,7 +26,19 @@ from ._device.copies import copy_arrays
 from ._device.trace import note
 from ._device.workspace import scratch
 from ._ranks import mpi
-from ._ranks.orders import ORDERS, Order, Rows, count, rows_of_groups, rows_of_ranks, slices
+from ._ranks.orders import (
+    ORDERS,
+    PLACES,
+    Order,
+    Place,
+    Rows,
+    count,
+    ends_within,
+    rows_of_groups,
+    rows_of_ranks,
+    slices,
+    with_shares,
+)
 from ._ranks.partition import HeadMap
 
 if TYPE_CHECKING:
@@ -48,6 +60,7 @@ class Wish(NamedTuple):
     ring: int
     order: Order
     kv: str
+    place: Place  # of replicated tokens
 
 
 class Mesh(NamedTuple):
@@ -61,19 +74,30 @@ class Mesh(NamedTuple):
     keys: tuple[Rows, ...]
 
     @classmethod
-    def of(cls, function: str, ranks: mpi.Ranks, wish: Wish, counts: Sequence[tuple[int, ...]], options: Options) -> Mesh:
+    def of(
+        cls,
+        function: str,
+        ranks: mpi.Ranks,
+        wish: Wish,
+        counts: Sequence[tuple[int, ...]],
+        options: Options,
+        shares: Sequence[tuple[Rows, ...]],
+    ) -> Mesh:
         """The mesh of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
 
-        Collective for the first time.
+        Among them are the shares of replicated tokens. Collective for the first time.
         """
-        ring, order, kv = wish
+        ring, order, kv, place = wish
         packed = (None, None) if order == "contiguous" else (options.cu_seqlens_q, options.cu_seqlens_k)
         held = []
-        for name, given, ends in zip("qk", counts, packed, strict=True):
+        for name, of_all, ends, of_tokens in zip("qk", counts, packed, shares, strict=True):
+            tokens = tuple(map(count, of_tokens))
+            given = tuple(rows - n for rows, n in zip(of_all, tokens, strict=True))
             fixed = given if order == "contiguous" else None
-            rows = rows_of_ranks(sum(given), ranks.size, ring, order, ends, fixed)
+            within = ends_within(ends, sum(tokens) if place == "start" else 0, sum(given))
+            rows = rows_of_ranks(sum(given), ranks.size, ring, order, within, fixed)
             check_rows(function, name, given, tuple(map(count, rows)), order, ring)
-            held.append(rows)
+            held.append(with_shares(rows, of_tokens, place))
         return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, kv, *held)
 
     def of_group(self, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -92,12 +116,13 @@ class Mesh(NamedTuple):
 
 
 def check_mesh(
-    ring: Any, order: Any, kv: Any, ranks: int, geometry: Geometry, options: Options, *, overlap: int, node_size: Any
+    wish: tuple[Any, Any, Any, Any], ranks: int, geometry: Geometry, options: Options, *, overlap: int, node_size: Any
 ) -> Wish:
     """Check the wish for a mesh.
 
     "auto" is the smallest number of groups with which all ranks have as many heads.
     """
+    ring, order, kv, place = wish
     size, known = check_ring(ring, ranks, geometry.heads), check_order(order)
     if size > 1 or known != "contiguous":
         if overlap > 1:
@@ -106,7 +131,7 @@ def check_mesh(
             raise ValueError(f"node_size must be 1 with a ring or an order of rows, not {node_size!r}")
         if not options.backend.in_blocks:
             options.backend.refuse("a ring or an order of rows")
-    return Wish(size, known, check_kv(kv, size, geometry.heads, geometry.kv_heads))
+    return Wish(size, known, check_kv(kv, size, geometry.heads, geometry.kv_heads), check_place(place))
 
 
 def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:
@@ -143,6 +168,15 @@ def check_rows(function: str, name: str, given: tuple[int, ...], expected: tuple
                 f"{function}: with order {order!r} and ring {ring}, {name} must have {fitting} of the {sum(given)} rows on "
                 f"rank {rank}, not {mine}; see row_positions"
             )
+
+
+def check_place(place: Any) -> Place:
+    """Check where replicated tokens are; returns it."""
+    if not isinstance(place, str):
+        raise TypeError(f"replicated_at must be a string, not {type(place).__name__}")
+    if place not in PLACES:
+        raise ValueError(f"replicated_at must be one of {' and '.join(PLACES)}, not {place!r}")
+    return cast("Place", place)
 
 
 def check_order(order: Any) -> Order:

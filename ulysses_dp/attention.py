@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 
 from . import _local, _path
-from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_node_size, check_overlap
+from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_inputs, check_node_size, check_overlap
 from ._call.definitions import takes
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
@@ -20,6 +21,7 @@ from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._ranks.redistribution import as_columns
+from ._replicated import Replicated, check_replicated
 from ._ring import Mesh, Wish, check_mesh
 
 if TYPE_CHECKING:
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 
     from ._call.options import Options
     from ._device.arrays import Array
-    from ._ranks.orders import Order
+    from ._ranks.orders import Order, Place
     from ._ranks.partition import Heads
     from ._ring import Ring
+
+OF_ALL_RANKS = "ring, order, kv and replicated_at"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +43,12 @@ class Context:
     """What `ulysses_attention` keeps for `ulysses_attention_backward`: opaque to users."""
 
     geometry: Geometry
-    q_rows: tuple[int, ...]
-    k_rows: tuple[int, ...]
-    parts: tuple[Arrays, ...]  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
+    ranks: int
+    rows: tuple[int, int]  # queries and keys of this rank
+    replicated: tuple[int, int]  # queries and keys that all ranks have
     options: dict[str, Any]  # as the user gave them
     mesh: Wish
+    parts: tuple[Arrays, ...] = ()  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Context cannot be pickled or copied: it holds memory of this rank's device")
@@ -117,7 +122,7 @@ def attention(
     # Delegate.
     with call("attention"), device_turn:
         out, lse = _local.attend_whole(_local.to_usm(arrays, settings.layout), geometry, settings)
-        return _local.results_to_user(out, lse, settings, arrays[0])
+        return _local.alone_or_all(_local.results_to_user(out, lse, settings, arrays[0]))
 
 
 @takes(LocalOptions)
@@ -136,6 +141,8 @@ def ulysses_attention(
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
     kv: str = "ring",
+    replicated: tuple[Any, Any, Any] | None = None,
+    replicated_at: Place = "start",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
@@ -187,6 +194,12 @@ def ulysses_attention(
         How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two groups.
         "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it never sends
         more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q and out.
+    replicated : tuple of q_r, k_r and v_r, optional
+        Tokens that every rank has whole, the same on all ranks, such as a text beside a long image: arrays like q, k and v,
+        with any number of rows. They count once. With the rows of all ranks they are one sequence, in which options count:
+        key_padding_mask, for instance, is for the keys of both.
+    replicated_at : {"start", "end"}
+        Whether these tokens come before the rows of the ranks or after them.
 
     Returns
     -------
@@ -195,6 +208,8 @@ def ulysses_attention(
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_local), or (heads, total_local)
         with layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
+    out_r, lse_r : arrays
+        Only with `replicated`, after the others: out and lse of its tokens, the same on all ranks.
     ctx : Context
         Only with `return_ctx`, as the last result.
 
@@ -240,6 +255,8 @@ def ulysses_attention(
         ring=ring,
         order=order,
         kv=kv,
+        replicated=replicated,
+        replicated_at=replicated_at,
         return_ctx=return_ctx,
         return_lse=return_lse,
         **options,
@@ -259,6 +276,8 @@ def distributed(
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
     kv: str = "ring",
+    replicated: Any = None,
+    replicated_at: Place = "start",
     return_ctx: bool = False,
     names: Names = NAMES,
     **options: Any,
@@ -267,20 +286,29 @@ def distributed(
     ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, Sequence[Any], Geometry, Options, Wish]]:
+    def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
         given, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        mesh = check_mesh(ring, order, kv, ranks.size, geometry, settings, **how)
-        how |= {"ring, order and kv": tuple(mesh), "exchange": check_exchange(exchange)}
+        mesh = check_mesh((ring, order, kv, replicated_at), ranks.size, geometry, settings, **how)
+        of_tokens: tuple[Array, ...] = ()
+        if replicated is not None:
+            check_tokens = partial(check_inputs, names=NAMES, layout=settings.layout, dtype=options.get("dtype"))
+            of_tokens = check_replicated(replicated, "qkv", check_tokens, given[0], geometry)
+        counts = _local.rows_of(of_tokens, settings.layout) if of_tokens else (0, 0)
+        tokens = Replicated.of(counts, ranks.size, mesh, settings)
+        arrays = tokens.brought(ranks.rank, "qkv", *(_local.to_usm(x, settings.layout) for x in (given, of_tokens)))
+        how |= {OF_ALL_RANKS: tuple(mesh), "replicated": counts, "exchange": check_exchange(exchange)}
         common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
-        arrays = _local.to_usm(given, settings.layout)
-        rows = _local.rows_of(given, settings.layout)
-        return Checked(rows, common, (given[0], arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
+        as_given = {name: value for name, value in options.items() if name != "return_lse"}
+        context = Context(geometry, ranks.size, _local.rows_of(given, settings.layout), counts, as_given, mesh)
+        rows = arrays[0].shape[1], arrays[1].shape[1]
+        return Checked(rows, common, (given[0], arrays, settings, tokens, context), (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        like, arrays, geometry, settings, wish = agreement.result
+        like, arrays, settings, tokens, context = agreement.result
+        geometry = context.geometry
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -289,7 +317,7 @@ def distributed(
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings)
+            mesh = Mesh.of(function, ranks, context.mesh, (q_rows, k_rows), settings, tokens.shares)
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
@@ -309,12 +337,12 @@ def distributed(
             )
             results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")
-        given = {name: value for name, value in options.items() if name != "return_lse"}
-        context = Context(geometry, q_rows, k_rows, tuple(parts), given, wish)
-        user_results = _local.results_to_user(out, lse, settings, like)
-    if not return_ctx:
-        return user_results
-    return (*user_results, context) if settings.return_lse else (user_results, context)
+        results = {"out": out, "lse": lse} if settings.return_lse else {"out": out}
+        of_all = tokens.parted(function, ranks, results) if replicated is not None else (results,)
+        to_user = [x for of in of_all for x in _local.results_to_user(of["out"], of.get("lse"), settings, like)]
+    if return_ctx:
+        to_user.append(replace(context, parts=tuple(parts)))
+    return _local.alone_or_all(to_user)
 
 
 def _describe(

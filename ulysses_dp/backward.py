@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
 from . import _local, _path
-from ._call.checks import Geometry, check_array, check_exchange, check_node_size, check_overlap, check_places
+from ._call.checks import (
+    NAMES,
+    Geometry,
+    check_array,
+    check_exchange,
+    check_inputs,
+    check_node_size,
+    check_overlap,
+    check_places,
+)
 from ._call.definitions import takes
 from ._call.layout import PACKED, lse_shape
 from ._device.arrays import from_host, to_host
@@ -19,8 +29,9 @@ from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from ._replicated import Replicated, check_replicated
 from ._ring import Mesh, check_mesh
-from .attention import Context
+from .attention import OF_ALL_RANKS, Context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,13 +41,14 @@ if TYPE_CHECKING:
     from ._call.layout import Layout
     from ._call.options import Options
     from ._device.arrays import Array
-    from ._ranks.orders import Order
+    from ._ranks.orders import Order, Place
     from ._ranks.partition import Heads
     from ._ring import Ring, Wish
 
 ARRAYS = ("q", "k", "v")
 DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
 GRADIENTS = ("dq", "dk", "dv")
+GIVEN = ("dout", *ARRAYS, "out", "lse")
 
 
 @takes(LocalOptions)
@@ -125,6 +137,8 @@ def ulysses_attention_backward(
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
     kv: str = "ring",
+    replicated: tuple[Any, Any, Any, Any, Any, Any] | None = None,
+    replicated_at: Place = "start",
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
@@ -149,12 +163,19 @@ def ulysses_attention_backward(
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
     exchange, overlap, node_size, ring, order, kv
-        What `ulysses_attention` was given; with `ctx`, ring, order and kv are those of `ctx`.
+        What `ulysses_attention` was given; with `ctx`, the last three are those of `ctx`.
+    replicated : tuple of dout_r, q_r, k_r, v_r, out_r and lse_r, optional
+        The tokens that `ulysses_attention` was given, what it returned of them, and the gradient of the loss with respect to
+        that; the same on all ranks.
+    replicated_at
+        What `ulysses_attention` was given; with `ctx`, that of `ctx`.
 
     Returns
     -------
     dq, dk, dv : arrays
         Gradients, of the kind, dtype, device and shape of q, k and v.
+    dq_r, dk_r, dv_r : arrays
+        Only with `replicated`: the gradients of its tokens by the rows of all ranks, the same on all ranks.
     dsinks : array
         Only if `sinks` is given: its gradient, (heads,), the same on all ranks, of the kind of q and the dtype of lse.
 
@@ -188,31 +209,39 @@ def ulysses_attention_backward(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish]]:
+    def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish, Replicated]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
         inputs, geometry, settings = _check(dout, q, k, v, out, lse, **given)
-        rows = _local.rows_of(inputs[1:], settings.layout)
-        _check_context(ctx, geometry, ranks, rows)
+        of_tokens: tuple[Array, ...] = ()
+        if replicated is not None:
+            check_tokens = partial(_check_arrays, layout=settings.layout, dtype=given.get("dtype"))
+            of_tokens = check_replicated(replicated, GIVEN, check_tokens, inputs[1], geometry)
+        counts = _local.rows_of(of_tokens[1:], settings.layout) if of_tokens else (0, 0)
+        _check_context(ctx, geometry, ranks.size, _local.rows_of(inputs[1:], settings.layout), counts)
         if ctx and options:
             _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
             _check_equal(settings.common(), kept.common())
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        of = ctx.mesh if ctx else (ring, order, kv)
-        mesh = check_mesh(*of, ranks.size, geometry, settings, **how)
+        of = ctx.mesh if ctx else (ring, order, kv, replicated_at)
+        mesh = check_mesh(of, ranks.size, geometry, settings, **how)
+        tokens = Replicated.of(counts, ranks.size, mesh, settings)
+        arrays = tokens.brought(ranks.rank, GIVEN, *(_to_usm(x, settings.layout) for x in (inputs, of_tokens)))
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             **how,
-            "ring, order and kv": tuple(mesh),
+            OF_ALL_RANKS: tuple(mesh),
+            "replicated": counts,
             "exchange": check_exchange(exchange),
             **vars(geometry),
             **settings.common(),
         }
-        arrays = _to_usm(inputs, settings.layout)
-        return Checked(rows, common, (inputs[1], arrays, geometry, settings, mesh), (arrays[0].sycl_queue, exchange))
+        result = inputs[1], arrays, geometry, settings, mesh, tokens
+        rows = arrays[1].shape[1], arrays[2].shape[1]
+        return Checked(rows, common, result, (arrays[0].sycl_queue, exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
-        like, arrays, geometry, settings, wish = agreement.result
+        like, arrays, geometry, settings, wish, tokens = agreement.result
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -220,7 +249,7 @@ def ulysses_attention_backward(
             with device_turn:
                 grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings)
+            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             together = kv_heads_are_shared(heads)
@@ -250,6 +279,9 @@ def ulysses_attention_backward(
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
                 dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(mesh.ring, geometry.heads).sum(axis=0)
+        if replicated is not None:
+            of_all = tokens.parted(function, ranks, dict(zip(GRADIENTS, grads, strict=True)))
+            grads = [x for of in of_all for x in of.values()]
         return _to_user(grads, dsinks, settings, like)
 
 
@@ -258,16 +290,26 @@ def _check(
 ) -> tuple[tuple[Array, ...], Geometry, Options]:
     """Check all arguments; returns what dout, q, k, v, out and lse are."""
     inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, **options)
+    return _with_results(dout, inputs, out, lse, geometry, settings.layout), geometry, settings
+
+
+def _check_arrays(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Layout, dtype: Any
+) -> tuple[tuple[Array, ...], Geometry]:
+    """The same without options."""
+    inputs, geometry = check_inputs(q, k, v, NAMES, layout, dtype)
+    return _with_results(dout, inputs, out, lse, geometry, layout), geometry
+
+
+def _with_results(
+    dout: Any, inputs: tuple[Array, ...], out: Any, lse: Any, geometry: Geometry, layout: Layout
+) -> tuple[Array, ...]:
     of_q = inputs[0]
     return (
-        (
-            _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
-            *inputs,
-            _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
-            _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape(of_q.shape, settings.layout)),
-        ),
-        geometry,
-        settings,
+        _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
+        *inputs,
+        _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
+        _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape(of_q.shape, layout)),
     )
 
 
@@ -286,19 +328,22 @@ def _check_like_q(name: str, x: Any, q: Array, dtype: str, shape: tuple[int, ...
 
 def _to_usm(arrays: tuple[Array, ...], layout: Layout) -> list[Any]:
     """dout, q, k, v and out as USM arrays, (batch, seq, heads, head_dim), and lse as (batch, heads, seq)."""
+    if not arrays:
+        return []
     *others, lse = arrays
     of_lse = lse.usm()
     return [*_local.to_usm(others, layout), of_lse[None, ...] if layout == PACKED else of_lse]
 
 
-def _check_context(ctx: Any, geometry: Geometry, here: mpi.Ranks, rows: tuple[int, int]) -> None:
+def _check_context(ctx: Any, geometry: Geometry, ranks: int, rows: tuple[int, int], replicated: tuple[int, int]) -> None:
     if ctx is None:
         return
     if not isinstance(ctx, Context):
         raise TypeError(f"ctx must be what ulysses_attention returned with return_ctx=True, not {type(ctx).__name__}")
-    ranks = len(ctx.q_rows)
-    if (ctx.geometry, ranks) != (geometry, here.size) or (ctx.q_rows[here.rank], ctx.k_rows[here.rank]) != rows:
-        raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ranks} ranks, not {geometry} on {here.size}")
+    if (ctx.geometry, ctx.ranks, ctx.rows) != (geometry, ranks, rows):
+        raise ValueError(f"ctx is of another call: of {ctx.geometry} on {ctx.ranks} ranks, not {geometry} on {ranks}")
+    if ctx.replicated != replicated:
+        raise ValueError(f"replicated must have the {ctx.replicated} queries and keys of ctx, not {replicated}")
 
 
 def _check_equal(given: dict[str, str], kept: dict[str, str]) -> None:

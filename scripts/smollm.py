@@ -23,7 +23,7 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from ulysses_dp import attention, ulysses_attention
+from ulysses_dp import decode_attention, default_queue, ulysses_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,10 +91,6 @@ class Cache:
         self.keys[layer][:, self.rows : end] = k
         self.values[layer][:, self.rows : end] = v
 
-    def upto(self, layer: int, rows: int) -> tuple[dpnp.ndarray, dpnp.ndarray]:
-        """The first rows of a layer, as views."""
-        return self.keys[layer][:, :rows], self.values[layer][:, :rows]
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -137,7 +133,7 @@ class Model:
 
         if reader.fields["general.architecture"].contents() != "llama":
             raise ValueError(f"{path} must hold a model of Llama's form")
-        queue = rank_queue(comm)
+        queue = default_queue()
         xp = dpnp if arrays == "dpnp" or (arrays == "auto" and queue.sycl_device.is_gpu) else np
         options = {"sycl_queue": queue} if xp is dpnp else {}
         weights = {}
@@ -267,34 +263,21 @@ class Model:
     def write(self, token: int, position: int, cache: Cache) -> int:
         """Append one token, which all ranks were told, and return the most probable one after it. Collective.
 
-        The cache stays where it is. One rank adds the new key and value to its rows, each attends to the rows it has, and
-        the results, a few hundred numbers a layer, are merged by their logarithms of the softmax denominators.
+        The cache stays where it is. One rank adds the new key and value to its rows, and `decode_attention` merges what each
+        rank gets from the rows it has. The new token sees every row, so the order of the rows does not matter.
         """
         added = int(position % self.comm.size == self.comm.rank)
 
         def attend(layer: int, q: dpnp.ndarray, k: dpnp.ndarray, v: dpnp.ndarray) -> dpnp.ndarray:
             if added:
                 cache.append(layer, k, v)
-            out, lse = attention(q, *cache.upto(layer, cache.rows + added), return_lse=True)
-            return self.to_device(merge_over_ranks(as_numpy(out), as_numpy(lse), self.comm))
+            keys, values = cache.keys[layer], cache.values[layer]
+            return decode_attention(q, keys, values, comm=self.comm, lengths=cache.rows + added)
 
         states = self.run_layers([token], position, attend)
         cache.rows += added
         # one rank chooses: rounding must not let two ranks go on with different words
         return self.comm.bcast(int(self.logits(states)[0].argmax()) if self.comm.rank == 0 else None)
-
-
-def rank_queue(comm: MPI.Intracomm) -> dpctl.SyclQueue:
-    """A queue on the default device; where that is a GPU, on the GPU of this rank's number within the node."""
-    from mpi4py import MPI
-
-    device = dpctl.select_default_device()
-    if device.is_gpu:
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        gpus = dpctl.get_devices(backend=device.backend, device_type="gpu")
-        device = gpus[node.rank % len(gpus)]
-        node.Free()
-    return dpctl.SyclQueue(device)
 
 
 def as_numpy(x: Any) -> np.ndarray:
@@ -306,13 +289,3 @@ def losses(logits: np.ndarray, following: np.ndarray) -> np.ndarray:
     top = logits.max(axis=1, keepdims=True)
     normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
     return normaliser - logits[np.arange(len(following)), following]
-
-
-def merge_over_ranks(out: np.ndarray, lse: np.ndarray, comm: MPI.Intracomm) -> np.ndarray:
-    """Attention over the keys of all ranks from that over the keys of each: out (1, 1, heads, head_dim), lse (1, heads, 1)."""
-    part = np.concatenate([out[0, 0], lse[0]], axis=1)  # one message
-    parts = np.empty((comm.size, *part.shape), dtype=part.dtype)
-    comm.Allgather(part, parts)
-    outs, lses = parts[..., :-1], parts[..., -1:]
-    weights = np.exp(lses - lses.max(axis=0))  # a rank without keys has an lse of -inf
-    return ((weights * outs).sum(axis=0) / weights.sum(axis=0))[None, None]

@@ -4,6 +4,7 @@ from ._device.queue import use_cpu_runtime_of_the_wheels as _use_cpu_runtime_of_
 
 _use_cpu_runtime_of_the_wheels()  # before the first import that could ask SYCL for its devices
 
+from ._device.queue import default_queue  # noqa: E402
 from ._device.workspace import free_workspace  # noqa: E402
 from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "decode_attention",
+    "default_queue",
     "free_workspace",
     "gather_heads",
     "merge_attention",

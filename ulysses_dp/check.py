@@ -307,7 +307,19 @@ def check_exchange(limit: float) -> Iterator[Result]:
         yield _exchange(by, way, ranks, limit)
         yield _ulysses(by, way, ranks, limit)
     if ranks.size > 1:
+        yield from _shared(ranks, limit)
         yield _ulysses(f"{route}, ring of {ranks.size}", {"exchange": route, "ring": ranks.size}, ranks, limit)
+
+
+def _shared(ranks: mpi.Ranks, limit: float) -> Iterator[Result]:
+    """The same through memory that the ranks share, where they can."""
+    by, way = "shared", {"exchange": "shared"}
+    try:
+        yield _exchange(by, way, ranks, limit)
+    except (NotImplementedError, OSError) as error:  # on all ranks
+        yield Result("exchange", by, verdict=f"not tried: {error}")
+    else:
+        yield _ulysses(by, way, ranks, limit)
 
 
 @contextmanager

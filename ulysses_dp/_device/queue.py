@@ -80,18 +80,27 @@ device_turn = RLock()
 def default_queue() -> Any:
     """The queue for arrays that come without one: the device whose number is this process's number within the node.
 
-    GPUs are taken before the CPU, and Level Zero before OpenCL; each tile of a GPU counts, also where Level Zero shows a GPU of
-    several tiles as one device. It is dpctl's own cached queue of that device, so that arrays made with
+    Not collective. GPUs are taken before the CPU, and Level Zero before OpenCL; each tile of a GPU counts, also where Level Zero
+    shows a GPU of several tiles as one device. It is dpctl's own cached queue of that device, so that arrays made with
     ``dpnp.asarray(x, device=...)`` share it.
 
     Returns
     -------
     dpctl.SyclQueue
+        The same one in every call.
 
     Raises
     ------
     RuntimeError
         SYCL offers no GPU and no CPU.
+
+    Examples
+    --------
+    >>> import dpnp
+    >>> from ulysses_dp import default_queue
+    >>> x = dpnp.ones((1, 16, 4, 8), sycl_queue=default_queue())  # on the device of this rank
+    >>> x.sycl_queue is default_queue()
+    True
     """
     with device_turn:
         return _default_queue()

@@ -64,8 +64,12 @@ def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Pa
 
 @lru_cache(maxsize=1024)
 def _merged(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
-    """The panels that are not empty, as few slots as they can be."""
-    return tuple(_merge(panel) for panel in panels if panel.slots * panel.width > 0)
+    """The panels that are not empty, with as few slots as they can have.
+
+    Where one is added to another, slots stay as they are: then the work-item that adds to an element is the one that wrote it.
+    """
+    filled = tuple(panel for panel in panels if panel.slots * panel.width > 0)
+    return filled if any(panel.add for panel in filled) else tuple(map(_merge, filled))
 
 
 def _merge(panel: Panel) -> Panel:

@@ -90,3 +90,21 @@ def test_heads_to_ranks(width, merged):
     expected = [x[:, :, 2 * rank : 2 * rank + 2].swapaxes(0, 1).reshape(-1) for rank in range(2)]
     np.testing.assert_array_equal(result, np.concatenate(expected))
     np.testing.assert_array_equal(by_reference, np.concatenate(expected))
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("width", [1, 4, 8, 12, 16, 24, 40, 64])
+def test_sums_over_ranks(dtype, width):
+    """Heads 0 and 1 of one rank, which follow each other, then 1 and 2 of the next: head 1 is the sum of both."""
+    rng = np.random.default_rng(width)
+    sources = [rng.standard_normal(5 * 2 * 2 * width).astype(dtype) for _ in range(2)]
+    row, batch, slot = 3 * 2 * width, 3 * width, width
+    of_source = 2 * 2 * width, 2 * width, width
+    panels = [
+        Panel(0, 0, *of_source, 1, 0, 0, row, batch, slot, slots=2, width=width),
+        Panel(1, 0, *of_source, 1, 0, slot, row, batch, slot, slots=1, width=width, add=1),
+        Panel(1, width, *of_source, 1, 0, 2 * slot, row, batch, slot, slots=1, width=width),
+    ]
+    for _ in range(5):
+        (result,), (expected,) = run(sources, [np.full(5 * row, np.nan, dtype)], panels, rows=5, batch=2)
+        np.testing.assert_array_equal(result, expected)

@@ -25,11 +25,12 @@ def dense_gradient(
     key_ranges=None,
     seqused_q=None,
     seqused_k=None,
+    dlse=None,
 ):
-    """Gradient of sum(dout * out) for arrays and options as in `oracle.dense_attention`; returns dq, dk, dv and dsinks.
+    """Gradient of sum(dout * out) + sum(dlse * lse) for arrays and options as in `oracle.dense_attention`.
 
-    dsinks are zeros without sinks. Nothing of a key reaches the gradients of a query that does not see it, or the reverse, not
-    even nan.
+    Returns dq, dk, dv and dsinks, which are zeros without sinks. The dlse of a query without keys and sink has no effect.
+    Nothing of a key reaches the gradients of a query that does not see it, or the reverse, not even nan.
     """
     dout, q, k, v = (np.asarray(x).astype(np.float64) for x in (dout, q, k, v))
     packed = cu_seqlens_q is not None
@@ -60,13 +61,16 @@ def dense_gradient(
             slope_of_softcap = 1 - (score / softcap) ** 2
         score = np.where(seen, score - slopes[..., None, None] * abs(distance) + bias, -np.inf)
         highest = np.maximum(score.max(axis=-1, keepdims=True, initial=-np.inf), sinks)
-        highest = np.where(np.isneginf(highest), 0, highest)
+        blind = np.isneginf(highest)
+        highest = np.where(blind, 0, highest)
         weight, of_sink = np.where(seen, np.exp(score - highest), 0), np.exp(sinks - highest)
         total = weight.sum(axis=-1, keepdims=True) + of_sink
         total = np.where(total == 0, 1, total)
         p, p_sink = weight / total, of_sink / total
         dp = np.where(seen, keep * (dout @ v.swapaxes(2, 3)), 0)
         mean = (p * dp).sum(axis=-1, keepdims=True)
+        if dlse is not None:
+            mean = mean - np.where(blind, 0, np.asarray(dlse).astype(np.float64).reshape(mean.shape))
         ds = np.where(seen, scale * slope_of_softcap * p * (dp - mean), 0)
 
     group = (batch, kv_heads, heads // kv_heads if kv_heads else 1)

@@ -553,6 +553,31 @@ def test_ranks_disagree_on_the_function(comm):
     assert_all_raise(comm, run, ValueError, "attn_type must be the same on all ranks", "plain_only", "dense")
 
 
+def test_gradients_by_lse(comm, attn_type):
+    """What computes from delta has them; the others say who has."""
+    rows, whole = split(9, comm.size), random_qkv(21, 1, 9, 4, 2, 8)
+    mine = [part(x, rows, comm.rank) for x in whole]
+    dlse = np.random.default_rng(1).standard_normal((1, 4, 9), dtype=np.float32)
+
+    def from_delta(dout, q, k, v, *, lse, delta, **options):
+        of_dlse = (dout * oracle.dense_attention(q, k, v, **options)[0]).sum(-1).swapaxes(1, 2) - delta
+        return tuple(x.astype(q.dtype) for x in dense_gradient(dout, q, k, v, dlse=of_dlse, **options)[:3])
+
+    if attn_type is USER:
+        attn_type = register_attention("from delta", dense, backward=from_delta)
+    out, lse = ulysses_attention(*mine, comm=comm, attn_type=attn_type, return_lse=True)
+
+    def differentiate():
+        arrays = mine[0], *mine, out, lse
+        return ulysses_attention_backward(*arrays, comm=comm, attn_type=attn_type, dlse=part(dlse, rows, comm.rank, 2))
+
+    if attn_type in (AttnType.TORCH, AttnType.INTEL_ONEDNN):
+        assert_all_raise(comm, differentiate, NotImplementedError, f"{attn_type.name} does not support dlse; INTEL_SYCL does")
+        return
+    for result, expected in zip(differentiate(), dense_gradient(whole[0], *whole, dlse=dlse), strict=False):
+        np.testing.assert_allclose(result, part(expected, rows, comm.rank), rtol=0, atol=2e-5)
+
+
 def test_user_function_without_backward(comm):
     q, k, v = rows_of(comm)
     out, lse = ulysses_attention(q, k, v, comm=comm, attn_type=dense, return_lse=True)

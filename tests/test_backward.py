@@ -77,18 +77,18 @@ PACKED = {
 }
 
 
-def local(q, k, v, dout, _comm, *, context=False, restride=lambda x: x, **options):
+def local(q, k, v, dout, _comm, *, context=False, restride=lambda x: x, dlse=None, **options):
     """`attention` and `attention_backward` with the arguments of `distributed`."""
     assert not context
     out, lse = attention(q, k, v, return_lse=True, **options)
-    return attention_backward(dout, q, k, v, restride(out), lse, **options)
+    return attention_backward(dout, q, k, v, restride(out), lse, dlse=dlse, **options)
 
 
-def distributed(q, k, v, dout, comm, *, context=False, restride=lambda x: x, **options):
+def distributed(q, k, v, dout, comm, *, context=False, restride=lambda x: x, dlse=None, **options):
     """The gradient of this rank's rows by `ulysses_attention` and `ulysses_attention_backward`."""
     out, lse, *ctx = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=context, **options)
     ctx = {"ctx": ctx[0]} if context else {}
-    return ulysses_attention_backward(dout, q, k, v, restride(out), lse, comm=comm, **ctx, **options)
+    return ulysses_attention_backward(dout, q, k, v, restride(out), lse, dlse=dlse, comm=comm, **ctx, **options)
 
 
 @pytest.fixture(params=[pytest.param(local, marks=pytest.mark.single), distributed], ids=["local", "distributed"])
@@ -122,6 +122,7 @@ def check(
     whole,
     *,
     dout=None,
+    dlse=None,
     rows=None,
     rows_k=None,
     layout="bshd",
@@ -150,6 +151,9 @@ def check(
 
     mine = [viewed(part(x, n, comm.rank, axis).transpose(axes)) for x, n in zip(stored, counts, strict=True)]
     given = {name: as_kind(x, kind) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    if dlse is not None:
+        given["dlse"] = as_kind(part(dlse, rows, comm.rank, 1 if is_packed else 2), kind)
+        options |= {"dlse": dlse}
     arrays = [*mine, *(x for x in given.values() if is_array(x))]
     before = [np.array(as_numpy(x)) for x in arrays]
     how = {"layout": layout, "attn_type": attn_type, "exchange": exchange}
@@ -239,6 +243,55 @@ def test_sinks(comm, function, sinks, causal):
     for seq, seq_k in (*LENGTHS, (5, 0)):  # with fewer keys than queries, causal, the first rows see the sink alone
         whole = random_qkv(6, 2, seq, 4, 2, 16, seq_k=seq_k)
         check(comm, whole, sinks=np.array(sinks, np.float32), causal=causal, function=function)
+
+
+def random_dlse(batch, heads, seq):
+    return np.random.default_rng(98).standard_normal((batch, heads, seq))
+
+
+@pytest.mark.parametrize("names", [(), *((name,) for name in OPTIONS), *COMBINATIONS], ids=lambda x: " ".join(x) or "none")
+@pytest.mark.parametrize("attn_type", COMPLETE)
+def test_dlse(comm, function, names, attn_type):
+    """A loss that depends on lse, too: as the z-loss of a router does, or one of merged parts."""
+    dlse = random_dlse(2, 4, 19).astype(np.float32)
+    whole, options = random_qkv(6, 2, 19, 4, 2, 16), some_options(names, 2, 4, 19, 19)
+    for context in {False, function is distributed}:
+        check(comm, whole, dlse=dlse, function=function, attn_type=attn_type, context=context, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_dlse(comm, function, form):
+    """Of (batch, heads, seq) in any layout, or (heads, total); where nothing is seen it may be anything."""
+    dtype = dtype_of_options(form)
+    whole, dlse = random_qkv(6, 2, 9, 4, 2, 16, dtype, 7), random_dlse(2, 4, 9).astype(dtype)
+    clean = np.where(np.arange(9) < 2, 0, dlse)
+    for kind in kinds_of(form):
+        options = {"form": form, "kind": kind, "causal": True, "layout": "bhsd", "function": function}
+        expected = check(comm, whole, dlse=clean, **options)
+        dlse[..., :2] = np.nan
+        assert_equal(check(comm, whole, dlse=dlse, **options), expected)
+        assert_equal(check(comm, whole, dlse=dlse, sinks=np.full(4, -np.inf), **options)[:3], expected)
+        whole_rows, packing = packed(PACKED["other keys"], dtype=dtype)
+        check(comm, whole_rows, dlse=random_dlse(1, 4, 28)[0].astype(dtype), form=form, kind=kind, function=function, **packing)
+
+
+def test_dlse_of_some_ranks(comm):
+    """Zeros and nothing are the same, and ranks need not agree on it."""
+    q, k, v = (part(x, split(11, comm.size), comm.rank) for x in random_qkv(6, 2, 11, 4, 2, 8))
+    out, lse = ulysses_attention(q, k, v, comm=comm, return_lse=True)
+    dlse = np.ones_like(lse) if comm.rank == 0 else np.zeros_like(lse)
+    expected = ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, dlse=dlse)
+    results = ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, dlse=None if comm.rank else dlse)
+    assert_equal(results, expected)
+
+
+@pytest.mark.parametrize(
+    "bad", [3, np.ones((1, 2, 3)), np.ones((2, 4, 2), np.float32), np.ones((2, 4), np.float32), np.ones((2, 2, 4), np.float64)]
+)
+def test_bad_dlse(comm, bad):
+    q, k, v = (part(x, split(2 * comm.size, comm.size), comm.rank) for x in random_qkv(6, 1, 2 * comm.size, 4, 2, 8))
+    out, lse = ulysses_attention(q, k, v, comm=comm, return_lse=True)
+    assert_refused(comm, "dlse", bad, lse, lambda dlse: ulysses_attention_backward(q, q, k, v, out, lse, comm=comm, dlse=dlse))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)

@@ -35,23 +35,25 @@ def test_gradients(comm, names, how):
     """Of everything that may be traced, under jit, against the formulas."""
     rows = split(11, comm.size, how)
     whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
-    dout = np.random.default_rng(1).standard_normal(whole[0].shape)
+    dout, dlse = (np.random.default_rng(1).standard_normal(shape) for shape in (whole[0].shape, (2, 4, 11)))
     given = as_traced(options)
     sinks = {"sinks": given.pop("sinks")} if "sinks" in given else {}
     fixed = {name: x for name, x in given.items() if not isinstance(x, jax.Array)}
 
     @jax.jit
-    def run(q, k, v, sinks, traced, dout):
+    def run(q, k, v, sinks, traced, dout, dlse):
         def attend(q, k, v, sinks):
             return ulysses_attention(q, k, v, comm=comm, return_lse=True, **sinks, **traced, **fixed)
 
-        out, differentiate, lse = jax.vjp(attend, q, k, v, sinks, has_aux=True)
-        return out, lse, differentiate(dout)
+        (out, lse), differentiate = jax.vjp(attend, q, k, v, sinks)
+        return out, lse, differentiate((dout, dlse))
 
     traced = {name: x for name, x in given.items() if name not in fixed}
-    out, lse, (*grads, of_sinks) = run(*rows_of(comm, whole, rows), sinks, traced, *rows_of(comm, [dout], rows))
+    out, lse, (*grads, of_sinks) = run(
+        *rows_of(comm, whole, rows), sinks, traced, part(dout, rows, comm.rank), part(dlse, rows, comm.rank, 2)
+    )
     expected_out, expected_lse = dense_attention(*whole, **options)
-    expected = dense_gradient(dout, *whole, **options)
+    expected = dense_gradient(dout, *whole, dlse=dlse, **options)
     pairs = [(out, part(expected_out, rows, comm.rank)), (lse, part(expected_lse, rows, comm.rank, axis=2))]
     pairs += [(x, part(y, rows, comm.rank)) for x, y in zip(grads, expected, strict=False)]
     pairs += [(x, expected[3]) for x in of_sinks.values()]
@@ -88,8 +90,6 @@ def test_more_than_one_call(comm):
 def test_refused(comm):
     """What has no gradient when the program is traced; the rest when it runs, on all ranks."""
     q, k, v = rows_of(comm, random_qkv(5, 1, 9, 2, 2, 8), split(9, comm.size))
-    with pytest.raises(NotImplementedError, match="no gradient of lse"):
-        jax.grad(lambda q: ulysses_attention(q, k, v, comm=comm, return_lse=True)[1].sum())(q)
     with pytest.raises(NotImplementedError, match="no gradient of bias"):
         jax.grad(lambda bias: ulysses_attention(q, k, v, comm=comm, bias=bias).sum())(jnp.ones((1, 1, 1, 1)))
     last = comm.rank == comm.size - 1
@@ -108,6 +108,7 @@ def test_on_one_rank():
         return attention(q, k, v, causal=True)
 
     check_grads(attend, (q, k, v), order=1, modes=["rev"])
+    check_grads(lambda *x: attention(*x, return_lse=True)[1], (q, k, v), order=1, modes=["rev"])
     np.testing.assert_array_equal(jax.vmap(attend)(*(x[None] for x in (q, k, v)))[0], attend(q, k, v))
     grads = (jax.grad(lambda *x, f=f: f(*x).sum(), (0, 1, 2))(q, k, v) for f in (attend, jax.checkpoint(attend)))
     for x, y in zip(*grads, strict=True):

@@ -60,15 +60,25 @@ def check(comm, arrays, tokens, place, ring, order, *, counts=None, context=Fals
     compare(out, out_r, expected, "q")
     compare(lse.swapaxes(1, 2), lse_r.swapaxes(1, 2), expected_lse.swapaxes(1, 2), "q")
     again = {"comm": comm, "ctx": results[4]} if context else how
+    # of the rows, of the tokens, or of both
+    dlse = np.random.default_rng(8).standard_normal((*arrays[0].shape[:3], 1)).astype(dtype)
+    rows_are, tokens_are = context or place == "start", not context or place == "start"
+    dlse_r, of_rows = parted(dlse, n["q"], place)
+    dlse_r *= tokens_are
+    of_rows *= rows_are
+    dlse = np.concatenate([dlse_r, of_rows] if place == "start" else [of_rows, dlse_r], axis=1)[..., 0].swapaxes(1, 2)
+    of_rows = mine(comm, of_rows, ring, order, counts if counts is None else split(of_rows.shape[1], comm.size, counts))
+    of_rows, dlse_r = (x[..., 0].swapaxes(1, 2) for x in (of_rows, dlse_r))
     grads = ulysses_attention_backward(
         rows["dout"],
         *(rows[x] for x in "qkv"),
         out,
         lse,
-        replicated=(of_tokens["dout"], *(of_tokens[x] for x in "qkv"), out_r, lse_r),
+        dlse=of_rows if rows_are else None,
+        replicated=(of_tokens["dout"], *(of_tokens[x] for x in "qkv"), out_r, lse_r, *([dlse_r] if tokens_are else [])),
         **again,
     )
-    *dense, dsinks = dense_gradient(whole["dout"], *arrays, **options)
+    *dense, dsinks = dense_gradient(whole["dout"], *arrays, dlse=dlse, **options)
     for number, (name, of_all) in enumerate(zip("qkv", dense, strict=True)):
         compare(grads[number], grads[3 + number], of_all, name, max(1.0, abs(of_all).max(initial=0.0)))
     if options.get("sinks") is not None:

@@ -32,13 +32,13 @@ def held(seq, comm, ring, order, counts=None, cu_seqlens=None):
     return [positions(rows) for rows in rows_of_ranks(seq, comm.size, ring, order, cu_seqlens, counts)]
 
 
-def run(comm, arrays, rows, keys, dout, *, context=False, **options):
+def run(comm, arrays, rows, keys, dout, dlse, *, context=False, **options):
     """What this rank gets: out, lse, the gradients, and dsinks."""
     q, k, v = arrays[0][:, rows], arrays[1][:, keys], arrays[2][:, keys]
     result = ulysses_attention(q, k, v, comm=comm, return_lse=True, return_ctx=context, **options)
     out, lse = result[:2]
     again = {"ctx": result[2]} if context else options
-    grads = ulysses_attention_backward(dout[:, rows], q, k, v, out, lse, comm=comm, **again)
+    grads = ulysses_attention_backward(dout[:, rows], q, k, v, out, lse, dlse=dlse[..., rows], comm=comm, **again)
     return out, lse, grads
 
 
@@ -47,12 +47,13 @@ def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=Fa
     rows = held(q.shape[1], comm, ring, order, q_counts)[comm.rank]
     keys = held(k.shape[1], comm, ring, order, k_counts)[comm.rank]
     dout = np.random.default_rng(7).standard_normal(q.shape).astype(q.dtype)
-    out, lse, grads = run(comm, arrays, rows, keys, dout, context=context, ring=ring, order=order, kv=kv, **options)
+    dlse = np.random.default_rng(8).standard_normal((q.shape[0], q.shape[2], q.shape[1])).astype(q.dtype)
+    out, lse, grads = run(comm, arrays, rows, keys, dout, dlse, context=context, ring=ring, order=order, kv=kv, **options)
     expected, expected_lse = dense_attention(q, k, v, **options)
     tolerance = TOLERANCE[dtype] * 3
     np.testing.assert_allclose(out, expected[:, rows], atol=tolerance, rtol=0)
     np.testing.assert_allclose(lse, expected_lse[..., rows], atol=tolerance, rtol=1e-5)
-    *dense, dsinks = dense_gradient(dout, q, k, v, **options)
+    *dense, dsinks = dense_gradient(dout, q, k, v, dlse=dlse, **options)
     for mine, whole, which in zip(grads, dense, (rows, keys, keys), strict=False):
         scale = max(1.0, np.abs(whole).max(initial=0.0))
         np.testing.assert_allclose(mine / scale, whole[:, which] / scale, atol=tolerance, rtol=0)

@@ -62,13 +62,13 @@ def rows_of(comm, whole, rows, dtype=None):
 def test_gradients(comm, names, how):
     rows = split(11, comm.size, how)
     whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
-    dout = np.random.default_rng(1).standard_normal(whole[0].shape)
+    dout, dlse = (np.random.default_rng(1).standard_normal(shape) for shape in (whole[0].shape, (2, 4, 11)))
     arrays, given = rows_of(comm, whole, rows), as_tensors(options)
     if "sinks" in given:
         arrays.append(given["sinks"].requires_grad_())
-    out = ulysses_attention(*arrays[:3], comm=comm, **given)
-    out.backward(torch.from_numpy(part(dout, rows, comm.rank)))
-    for number, (x, expected) in enumerate(zip(arrays, dense_gradient(dout, *whole, **options), strict=False)):
+    results = ulysses_attention(*arrays[:3], comm=comm, return_lse=True, **given)
+    torch.autograd.backward(results, [torch.from_numpy(part(x, rows, comm.rank, axis)) for x, axis in ((dout, 1), (dlse, 2))])
+    for number, (x, expected) in enumerate(zip(arrays, dense_gradient(dout, *whole, dlse=dlse, **options), strict=False)):
         expected = part(expected, rows, comm.rank) if number < 3 else expected
         np.testing.assert_allclose(x.grad, expected, rtol=0, atol=1e-12 * np.abs(expected).max(initial=1))
 
@@ -164,7 +164,8 @@ def both(q, k, v, sinks, mask, comm):
     first = ulysses_attention(q.sin(), k, v, comm=comm, causal=True, sinks=sinks, window_size=(5, -1))
     second = ulysses_attention(first, k.cos(), first, comm=comm, key_padding_mask=mask, dropout_p=0.25, seed=3)
     other, lse = ulysses_attention(q * 2, k, v, comm=comm, layout="bshd", return_lse=True)
-    return (second.square() + other.sin()).sum() + lse.detach().sum()
+    _, alone = ulysses_attention(q, k.exp(), v, comm=comm, causal=True, return_lse=True)
+    return (second.square() + other.sin()).sum() + lse.square().sum() + alone.sum()
 
 
 def test_compiled(comm):
@@ -210,6 +211,10 @@ def test_on_one_rank():
     def attend(q, k, v, sinks):
         return attention(q, k, v, causal=True, sinks=sinks)
 
+    def of_lse(q, k, v, sinks):
+        return attention(q, k, v, causal=True, sinks=sinks, return_lse=True)[1]
+
+    assert torch.autograd.gradcheck(of_lse, (q, k, v, sinks))
     assert torch.autograd.gradcheck(attend, (q, k, v, sinks))
     again = torch.utils.checkpoint.checkpoint(attend, q, k, v, sinks, use_reentrant=False)
     for x, y in zip(

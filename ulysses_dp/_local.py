@@ -52,9 +52,13 @@ def check_attention(
     return_lse: Any,
     attn_type: Any = AttnType.INTEL_SYCL,
     backward: bool = False,
+    more: Sequence[str] = (),
     **options: Any,
 ) -> tuple[tuple[Array, ...], Geometry, Options]:
-    """Check all arguments of a call, and choose who computes; returns what q, k and v are."""
+    """Check all arguments of a call, and choose who computes; returns what q, k and v are.
+
+    `more` names what a gradient takes or gives besides dout, dq, dk, dv and dsinks.
+    """
     layout = check_layout(layout)
     arrays, geometry = check_inputs(q, k, v, names, layout, dtype)
     if type(attn_type) is AttnType and type(return_lse) is bool and all(map(_is_plain, options.values())):
@@ -63,7 +67,7 @@ def check_attention(
         settings = check_options(geometry, arrays[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
         settings = replace(settings, backend=backend_for(attn_type))
     of_q = arrays[0]
-    backend = settings.backend.for_call(of_q, device_of(of_q), geometry, settings, backward=backward)
+    backend = settings.backend.for_call(of_q, device_of(of_q), geometry, settings, backward=backward, more=more)
     return arrays, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
 
 

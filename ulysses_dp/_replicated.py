@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ._ranks.orders import Place
     from ._ring import Wish
 
-ROWS_AXIS = {"lse": 2}  # of USM arrays (batch, heads, rows); of others it is 1
+ROWS_AXIS = {"lse": 2, "dlse": 2}  # of USM arrays (batch, heads, rows); of others it is 1
 
 
 class Replicated(NamedTuple):
@@ -56,7 +56,7 @@ class Replicated(NamedTuple):
 
     def _beside(self, rank: int, name: str, x: Any, tokens: Any) -> Any:
         share, axis = self.shares[_of_keys(name)][rank], ROWS_AXIS.get(name, 1)
-        if not share:
+        if not share or x is None:
             return x
         of_tokens = [tokens[(slice(None),) * axis + (s.slice,)] for s in share]
         return tensor.concat([*of_tokens, x] if self.place == "start" else [x, *of_tokens], axis=axis)

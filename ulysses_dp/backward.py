@@ -20,7 +20,7 @@ from ._call.checks import (
 )
 from ._call.definitions import takes
 from ._call.layout import PACKED, lse_shape
-from ._device.arrays import from_host, to_host
+from ._device.arrays import from_host, tensor, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 ARRAYS = ("q", "k", "v")
 DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
 GRADIENTS = ("dq", "dk", "dv")
-GIVEN = ("dout", *ARRAYS, "out", "lse")
+GIVEN = ("dout", *ARRAYS, "out", "lse", "dlse")
 
 
 @takes(LocalOptions)
@@ -60,22 +60,26 @@ def attention_backward(
     out: Any,
     lse: Any,
     /,
+    *,
+    dlse: Any = None,
     **options: Unpack[LocalOptions],
 ) -> Any:
-    """Gradient of `attention`: the vector-Jacobian product for a cotangent of its result.
+    """Gradient of `attention`: the vector-Jacobian product for cotangents of its results.
 
     Not collective. Returns when the results are complete. Memory does not grow with seq_q x seq_k.
 
     Parameters
     ----------
     dout : same kind, dtype, device and shape as q
-        Cotangent of the result: the gradient of a loss with respect to it.
+        Cotangent of out: the gradient of a loss with respect to it.
     q, k, v : arrays
         What `attention` was given.
     out, lse : arrays
         What `attention` returned with ``return_lse=True``.
     {names}
         What `attention` was given. `alibi_slopes` and `bias` get no gradient.
+    dlse : same kind, dtype, device and shape as lse, optional
+        Cotangent of lse; of a query that sees nothing it has no effect. None: the loss does not depend on lse.
 
     Returns
     -------
@@ -111,7 +115,7 @@ def attention_backward(
     True
     """
     # Validate inputs.
-    arrays, geometry, settings = _check(dout, q, k, v, out, lse, **options)
+    arrays, geometry, settings = _check(dout, q, k, v, out, lse, dlse, **options)
     settings.check_lengths("attention_backward", *_local.rows_of(arrays[1:], settings.layout))
     # Delegate.
     with call("attention_backward"), device_turn:
@@ -129,6 +133,7 @@ def ulysses_attention_backward(
     lse: Any,
     /,
     *,
+    dlse: Any = None,
     comm: Any = None,
     ctx: Context | None = None,
     exchange: str = "auto",
@@ -137,7 +142,7 @@ def ulysses_attention_backward(
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
     kv: str = "ring",
-    replicated: tuple[Any, Any, Any, Any, Any, Any] | None = None,
+    replicated: tuple[Any, ...] | None = None,
     replicated_at: Place = "start",
     **options: Unpack[LocalOptions],
 ) -> Any:
@@ -149,7 +154,7 @@ def ulysses_attention_backward(
     Parameters
     ----------
     dout : same kind, dtype, device and shape as q
-        Cotangent of the result: the gradient of a loss, the same one on all ranks, with respect to the rows of this rank.
+        Cotangent of out: the gradient of a loss, the same one on all ranks, with respect to the rows of this rank.
     q, k, v : arrays
         What `ulysses_attention` was given.
     out, lse : arrays
@@ -157,6 +162,8 @@ def ulysses_attention_backward(
     {names}
         What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient. With `ctx`, an option that is given must
         be that of `ctx`; of `bias`, shape and dtype are compared.
+    dlse : same kind, dtype, device and shape as lse, optional
+        Cotangent of the rows of lse of this rank. None: the loss does not depend on these; other ranks may give theirs.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     ctx : Context, optional
@@ -164,7 +171,7 @@ def ulysses_attention_backward(
         attention need not be repeated.
     exchange, overlap, node_size, ring, order, kv
         What `ulysses_attention` was given; with `ctx`, the last three are those of `ctx`.
-    replicated : tuple of dout_r, q_r, k_r, v_r, out_r and lse_r, optional
+    replicated : tuple of dout_r, q_r, k_r, v_r, out_r, lse_r and perhaps dlse_r, optional
         The tokens that `ulysses_attention` was given, what it returned of them, and the gradient of the loss with respect to
         that; the same on all ranks.
     replicated_at
@@ -211,21 +218,24 @@ def ulysses_attention_backward(
     # Validate inputs.
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish, Replicated]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
-        inputs, geometry, settings = _check(dout, q, k, v, out, lse, **given)
-        of_tokens: tuple[Array, ...] = ()
+        inputs, geometry, settings = _check(dout, q, k, v, out, lse, dlse, **given)
+        of_tokens: tuple[Any, ...] = ()
         if replicated is not None:
             check_tokens = partial(_check_arrays, layout=settings.layout, dtype=given.get("dtype"))
-            of_tokens = check_replicated(replicated, GIVEN, check_tokens, inputs[1], geometry)
+            of_tokens = check_replicated(replicated, _names_of(replicated), check_tokens, inputs[1], geometry)
         counts = _local.rows_of(of_tokens[1:], settings.layout) if of_tokens else (0, 0)
         _check_context(ctx, geometry, ranks.size, _local.rows_of(inputs[1:], settings.layout), counts)
         if ctx and options:
-            _, _, kept = _check(dout, q, k, v, out, lse, **ctx.options)
+            _, _, kept = _check(dout, q, k, v, out, lse, dlse, **ctx.options)
             _check_equal(settings.common(), kept.common())
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
         of = ctx.mesh if ctx else (ring, order, kv, replicated_at)
         mesh = check_mesh(of, ranks.size, geometry, settings, **how)
         tokens = Replicated.of(counts, ranks.size, mesh, settings)
-        arrays = tokens.brought(ranks.rank, GIVEN, *(_to_usm(x, settings.layout) for x in (inputs, of_tokens)))
+        usm, usm_tokens = (_to_usm(x, settings.layout) for x in (inputs, of_tokens))
+        if of_tokens:
+            usm, usm_tokens = _with_zeros(usm, usm_tokens)
+        arrays = tokens.brought(ranks.rank, GIVEN, usm, usm_tokens)
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             **how,
@@ -286,30 +296,39 @@ def ulysses_attention_backward(
 
 
 def _check(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, **options: Any
-) -> tuple[tuple[Array, ...], Geometry, Options]:
-    """Check all arguments; returns what dout, q, k, v, out and lse are."""
-    inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, **options)
-    return _with_results(dout, inputs, out, lse, geometry, settings.layout), geometry, settings
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, **options: Any
+) -> tuple[tuple[Any, ...], Geometry, Options]:
+    """Check all arguments; returns what dout, q, k, v, out, lse and dlse are, the last of which may be None."""
+    more = () if dlse is None else ("dlse",)
+    inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, more=more, **options)
+    return _with_results(dout, inputs, out, lse, dlse, geometry, settings.layout), geometry, settings
+
+
+def _names_of(replicated: Any) -> tuple[str, ...]:
+    """What the arrays of tokens are, of which the last may be left out."""
+    given = isinstance(replicated, tuple | list) and len(replicated) == len(GIVEN)
+    return GIVEN if given else GIVEN[:-1]
 
 
 def _check_arrays(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, layout: Layout, dtype: Any
-) -> tuple[tuple[Array, ...], Geometry]:
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any = None, *, layout: Layout, dtype: Any
+) -> tuple[tuple[Any, ...], Geometry]:
     """The same without options."""
     inputs, geometry = check_inputs(q, k, v, NAMES, layout, dtype)
-    return _with_results(dout, inputs, out, lse, geometry, layout), geometry
+    return _with_results(dout, inputs, out, lse, dlse, geometry, layout), geometry
 
 
 def _with_results(
-    dout: Any, inputs: tuple[Array, ...], out: Any, lse: Any, geometry: Geometry, layout: Layout
-) -> tuple[Array, ...]:
+    dout: Any, inputs: tuple[Array, ...], out: Any, lse: Any, dlse: Any, geometry: Geometry, layout: Layout
+) -> tuple[Any, ...]:
     of_q = inputs[0]
+    compute, shape = geometry.compute_dtype, lse_shape(of_q.shape, layout)
     return (
         _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
         *inputs,
         _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
-        _check_like_q("lse", lse, of_q, geometry.compute_dtype, lse_shape(of_q.shape, layout)),
+        _check_like_q("lse", lse, of_q, compute, shape),
+        None if dlse is None else _check_like_q("dlse", dlse, of_q, compute, shape),
     )
 
 
@@ -326,13 +345,20 @@ def _check_like_q(name: str, x: Any, q: Array, dtype: str, shape: tuple[int, ...
     return array
 
 
-def _to_usm(arrays: tuple[Array, ...], layout: Layout) -> list[Any]:
-    """dout, q, k, v and out as USM arrays, (batch, seq, heads, head_dim), and lse as (batch, heads, seq)."""
+def _to_usm(arrays: tuple[Any, ...], layout: Layout) -> list[Any]:
+    """dout, q, k, v and out as USM arrays, (batch, seq, heads, head_dim), and lse and dlse, if any, as (batch, heads, seq)."""
     if not arrays:
         return []
-    *others, lse = arrays
-    of_lse = lse.usm()
-    return [*_local.to_usm(others, layout), of_lse[None, ...] if layout == PACKED else of_lse]
+    *others, lse, dlse = arrays
+    of_lse = (None if x is None else x.usm() for x in (lse, dlse))
+    return [*_local.to_usm(others, layout), *(x[None, ...] if x is not None and layout == PACKED else x for x in of_lse)]
+
+
+def _with_zeros(*lists: list[Any]) -> tuple[list[Any], ...]:
+    """The same arrays, with a dlse of zeros where only others have one."""
+    if all(x[-1] is None for x in lists):
+        return lists
+    return tuple([*x[:-1], tensor.zeros_like(x[-2]) if x[-1] is None else x[-1]] for x in lists)
 
 
 def _check_context(ctx: Any, geometry: Geometry, ranks: int, rows: tuple[int, int], replicated: tuple[int, int]) -> None:
@@ -361,20 +387,25 @@ def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, 
 
 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:
-    """The gradients of USM arrays (dout, q, k, v, out, lse) with all rows and all heads, in new ones; and that of the sinks."""
-    dout, q, k, v, out, lse = arrays
-    delta = _delta(dout, out, lse.dtype, options)
+    """The gradients of USM arrays (dout, q, k, v, out, lse, dlse) with all rows and all heads, and that of the sinks."""
+    dout, q, k, v, out, lse, dlse = arrays
+    delta = _delta(dout, out, lse, dlse, options)
     grads = [_local.empty_out(x, options.layout) for x in (q, k, v)]
     _local.differentiate((dout, q, k, v, lse, delta), grads, options, HeadMap(geometry.group))
     return grads, _of_sinks(lse, delta, options.sinks)
 
 
-def _delta(dout: Any, out: Any, compute: Any, options: Options) -> Any:
-    """Sum of dout * out of every query row, (batch, heads, seq), in scratch memory and the dtype of the computation."""
+def _delta(dout: Any, out: Any, lse: Any, dlse: Any, options: Options) -> Any:
+    """Sum of dout * out minus dlse of every query row, (batch, heads, seq), in scratch memory and the dtype of lse.
+
+    The derivative of lse by a score is p = exp(score - lse), so that of the loss is p (dp - sum + dlse).
+    """
     batch, seq, heads, _ = out.shape
     with stage("delta"):
-        delta = scratch(out.sycl_queue, "delta", (batch, heads, seq), compute)
+        delta = scratch(out.sycl_queue, "delta", (batch, heads, seq), lse.dtype)
         options.backend.delta(dout, out, delta)
+        if dlse is not None:  # the lse of a row that sees nothing is -inf, whatever happens
+            delta -= tensor.where(lse == -np.inf, 0, dlse, order="C")
     return delta
 
 
@@ -408,10 +439,10 @@ def _describe(
     ring: Ring | None = None,
 ) -> Description:
     """What the gradient moves and computes: dout and delta, and what the forward pass has not kept, there; dq, dk, dv back."""
-    dout, q, k, v, out, lse = arrays
+    dout, q, k, v, out, lse, dlse = arrays
 
     def begin() -> tuple[Arrays, Arrays]:
-        delta = _delta(dout, out, lse.dtype, options)
+        delta = _delta(dout, out, lse, dlse, options)
         results = {name: _local.empty_out(x, options.layout) for name, x in zip(GRADIENTS, (q, k, v), strict=True)}
         return {"dout": dout, "delta": delta, "q": q, "lse": lse, "k": k, "v": v}, results
 

@@ -45,7 +45,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     {names}
         As in `ulysses_dp.attention`. Arrays may be traced; `sinks` may be differentiated by, others must not be.
     return_lse : bool
-        Also return the logarithm of the softmax denominators, which has no gradient.
+        Also return the logarithm of the softmax denominators, by which there is a gradient, too.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     Raises
     ------
     NotImplementedError
-        A gradient is wanted where there is none: by other options, or of lse.
+        A gradient by other options is wanted.
     jax.errors.JaxRuntimeError
         When it runs, with the text of what `ulysses_dp.attention` raises.
 
@@ -106,7 +106,7 @@ def ulysses_attention(
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
-        Also return the logarithm of the softmax denominators, which has no gradient.
+        Also return the logarithm of the softmax denominators, by which there is a gradient, too.
     exchange, overlap, node_size, ring, order, kv
         As in `ulysses_dp.ulysses_attention`.
 
@@ -120,7 +120,7 @@ def ulysses_attention(
     Raises
     ------
     NotImplementedError
-        A gradient is wanted where there is none: by other options, or of lse.
+        A gradient by other options is wanted.
     jax.errors.JaxRuntimeError
         On all ranks, when it runs, with the text of what `ulysses_dp.ulysses_attention` raises.
 
@@ -168,9 +168,10 @@ class _Call:
         inputs, options = self._arguments(arrays)
         return _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
 
-    def backward(self, dout: Any, arrays: Mapping[str, Any], *results: Any) -> dict[str, Any]:
-        """The gradients, by the names of the arrays that have one."""
+    def backward(self, dout: Any, dlse: Any, arrays: Mapping[str, Any], *results: Any) -> dict[str, Any]:
+        """The gradients, by the names of the arrays that have one; without dlse the loss does not depend on lse."""
         inputs, options = self._arguments(arrays)
+        options |= {} if dlse is None else {"dlse": np.asarray(dlse)}
         gradients = _FUNCTIONS[self.function][1](np.asarray(dout), *inputs, *map(np.asarray, results), **options)
         by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
         return {name: by_name[name].astype(x.dtype, copy=False) for name, x in arrays.items() if name in by_name}
@@ -213,13 +214,12 @@ def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[A
 def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
     """The gradients of the arrays, and nothing for those that have none."""
     dout, dlse = cotangents
-    if not isinstance(dlse, SymbolicZero):
-        raise NotImplementedError("there is no gradient of lse; use jax.lax.stop_gradient(lse)")
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
     arrays = kept[0]
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in DIFFERENTIABLE}
-    return (dict.fromkeys(arrays) | call.run(call.backward, shapes, dout, *kept),)
+    return (dict.fromkeys(arrays) | call.run(call.backward, shapes, dout, dlse, *kept),)
 
 
 _attend.defvjp(_keep, _differentiate, symbolic_zeros=True)

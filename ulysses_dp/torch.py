@@ -40,7 +40,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     {names}
         As in `ulysses_dp.attention`. `sinks` may be a tensor that requires a gradient; other tensors must not.
     return_lse : bool
-        Also return the logarithm of the softmax denominators, which has no gradient.
+        Also return the logarithm of the softmax denominators, by which there is a gradient, too.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def ulysses_attention(
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
-        Also return the logarithm of the softmax denominators, which has no gradient.
+        Also return the logarithm of the softmax denominators, by which there is a gradient, too.
     exchange, overlap, node_size, ring, order, kv
         As in `ulysses_dp.ulysses_attention`.
 
@@ -152,15 +152,16 @@ class _Call:
         function = _ulysses_attention if self.function == "ulysses_attention" else _attention
         return function(q, k, v, **wishes, **self.how, **self._all_options(others))
 
-    def backward(self, dout: Any, tensors: Sequence[Any], out: Any, lse: Any, kept: Any = None) -> list[Any]:
-        """The gradients, in the order of the tensors."""
+    def backward(self, dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, kept: Any = None) -> list[Any]:
+        """The gradients, in the order of the tensors; without dout, or dlse, the loss does not depend on that result."""
         q, k, v, *others = tensors
+        dout = torch.zeros_like(out) if dout is None else dout
         options = self._all_options(others)
         if self.function == "ulysses_attention":
             options = self.how | ({"ctx": kept} if kept else options)
-            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, **options)
+            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
         else:
-            gradients = attention_backward(dout, q, k, v, out, lse, **options)
+            gradients = attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
         by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
         return [
             by_name[name].to(x.dtype) if name in DIFFERENTIABLE else None for name, x in zip(self.names, tensors, strict=True)
@@ -199,14 +200,14 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any]) -> None:
         ctx.call, *tensors = inputs
         out, lse, ctx.kept = output
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
         # with create_graph=True a gradient of the gradient would be recorded: q, k or v are then refused, for there is none
         *tensors, out, lse = ctx.saved_tensors
-        return None, *ctx.call.backward(dout, tensors, out, lse, ctx.kept)
+        return None, *ctx.call.backward(dout, dlse, tensors, out, lse, ctx.kept)
 
 
 # The compiler takes operators of tensors, numbers and texts: what else there is of a call has a name.
@@ -238,11 +239,16 @@ def _compiled_attention(tensors: list[torch.Tensor], call: str) -> tuple[torch.T
 
 @torch.library.custom_op("ulysses_dp::attention_backward", mutates_args=())
 def _compiled_backward(
-    dout: torch.Tensor, tensors: list[torch.Tensor], out: torch.Tensor, lse: torch.Tensor, call: str
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: str,
 ) -> list[torch.Tensor]:
     """The gradients, of the tensors that have one."""
     with torch.no_grad():
-        return [x for x in _calls[call].backward(dout, tensors, out, lse) if x is not None]
+        return [x for x in _calls[call].backward(dout, dlse, tensors, out, lse) if x is not None]
 
 
 @_compiled_attention.register_fake
@@ -253,20 +259,20 @@ def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
 
 
 @_compiled_backward.register_fake
-def _(dout: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
+def _(dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
     named = zip(_calls[call].names, tensors, strict=True)
     return [x.new_empty(x.shape) for name, x in named if name in DIFFERENTIABLE]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
     tensors, ctx.call = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, dout: Any, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    gradients = iter(_compiled_backward(dout, tensors, out, lse, ctx.call))
+    gradients = iter(_compiled_backward(dout, dlse, tensors, out, lse, ctx.call))
     return [next(gradients) if name in DIFFERENTIABLE else None for name in _calls[ctx.call].names], None
 
 

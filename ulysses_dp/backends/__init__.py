@@ -15,6 +15,8 @@ from .torch_sdpa import TorchSdpa
 from .user import UserAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .._call.checks import Geometry
     from .._call.options import Options
     from .._device.arrays import Array
@@ -109,7 +111,8 @@ def register_attention(name: str, forward: Callable[..., Any], *, backward: Call
         one batch.
     backward : callable, optional
         ``backward(dout, q, k, v, *, lse, delta, softmax_scale, causal, **options)`` returns ``(dq, dk, dv)``; delta is the sum
-        of dout * out over head_dim, which is all that a gradient needs of out, of the shape and dtype of lse.
+        of dout * out over head_dim, minus dlse where that is given, which is all that a gradient needs of out and dlse, of the
+        shape and dtype of lse.
 
     Returns
     -------
@@ -187,14 +190,16 @@ class Auto(Backend):
 
     name = "AUTO"
 
-    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+    def for_call(
+        self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()
+    ) -> Backend:
         preferred = PREFERRED.get((device.device_type.name, geometry.dtype))
         if preferred and options.plain:
             try:
-                return backend_for(preferred).for_call(q, device, geometry, options, backward=backward)
+                return backend_for(preferred).for_call(q, device, geometry, options, backward=backward, more=more)
             except (ImportError, NotImplementedError):
                 pass
-        return backend_for(AttnType.INTEL_SYCL).for_call(q, device, geometry, options, backward=backward)
+        return backend_for(AttnType.INTEL_SYCL).for_call(q, device, geometry, options, backward=backward, more=more)
 
 
 _PACKAGES = {AttnType.INTEL_ONEDNN: "onednn", AttnType.TORCH: "torch"}  # the extras have the same names

@@ -30,7 +30,7 @@ class Backend:
 
     in_blocks = False  #: whether it takes options for some rows and keys of a call, as a ring meets them
     name: str  #: of the member of AttnType, or of the user's function
-    has: ClassVar[Collection[str]] = ()  #: the options that it has, by their public names
+    has: ClassVar[Collection[str]] = ()  #: the options that it has, by their public names, and what more of gradients
     _declared: ClassVar[list[type[Backend]]] = []
 
     def __init_subclass__(cls) -> None:
@@ -40,17 +40,22 @@ class Backend:
     def __str__(self) -> str:
         return self.name
 
-    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
-        """The backend of a call, checked: this one, if it need not know the user's q or leave the call to another."""
-        self.check(device, geometry, options, backward=backward)
+    def for_call(
+        self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()
+    ) -> Backend:
+        """The backend of a call, checked: this one, if it need not know the user's q or leave the call to another.
+
+        `more` names what a gradient takes or gives besides dout, dq, dk, dv and dsinks.
+        """
+        self.check(device, geometry, options, backward=backward, more=more)
         return self
 
-    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         """Raise NotImplementedError for what this backend does not do, before anything is sent. Not collective.
 
         ImportError where a package is missing.
         """
-        for name in options.given:
+        for name in (*options.given, *more):
             if name not in self.has:
                 self.refuse(name, next(backend.name for backend in self._declared if name in backend.has))
 

@@ -51,9 +51,9 @@ class IntelOneDnn(Backend):
     name = "INTEL_ONEDNN"
     has = BY_MASK
 
-    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         _onednn.library()
-        super().check(device, geometry, options, backward=backward)
+        super().check(device, geometry, options, backward=backward, more=more)
         if geometry.dtype not in DTYPES.values():
             self.refuse(geometry.dtype)
         if backward and geometry.head_dim == 1:  # the library would end the process

@@ -31,10 +31,10 @@ class IntelSycl(Backend):
 
     name = "INTEL_SYCL"
     in_blocks = True
-    has = OPTIONS
+    has = (*OPTIONS, "dlse")
 
-    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
-        super().check(device, geometry, options, backward=backward)
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
+        super().check(device, geometry, options, backward=backward, more=more)
         # a bad environment variable of this rank
         choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1, options=not options.plain, backward=backward)
 

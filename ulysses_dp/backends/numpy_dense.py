@@ -25,7 +25,7 @@ class NumpyDense(Backend):
 
     name = "NUMPY"
     in_blocks = True
-    has = OPTIONS
+    has = (*OPTIONS, "dlse")
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         compute = compute_dtype(q)

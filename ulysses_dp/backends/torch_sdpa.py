@@ -36,12 +36,12 @@ class TorchSdpa(Backend):
     name = "TORCH"
     has = BY_MASK
 
-    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         try:
             import torch  # noqa: F401
         except ImportError as error:
             raise ImportError("attn_type TORCH needs PyTorch: pip install 'ulysses_dp[torch]'") from error
-        super().check(device, geometry, options, backward=backward)
+        super().check(device, geometry, options, backward=backward, more=more)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         import torch

@@ -31,9 +31,11 @@ class UserAttention(Backend):
     gradient: Callable[..., Any] | None = None
     like: Array | None = field(default=None, repr=False)  # q of the call
 
-    def for_call(self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> Backend:
+    def for_call(
+        self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()
+    ) -> Backend:
         backend = replace(self, like=q)
-        backend.check(device, geometry, options, backward=backward)
+        backend.check(device, geometry, options, backward=backward, more=more)
         return backend
 
     @property
@@ -41,7 +43,7 @@ class UserAttention(Backend):
         assert self.like is not None
         return self.like
 
-    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool) -> None:
+    def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         names = list(_given(options, self._like.dtype))
         if backward and self.gradient is None:
             raise NotImplementedError(f"attn_type {self.name} has no backward; register_attention takes one")

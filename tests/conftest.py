@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from checks import distributed, local
 from hypothesis import HealthCheck, Phase, settings
 from mpi4py import MPI
 
@@ -24,6 +25,12 @@ settings.load_profile("lockstep")
 def comm():
     """All ranks of the test run."""
     return WORLD
+
+
+@pytest.fixture(params=[pytest.param(local, marks=pytest.mark.single), distributed], ids=["local", "distributed"])
+def functions(request, comm):
+    """Both kinds of functions; under mpiexec those of one rank have nothing to do with the other ranks."""
+    return request.param
 
 
 @pytest.fixture

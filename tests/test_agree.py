@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checks import check, outcomes
+from checks import check, distributed, outcomes
 from helpers import COMPLETE, as_kind, as_numpy, needs_ranks, new_queue, part, random_qkv, split
 from mpi4py import MPI
 from oracle import TOLERANCE, dense_attention
@@ -403,10 +403,10 @@ def test_overlap(comm, overlap, heads, kv_heads, options):
     rows = split(29, comm.size, "uneven")
 
     def of(parts):
-        def function(q, k, v, comm, **others):
+        def forward(q, k, v, comm, **others):
             return ulysses_attention(q, k, v, comm=comm, overlap=parts, **others)
 
-        return check(comm, whole, rows=rows, function=function, causal=True, **options)
+        return check(comm, whole, rows=rows, functions=distributed._replace(forward=forward), causal=True, **options)
 
     np.testing.assert_array_equal(of(overlap), of(1))
 

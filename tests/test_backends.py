@@ -9,13 +9,9 @@ import dpnp
 import numpy as np
 import oracle
 import pytest
-from checks import AXES, FORMS, check, decode, described, distributed, dtype_of_options, kinds_of, local, some_options
+from checks import AXES, FORMS, check, check_gradient, decode, described, dtype_of_options, kinds_of, packed, some_options
 from gradients import dense_gradient
 from helpers import COMPLETE, KINDS, LAYOUTS, as_kind, as_numpy, needs_ranks, new_queue, outcomes, part, random_qkv, split
-from test_backward import check as check_gradient
-from test_backward import distributed as gradient_distributed
-from test_backward import local as gradient_local
-from test_backward import packed
 
 from ulysses_dp import (
     AttnType,
@@ -69,10 +65,6 @@ def dense_backward(dout, q, k, v, *, lse, delta, **options):
 USER = register_attention("dense", dense, backward=dense_backward)
 # It may refuse options, which are not tested then; the others have all that is tested here.
 PARTIAL = (AttnType.INTEL_ONEDNN,)
-FUNCTIONS = {
-    check: {"local": local, "distributed": distributed},
-    check_gradient: {"local": gradient_local, "distributed": gradient_distributed},
-}
 
 
 @pytest.fixture(params=[*(x for x in AttnType if x is not AttnType.AUTO), USER], ids=lambda x: x.name)
@@ -83,17 +75,16 @@ def attn_type(request):
     return request.param
 
 
-@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.single), "distributed"])
-def compare(request, attn_type):
-    """A comparison of the backend with the oracle, forward or backward, with the arguments of `checks.check`.
+@pytest.fixture
+def compare(functions, attn_type):
+    """A comparison of the backend with an oracle, by `check` or `check_gradient`.
 
     It ends the test if the backend refuses the options, which it does on all ranks alike.
     """
 
     def run(check_one, *arguments, **options):
-        function = FUNCTIONS[check_one][request.param]
         try:
-            check_one(*arguments, attn_type=attn_type, function=function, **options)
+            check_one(*arguments, attn_type=attn_type, functions=functions, **options)
         except NotImplementedError as error:
             if attn_type not in PARTIAL:
                 raise

@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+from checks import check_gradient, local
 from helpers import as_view, random_qkv
-from test_backward import check, local
 from test_flash_forward import GUARD, guarded
 from ulysses_dp.kernels import cpu_schedule, reference
 from ulysses_dp.kernels.arguments import Problem
@@ -148,9 +148,9 @@ def test_through_the_public_function(monkeypatch, comm, head_dim, form, causal):
     monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
     monkeypatch.setattr(cpu_schedule, "launch", None)  # the other schedule
     whole = random_qkv(2, 2, 50, 4, 2, head_dim, seq_k=57)
-    check(comm, whole, function=local, form=form, causal=causal)
+    check_gradient(comm, whole, functions=local, form=form, causal=causal)
 
 
 def test_options_go_to_the_other_schedule(monkeypatch, comm):
     monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "gpu")
-    check(comm, random_qkv(2, 1, 50, 4, 2, 64), function=local, window_size=(9, 3))
+    check_gradient(comm, random_qkv(2, 1, 50, 4, 2, 64), functions=local, window_size=(9, 3))

@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
-import test_backward
 import test_ring as test_ring_module
-from checks import assert_refused, check, distributed, local, some_options
+from checks import assert_refused, check, check_gradient, packed, some_options
 from helpers import COMPLETE, part, random_qkv, split
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention, ulysses_attention_backward
 
 SEQ, KEYS = 21, 26
-
-
-@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.single), 1], ids=["local", "distributed"])
-def functions(request, comm):
-    """Forward and gradient; under mpiexec those of one rank have nothing to do with the others."""
-    return ((local, test_backward.local), (distributed, test_backward.distributed))[request.param]
 
 
 def ranges(name, seq=SEQ, keys=KEYS):
@@ -32,8 +25,8 @@ def ranges(name, seq=SEQ, keys=KEYS):
 
 
 def check_both(comm, functions, whole, **options):
-    check(comm, whole, function=functions[0], **options)
-    test_backward.check(comm, whole, function=functions[1], **options)
+    check(comm, whole, functions=functions, **options)
+    check_gradient(comm, whole, functions=functions, **options)
 
 
 @pytest.mark.parametrize("names", [(), ("causal", "window", "alibi of batch", "mask", "sinks"), ("softcap", "bias")], ids=str)
@@ -59,7 +52,7 @@ def test_other_backends(comm, attn_type):
     whole = random_qkv(2, 2, SEQ, 4, 2, 16, seq_k=KEYS)
     for name in ("chunks", "random", "of batch"):
         check(comm, whole, attn_type=attn_type, key_ranges=ranges(name), causal=True)
-        test_backward.check(comm, whole, attn_type=attn_type, key_ranges=ranges(name), causal=True)
+        check_gradient(comm, whole, attn_type=attn_type, key_ranges=ranges(name), causal=True)
 
 
 def test_over_several_tiles(comm, functions):
@@ -84,7 +77,7 @@ USED = {"equal": ([5, 0, 0, 12, 1], [5, 1, 0, 9, 0]), "other keys": ([7, 1, 0, 8
 @pytest.mark.parametrize("names", [("causal",), ("window", "softcap", "alibi", "bias", "mask", "dropout")], ids=str)
 @pytest.mark.parametrize("lengths", PACKED)
 def test_padding_inside_of_packed_sequences(comm, functions, lengths, names, of):
-    whole, options = test_backward.packed(PACKED[lengths])
+    whole, options = packed(PACKED[lengths])
     used = dict(zip(("seqused_q", "seqused_k"), USED[lengths], strict=True))
     options |= {name: used[name] for name in of} | some_options(names, 1, 4, *(sum(x) for x in PACKED[lengths]))
     check_both(comm, functions, whole, **options)
@@ -98,7 +91,7 @@ def counted(lengths, used):
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_does_not_count_is_exactly_zero(comm, causal):
     """Rows of padding may hold anything: they give and get nothing, and the others are as in a batch without them."""
-    (q, k, v), options = test_backward.packed(PACKED["equal"])
+    (q, k, v), options = packed(PACKED["equal"])
     lengths, used = PACKED["equal"][0], [5, 1, 0, 9, 0]
     counts = counted(lengths, used)
     for x in (q, k, v):
@@ -114,9 +107,9 @@ def test_what_does_not_count_is_exactly_zero(comm, causal):
         assert (x[padding] == 0).all()
     assert np.isneginf(lse[:, padding]).all()
     ends = np.concatenate([[0], np.cumsum(used)])
-    packed = {"layout": "thd", "cu_seqlens_q": ends, "causal": causal}
-    alone, alone_lse = attention(*(x[counts] for x in (q, k, v)), return_lse=True, **packed)
-    expected = alone, *attention_backward(dout[counts], *(x[counts] for x in (q, k, v)), alone, alone_lse, **packed)
+    without = {"layout": "thd", "cu_seqlens_q": ends, "causal": causal}
+    alone, alone_lse = attention(*(x[counts] for x in (q, k, v)), return_lse=True, **without)
+    expected = alone, *attention_backward(dout[counts], *(x[counts] for x in (q, k, v)), alone, alone_lse, **without)
     for x, other in zip((out, *grads), expected, strict=True):
         whole = np.zeros(q.shape[:1] + other.shape[1:], other.dtype)
         whole[counts] = other

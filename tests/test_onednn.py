@@ -10,13 +10,10 @@ import dpnp
 import numpy as np
 import oracle
 import pytest
-from checks import FORMS, check, decode, distributed, encode, local, some_options
+from checks import FORMS, check, check_gradient, decode, encode, packed, some_options
 from gradients import dense_gradient
 from helpers import KINDS, LAYOUTS, as_kind, as_numpy, outcomes, part, random_qkv, split
-from test_backward import check as check_gradient
-from test_backward import distributed as gradient_distributed
-from test_backward import local as gradient_local
-from test_varlen import LENGTHS, packed
+from test_varlen import LENGTHS
 from ulysses_dp.kernels import reference
 
 from ulysses_dp import AttnType, attention, attention_backward, ulysses_attention
@@ -57,16 +54,10 @@ def form(request):
     return request.param
 
 
-@pytest.fixture(params=[pytest.param((local, gradient_local), marks=pytest.mark.single), (distributed, gradient_distributed)])
-def functions(request):
-    """Forward and backward, on one rank and on all."""
-    return request.param
-
-
 def compare(comm, functions, whole, **options):
     """Forward and backward against the oracle."""
-    check(comm, whole, function=functions[0], attn_type=ONEDNN, **options)
-    check_gradient(comm, whole, function=functions[1], attn_type=ONEDNN, **options)
+    check(comm, whole, functions=functions, attn_type=ONEDNN, **options)
+    check_gradient(comm, whole, functions=functions, attn_type=ONEDNN, **options)
 
 
 @needs_library

@@ -1,4 +1,4 @@
-"""The options of attention, alone and together, against the oracle."""
+"""The options of attention, alone and together, against the oracle; what is the same for gradients, against theirs, too."""
 
 from itertools import combinations, pairwise, product
 
@@ -8,19 +8,26 @@ import oracle
 import pytest
 from checks import (
     AXES,
-    BOTH,
+    COMBINATIONS,
+    DROPOUT,
     FORMS,
     OPTIONS,
     assert_disagree,
     assert_refused,
+    call_on,
     check,
+    check_gradient,
     described,
+    drawn_call,
+    drawn_names,
+    drawn_options,
     dtype_of_options,
     kinds_of,
     made,
+    ones,
     some_options,
 )
-from helpers import COMPLETE, KINDS, LAYOUTS, SPLITS, WORLD, as_kind, as_numpy, as_view, needs_ranks, part, random_qkv, split
+from helpers import KINDS, LAYOUTS, SPLITS, as_kind, as_numpy, as_view, needs_ranks, part, random_qkv, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,115 +37,111 @@ LENGTHS = [(23, 23), (9, 31), (31, 9)]
 WINDOWS = [(0, 0), (0, -1), (-1, 0), (3, 2), (5, -1), (-1, 4), (0, 6), (6, 0), (100, 100), (100, 0), (0, 100), (2**63, 2**70)]
 # heads and kv_heads: fewer than ranks, and groups that are cut between ranks
 HEADS = [(1, 1), (2, 1), (3, 1), (5, 5), (4, 2), (6, 2), (6, 3)]
-COMBINATIONS = [
-    ("causal", "window", "alibi", "sinks"),
-    ("softcap", "alibi of batch", "bias", "mask"),
-    ("causal", "mask", "sinks", "dropout"),
-    OPTIONS,
-]
 
 
-@pytest.fixture(**BOTH)
-def function(request, comm):
-    """Both functions; under mpiexec `attention` has nothing to do with the other ranks."""
+@pytest.fixture(params=[check, check_gradient], ids=["forward", "gradient"])
+def compare(request):
+    """The comparison of attention with the oracle, and that of its gradient with the dense one."""
     return request.param
 
 
 @pytest.mark.parametrize("window_size", WINDOWS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_window(comm, function, window_size, causal):
+def test_window(comm, functions, window_size, causal):
     for seq, seq_k in LENGTHS:
         whole = random_qkv(seq, 2, seq, 4, 2, 16, seq_k=seq_k)
-        check(comm, whole, window_size=window_size, causal=causal, function=function)
+        check(comm, whole, window_size=window_size, causal=causal, functions=functions)
 
 
 @pytest.mark.parametrize("window_size", [(20, -1), (3, 3), (64, 1), (-1, 20), (70, 70)])
-def test_window_over_several_tiles(comm, function, window_size):
+def test_window_over_several_tiles(comm, functions, window_size):
     """Long enough for tiles of keys that no row of a block sees, or that all rows see."""
-    check(comm, random_qkv(1, 1, 150, 2, 1, 16), window_size=window_size, function=function)
-    check(comm, random_qkv(1, 1, 150, 2, 1, 16), window_size=window_size, causal=True, function=function)
+    check(comm, random_qkv(1, 1, 150, 2, 1, 16), window_size=window_size, functions=functions)
+    check(comm, random_qkv(1, 1, 150, 2, 1, 16), window_size=window_size, causal=True, functions=functions)
 
 
 @pytest.mark.parametrize("window_size", [[2, 1], (np.int64(2), np.int32(1))], ids=["list", "numpy"])
-def test_window_of_other_types(comm, function, window_size):
-    check(comm, random_qkv(1, 1, 12, 2, 2, 16), window_size=window_size, function=function)
+def test_window_of_other_types(comm, functions, window_size):
+    check(comm, random_qkv(1, 1, 12, 2, 2, 16), window_size=window_size, functions=functions)
 
 
-def test_rows_before_the_window_see_nothing(comm, function):
+def test_rows_before_the_window_see_nothing(comm, functions):
     """With fewer keys than queries the first rows end before the first key."""
-    out = check(comm, random_qkv(2, 1, 20, 2, 2, 16, seq_k=5), window_size=(2, 1), function=function)
+    out = check(comm, random_qkv(2, 1, 20, 2, 2, 16, seq_k=5), window_size=(2, 1), functions=functions)
     hidden = np.arange(20) + 5 - 20 + 1 < 0
     assert (out[:, part(hidden, split(20, comm.size), comm.rank, axis=0)] == 0).all()
 
 
 @pytest.mark.parametrize("softcap", [0.5, 5, 30.0, np.float32(2)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_softcap(comm, function, softcap, causal):
+def test_softcap(comm, functions, softcap, causal):
     q, k, v = random_qkv(3, 2, 23, 4, 2, 16)
     for scale in (1, 4):
-        check(comm, (q * np.float32(scale), k, v), softcap=softcap, causal=causal, softmax_scale=0.3, function=function)
+        check(comm, (q * np.float32(scale), k, v), softcap=softcap, causal=causal, softmax_scale=0.3, functions=functions)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["heads", "batch and heads"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_alibi(comm, function, shape, causal):
+def test_alibi(comm, functions, shape, causal):
     slopes = np.random.default_rng(4).uniform(-0.3, 0.7, shape).astype(np.float32)
     slopes[..., 0] = 0
     for seq, seq_k in LENGTHS:
-        check(comm, random_qkv(4, 2, seq, 4, 2, 16, seq_k=seq_k), alibi_slopes=slopes, causal=causal, function=function)
+        check(comm, random_qkv(4, 2, seq, 4, 2, 16, seq_k=seq_k), alibi_slopes=slopes, causal=causal, functions=functions)
 
 
 @pytest.mark.parametrize("shape", list(product([1, 2], [1, 4], [1, 11], [1, 17])), ids=str)
-def test_bias_is_broadcast(comm, function, shape):
+def test_bias_is_broadcast(comm, functions, shape):
     bias = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-    check(comm, random_qkv(5, 2, 11, 4, 2, 16, seq_k=17), bias=bias, function=function)
+    check(comm, random_qkv(5, 2, 11, 4, 2, 16, seq_k=17), bias=bias, functions=functions)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bias_of_any_strides(comm, function, layout, kind):
+def test_bias_of_any_strides(comm, functions, layout, kind):
     bias = np.random.default_rng(6).standard_normal((2, 4, 13, 13)).astype(np.float32)
-    check(comm, random_qkv(6, 2, 13, 4, 2, 16), bias=as_view(bias, kind, layout), kind=kind, causal=True, function=function)
+    check(comm, random_qkv(6, 2, 13, 4, 2, 16), bias=as_view(bias, kind, layout), kind=kind, causal=True, functions=functions)
 
 
 @pytest.mark.parametrize("library", [np, dpnp])
 @pytest.mark.parametrize("shape", [(1, 1, 13, 13), (2, 1, 1, 13), (1, 4, 13, 1)])
-def test_bias_with_strides_of_0(comm, function, library, shape):
+def test_bias_with_strides_of_0(comm, functions, library, shape):
     bias = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
     bias = library.broadcast_to(library.asarray(bias), (2, 4, 13, 13))
     kind = "numpy" if library is np else "dpnp"
-    check(comm, random_qkv(7, 2, 13, 4, 2, 16), bias=bias, kind=kind, function=function)
+    check(comm, random_qkv(7, 2, 13, 4, 2, 16), bias=bias, kind=kind, functions=functions)
 
 
 @pytest.mark.parametrize(("form", "of_bias"), [("float32", "float64"), ("float64", "float32"), ("float16", "float16")])
-def test_bias_of_another_dtype(comm, function, form, of_bias):
+def test_bias_of_another_dtype(comm, functions, form, of_bias):
     # numbers that every dtype holds, so that no rounding is tested
     bias = np.random.default_rng(8).integers(-8, 8, (2, 4, 13, 13)).astype(of_bias) / 4
-    check(comm, random_qkv(8, 2, 13, 4, 2, 16, form), bias=bias, form=form, function=function)
+    check(comm, random_qkv(8, 2, 13, 4, 2, 16, form), bias=bias, form=form, functions=functions)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 40), (2, 1, 40, 40), (1, 4, 40, 40)])
-def test_bias_hides_keys(comm, function, shape):
+def test_bias_hides_keys(comm, functions, shape):
     rng = np.random.default_rng(9)
     bias = np.where(rng.random(shape) < 0.5, -np.inf, rng.standard_normal(shape)).astype(np.float32)
     bias[..., 3:40, :] = -np.inf if shape[2] > 1 else bias[..., 3:40, :]  # rows that see nothing
-    check(comm, random_qkv(9, 2, 40, 4, 2, 16), bias=bias, function=function)
+    check(comm, random_qkv(9, 2, 40, 4, 2, 16), bias=bias, functions=functions)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_key_padding_mask(comm, function, causal):
+def test_key_padding_mask(comm, functions, causal):
     for seq, seq_k in LENGTHS:
         takes_part = np.arange(seq_k) < np.array([[seq_k], [seq_k // 2], [1], [0]])
         for mask in (takes_part, takes_part[:, ::-1], np.random.default_rng(10).random((4, seq_k)) < 0.5):
-            check(comm, random_qkv(10, 4, seq, 2, 1, 16, seq_k=seq_k), key_padding_mask=mask, causal=causal, function=function)
+            check(
+                comm, random_qkv(10, 4, seq, 2, 1, 16, seq_k=seq_k), key_padding_mask=mask, causal=causal, functions=functions
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_that_is_all_padding(comm, function, kind):
+def test_a_batch_that_is_all_padding(comm, functions, kind):
     rows = split(13, comm.size)
     mask = np.array([[True], [False]]).repeat(13, axis=1)
     q, k, v = (as_kind(part(x, rows, comm.rank), kind) for x in random_qkv(11, 2, 13, 4, 2, 16))
-    out, lse = map(as_numpy, function(q, k, v, comm, key_padding_mask=as_kind(mask, kind), return_lse=True))
+    out, lse = map(as_numpy, functions.forward(q, k, v, comm, key_padding_mask=as_kind(mask, kind), return_lse=True))
     assert (out[1] == 0).all()
     assert np.isneginf(lse[1]).all()
     assert np.isfinite(lse[0]).all()
@@ -157,35 +160,36 @@ HIDING = {
 @pytest.mark.parametrize("special", [np.nan, np.inf])
 @pytest.mark.parametrize("into", [1, 2], ids=["k", "v"])
 @pytest.mark.parametrize("options", HIDING.values(), ids=HIDING)
-def test_special_values_of_hidden_keys_stay_hidden(comm, function, special, into, options):
+def test_special_values_of_hidden_keys_stay_hidden(comm, functions, special, into, options):
     whole = random_qkv(12, 2, 40, 4, 2, 16)
     whole[into][0, 25, 1, 3] = special
     with np.errstate(invalid="ignore"):  # inf - inf of an infinite score, in the rows that do see the key
-        check(comm, whole, function=function, **options)
+        check(comm, whole, functions=functions, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nan_in_the_padding(comm, function, form):
+def test_nan_in_the_padding(comm, functions, form):
     q, k, v = random_qkv(13, 2, 21, 4, 2, 16)
     mask = np.arange(21) < np.array([[15], [0]])
     k[~mask], v[~mask] = np.nan, np.inf
     bias = np.where(np.arange(21) == 4, -np.inf, 0).astype(dtype_of_options(form))[None, None, None]
     k[:, 4], v[:, 4] = np.inf, np.nan
-    check(comm, (q, k, v), form=form, key_padding_mask=mask, bias=bias, function=function)
+    check(comm, (q, k, v), form=form, key_padding_mask=mask, bias=bias, functions=functions)
 
 
 @pytest.mark.parametrize("sinks", [[0, 0, 0, 0], [-2, 0.5, 3, 20], [-np.inf, 1, -np.inf, 0], [-np.inf] * 4], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_sinks(comm, function, sinks, causal):
+def test_sinks(comm, functions, compare, sinks, causal):
     for seq, seq_k in (*LENGTHS, (5, 0)):  # with fewer keys than queries, causal, the first rows see the sink alone
         whole = random_qkv(14, 2, seq, 4, 2, 16, seq_k=seq_k)
-        check(comm, whole, sinks=np.array(sinks, np.float32), causal=causal, function=function)
+        compare(comm, whole, sinks=np.array(sinks, np.float32), causal=causal, functions=functions)
 
 
-def test_sinks_of_minus_infinity_change_nothing(comm, function):
+def test_sinks_of_minus_infinity_change_nothing(comm, functions):
     mine = [part(x, split(23, comm.size), comm.rank) for x in random_qkv(15, 2, 23, 4, 2, 16)]
     sinks = np.full(4, -np.inf, np.float32)
-    results = function(*mine, comm, sinks=sinks, return_lse=True), function(*mine, comm, return_lse=True)
+    forward = functions.forward
+    results = forward(*mine, comm, sinks=sinks, return_lse=True), forward(*mine, comm, return_lse=True)
     for result, expected in zip(*results, strict=True):
         np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
 
@@ -217,19 +221,19 @@ def one_hot(seed, heads=4, kv_heads=2, seq=19, seq_k=32):
 
 @pytest.mark.parametrize("how", SPLITS)
 @pytest.mark.parametrize("layout", AXES)
-def test_dropout_drops_the_same_weights_for_every_split_and_layout(comm, function, how, layout):
+def test_dropout_drops_the_same_weights_for_every_split_and_layout(comm, functions, how, layout):
     whole, rows = one_hot(16), split(19, comm.size, how)
     options = {"dropout_p": 0.3, "seed": 0x0123456789ABCDEF}
-    out = check(comm, whole, rows=rows, rows_k=split(32, comm.size, how), layout=layout, function=function, **options)
+    out = check(comm, whole, rows=rows, rows_k=split(32, comm.size, how), layout=layout, functions=functions, **options)
     expected = part(oracle.dense_attention(*whole, **options)[0], rows, comm.rank).transpose(AXES[layout])
     np.testing.assert_array_equal(out == 0, expected == 0)
 
 
 @pytest.mark.parametrize("dropout_p", [1e-12, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_dropout(comm, function, dropout_p, heads, kv_heads):
+def test_dropout(comm, functions, dropout_p, heads, kv_heads):
     whole = random_qkv(17, 2, 21, heads, kv_heads, 16, seq_k=30)
-    check(comm, whole, dropout_p=dropout_p, seed=7, causal=True, function=function)
+    check(comm, whole, dropout_p=dropout_p, seed=7, causal=True, functions=functions)
 
 
 @pytest.mark.single
@@ -248,33 +252,35 @@ def test_dropout_drops_the_words_below_the_threshold(above, dropped):
     assert (weights[0, 0, 0, 0] == 0) == dropped
 
 
-def test_seeds(comm, function):
+def test_seeds(comm, functions):
     """Both halves of a seed count."""
     seeds = [0, 1, 2**31, 2**32, 2**63, 2**64 - 1]
-    results = [check(comm, one_hot(20), dropout_p=0.5, seed=seed, function=function) for seed in seeds]
+    results = [check(comm, one_hot(20), dropout_p=0.5, seed=seed, functions=functions) for seed in seeds]
     if split(19, comm.size)[comm.rank]:
         for one, other in combinations(results, 2):
             assert ((one == 0) != (other == 0)).any()
-    again = check(comm, one_hot(20), dropout_p=0.5, seed=seeds[-1], function=function)
+    again = check(comm, one_hot(20), dropout_p=0.5, seed=seeds[-1], functions=functions)
     np.testing.assert_array_equal(results[-1], again)
 
 
-def test_a_seed_without_dropout_changes_nothing(comm, function):
-    check(comm, random_qkv(21, 1, 9, 2, 2, 16), dropout_p=0.0, seed=5, function=function)
-    check(comm, random_qkv(21, 1, 9, 2, 2, 16), dropout_p=0, seed=None, function=function)
+def test_a_seed_without_dropout_changes_nothing(comm, functions):
+    check(comm, random_qkv(21, 1, 9, 2, 2, 16), dropout_p=0.0, seed=5, functions=functions)
+    check(comm, random_qkv(21, 1, 9, 2, 2, 16), dropout_p=0, seed=None, functions=functions)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("names", COMBINATIONS, ids=" ".join)
-def test_heads(comm, function, heads, kv_heads, names):
+def test_heads(comm, functions, heads, kv_heads, names):
     """Options that differ between heads, wherever these go."""
     whole = random_qkv(22, 2, 23, heads, kv_heads, 16)
-    check(comm, whole, function=function, **some_options(names, 2, heads, 23, 23))
+    check(comm, whole, functions=functions, **some_options(names, 2, heads, 23, 23))
 
 
 @pytest.mark.parametrize("names", list(combinations(OPTIONS, 2)), ids=" ".join)
-def test_pairs_of_options(comm, function, names):
-    check(comm, random_qkv(23, 2, 29, 6, 3, 16, seq_k=33), function=function, **some_options(names, 2, 6, 29, 33))
+def test_pairs_of_options(comm, functions, compare, names):
+    for seq, seq_k, head_dim in ((29, 33, 16), (13, 17, 8)):
+        whole = random_qkv(23, 2, seq, 6, 3, head_dim, seq_k=seq_k)
+        compare(comm, whole, functions=functions, **some_options(names, 2, 6, seq, seq_k))
 
 
 @pytest.mark.parametrize("how", SPLITS)
@@ -290,28 +296,29 @@ def test_splits(comm, how, how_k):
 @pytest.mark.parametrize("layout", AXES)
 @pytest.mark.parametrize("strides", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_layouts(comm, function, layout, strides, kind):
-    options = {"layout": layout, "strides": strides, "kind": kind, "function": function}
-    check(comm, random_qkv(25, 2, 24, 4, 2, 16), **options)
-    check(comm, random_qkv(25, 2, 15, 4, 2, 16, seq_k=22), **options, **some_options(OPTIONS, 2, 4, 15, 22))
+def test_layouts(comm, functions, compare, layout, strides, kind):
+    """For a gradient, dout and out have strides, too."""
+    options = {"layout": layout, "strides": strides, "kind": kind, "functions": functions}
+    compare(comm, random_qkv(25, 2, 24, 4, 2, 16), **options)
+    compare(comm, random_qkv(25, 2, 15, 4, 2, 16, seq_k=22), **options, **some_options(OPTIONS, 2, 4, 15, 22))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", AXES)
 @pytest.mark.parametrize("names", [(), ("causal",), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
-def test_dtypes(comm, function, form, layout, names):
+def test_dtypes(comm, functions, form, layout, names):
     dtype = dtype_of_options(form)
     options = some_options(names, 2, 6, 21, 21, dtype=dtype)
     for kind in kinds_of(form) if layout == "bshd" else ("numpy",):
-        check(comm, random_qkv(26, 2, 21, 6, 2, 16, dtype), form=form, layout=layout, kind=kind, function=function, **options)
+        check(comm, random_qkv(26, 2, 21, 6, 2, 16, dtype), form=form, layout=layout, kind=kind, functions=functions, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head_dim", [1, 3, 40, 64, 128, 256])
-def test_head_dims(comm, function, form, head_dim):
+def test_head_dims(comm, functions, form, head_dim):
     whole = random_qkv(head_dim, 1, 37, 4, 2, head_dim, dtype_of_options(form))
     for return_lse in (False, True):
-        check(comm, whole, form=form, causal=True, return_lse=return_lse, function=function)
+        check(comm, whole, form=form, causal=True, return_lse=return_lse, functions=functions)
 
 
 @pytest.mark.parametrize("exchange", ["device", "host"])
@@ -325,53 +332,33 @@ def test_exchange(comm, exchange, form, return_lse):
 
 
 @pytest.mark.parametrize("names", [(name,) for name in OPTIONS] + COMBINATIONS, ids=" ".join)
-def test_the_reference_of_the_package(comm, function, names):
+def test_the_reference_of_the_package(comm, functions, names):
     whole = random_qkv(28, 2, 21, 4, 2, 16, seq_k=25)
-    check(comm, whole, attn_type=AttnType.NUMPY, function=function, **some_options(names, 2, 4, 21, 25))
+    check(comm, whole, attn_type=AttnType.NUMPY, functions=functions, **some_options(names, 2, 4, 21, 25))
 
 
 @pytest.mark.parametrize(("batch", "seq", "seq_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (1, 1, 1)])
-def test_no_rows_or_no_batch(comm, function, batch, seq, seq_k):
+def test_no_rows_or_no_batch(comm, functions, batch, seq, seq_k):
     whole = random_qkv(29, batch, seq, 4, 2, 16, seq_k=seq_k)
-    check(comm, whole, function=function, **some_options(OPTIONS, batch, 4, seq, seq_k))
+    check(comm, whole, functions=functions, **some_options(OPTIONS, batch, 4, seq, seq_k))
 
 
 @st.composite
 def configurations(draw):
     """Whole arrays and all options, any that are allowed together."""
     sizes = st.sampled_from([1, 2, 7, 13, 16, 31, 40])
-    seq, hows = draw(sizes), st.sampled_from(SPLITS)
+    seq = draw(sizes)
     seq_k = draw(st.one_of(st.just(seq), sizes))
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (1, 5), (2, 1), (2, 3), (3, 1), (3, 2), (5, 1)]))
     batch, heads, head_dim = draw(st.integers(1, 3)), kv_heads * group, draw(st.sampled_from([1, 3, 16, 40, 64]))
-    form = draw(st.sampled_from(FORMS))
-    names = draw(st.sets(st.sampled_from([name for name in OPTIONS if name != "window"])))
+    form, names = draw(st.sampled_from(FORMS)), drawn_names(draw)
     shape, dtype = (batch, heads, seq, seq_k), dtype_of_options(form)
-    options = some_options(sorted(names), *shape, draw(st.integers(0, 9)), dtype)
-    if "bias" in names:
-        options["bias"] = options["bias"][tuple(slice(draw(st.sampled_from([1, None]))) for _ in range(4))]
-    if "alibi" in names and draw(st.booleans()):
-        options |= some_options(["alibi of batch"], *shape, dtype=dtype)
-    if "dropout" in names:
-        options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": draw(st.integers(0, 2**64 - 1))}
+    options = drawn_options(draw, names, shape, draw(st.integers(0, 9)), dtype)
     whole = random_qkv(draw(st.integers(0, 9)), batch, seq, heads, kv_heads, head_dim, seq_k=seq_k)
     if "mask" in names and draw(st.booleans()):
         whole[1][~options["key_padding_mask"]], whole[2][~options["key_padding_mask"]] = np.nan, np.inf
-    edges = st.sampled_from([-1, 0, 1, 5, 17, 100])
-    return whole, options | {
-        "rows": split(seq, WORLD.size, draw(hows)),
-        "rows_k": split(seq_k, WORLD.size, draw(hows)),
-        "window_size": (draw(edges), draw(edges)),
-        "softmax_scale": draw(st.sampled_from([None, 0.2])),
-        "return_lse": draw(st.booleans()),
-        "form": form,
-        "kind": draw(st.sampled_from(kinds_of(form))),
-        "layout": draw(st.sampled_from(list(AXES))),
-        # the gaps of other strides are filled with nan, which bit patterns have no room for
-        "strides": draw(st.sampled_from(("C", "swapped", "reversed") if form == "bits" else LAYOUTS)),
-        "exchange": draw(st.sampled_from(["auto", "device", "host"])),
-        "attn_type": draw(st.sampled_from(COMPLETE)),
-    }
+    how = {"return_lse": draw(st.booleans()), "layout": draw(st.sampled_from(list(AXES)))}
+    return whole, options | how | drawn_call(draw, form, seq, seq_k)
 
 
 @settings(max_examples=60)
@@ -483,29 +470,8 @@ def test_merge_refuses_other_shapes(shape):
         merge_attention(out, lse, out, np.zeros(shape[:-1], np.float32))
 
 
-def ones(*shape, dtype=np.float32):
-    return np.ones(shape, dtype)
-
-
-def arguments(options):
-    """Arrays of this rank, with 3 rows, and the options; these may replace the arrays."""
-    arrays = {"q": ones(2, 3, 4, 8), "k": ones(2, 3, 2, 8), "v": ones(2, 3, 2, 8)}
-    values = arrays | options
-    return [values.pop(name) for name in arrays], values
-
-
-def call_on(comm):
-    """`ulysses_attention` of options."""
-
-    def call(options):
-        arrays, options = arguments(options)
-        return ulysses_attention(*arrays, comm=comm, **options)
-
-    return call
-
-
+ARRAYS = {"q": ones(2, 3, 4, 8), "k": ones(2, 3, 2, 8), "v": ones(2, 3, 2, 8)}  # of one rank, with 3 rows
 BITS = {name: oracle.to_bfloat16(ones(2, 3, heads, 8)) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
-DROPOUT = {"dropout_p": 0.1, "seed": 1}
 # the name that the message must have, good options, and what is bad about others, for a number of rows of all ranks
 BAD = [
     *[
@@ -544,17 +510,16 @@ BAD = [
 @pytest.mark.single
 @pytest.mark.parametrize(("name", "good", "bad"), BAD, ids=described)
 def test_attention_refuses(name, good, bad):
-    arrays, options = arguments(made(bad, 3))
+    call = call_on(None, attention, ARRAYS)
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=rf"\b{name}"):
-        attention(*arrays, **options)
-    arrays, options = arguments(made(good, 3))
-    attention(*arrays, **options)
+        call(made(bad, 3))
+    call(made(good, 3))
 
 
 @pytest.mark.parametrize(("name", "good", "bad"), BAD, ids=described)
 def test_ulysses_attention_refuses(comm, name, good, bad):
     n = 3 * comm.size
-    assert_refused(comm, name, made(bad, n), made(good, n), call_on(comm))
+    assert_refused(comm, name, made(bad, n), made(good, n), call_on(comm, ulysses_attention, ARRAYS))
 
 
 @needs_ranks
@@ -569,7 +534,7 @@ def test_ulysses_attention_refuses(comm, name, good, bad):
 )
 def test_arrays_for_the_rows_of_one_rank_are_refused(comm, name, bad):
     """They are given for all rows."""
-    assert_refused(comm, name, bad, {}, call_on(comm))
+    assert_refused(comm, name, bad, {}, call_on(comm, ulysses_attention, ARRAYS))
 
 
 def but_one(x):
@@ -610,4 +575,4 @@ def but_one(x):
 )
 def test_ranks_disagree(comm, name, this, others):
     n = 3 * comm.size
-    assert_disagree(comm, name, made(this, n), made(others, n), call_on(comm))
+    assert_disagree(comm, name, made(this, n), made(others, n), call_on(comm, ulysses_attention, ARRAYS))

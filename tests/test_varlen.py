@@ -4,19 +4,25 @@ import numpy as np
 import oracle
 import pytest
 from checks import (
-    BOTH,
     FORMS,
     OPTIONS,
     assert_disagree,
     assert_refused,
+    call_on,
     check,
     described,
+    drawn_call,
+    drawn_names,
+    drawn_options,
     dtype_of_options,
     kinds_of,
     made,
+    offsets,
+    ones,
+    packed,
     some_options,
 )
-from helpers import COMPLETE, KINDS, LAYOUTS, SPLITS, WORLD, as_kind, as_numpy, needs_ranks, part, random_qkv, split
+from helpers import COMPLETE, KINDS, LAYOUTS, SPLITS, as_kind, as_numpy, needs_ranks, part, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,24 +42,6 @@ SHORT = {name: LENGTHS[name] for name in ("equal", "other keys")}
 HEADS = [(1, 1), (3, 1), (4, 2), (6, 2), (5, 5)]
 COMBINATIONS = [("causal", "window", "alibi", "sinks"), ("softcap", "bias", "mask", "dropout"), OPTIONS]
 WINDOWS = [(0, 0), (-1, 0), (0, -1), (2, 1), (3, -1), (-1, 2), (100, 100)]
-
-
-@pytest.fixture(**BOTH)
-def function(request, comm):
-    """Both functions; under mpiexec `attention` has nothing to do with the other ranks."""
-    return request.param
-
-
-def offsets(lengths, dtype=np.int32):
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(dtype)
-
-
-def packed(lengths, heads=4, kv_heads=2, head_dim=16, dtype="float32", seed=0):
-    """Whole packed q, k and v, and the options that say so."""
-    rows, keys = lengths
-    whole = random_qkv(seed, 1, sum(rows), heads, kv_heads, head_dim, dtype, sum(keys))
-    options = {"layout": "thd", "cu_seqlens_q": offsets(rows), "cu_seqlens_k": offsets(keys)}
-    return tuple(x[0] for x in whole), options
 
 
 def sequences(lengths):
@@ -90,24 +78,24 @@ def test_each_sequence_is_as_if_alone(lengths):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_lengths(comm, function, lengths, causal, return_lse):
+def test_lengths(comm, functions, lengths, causal, return_lse):
     whole, packing = packed(lengths)
-    check(comm, whole, causal=causal, return_lse=return_lse, function=function, **packing)
+    check(comm, whole, causal=causal, return_lse=return_lse, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_keys_are_packed_like_queries_unless_said(comm, function, causal):
+def test_keys_are_packed_like_queries_unless_said(comm, functions, causal):
     whole, packing = packed(LENGTHS["equal"])
     del packing["cu_seqlens_k"]
-    check(comm, whole, causal=causal, function=function, **packing)
+    check(comm, whole, causal=causal, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_offsets(comm, function, dtype, kind):
+def test_offsets(comm, functions, dtype, kind):
     whole, packing = packed(LENGTHS["other keys"])
     packing |= {name: packing[name].astype(dtype) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    check(comm, whole, kind=kind, function=function, **packing)
+    check(comm, whole, kind=kind, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("how", SPLITS)
@@ -124,50 +112,50 @@ def test_splits(comm, how, how_k, lengths):
 
 @pytest.mark.parametrize("window_size", WINDOWS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_window(comm, function, window_size, causal):
+def test_window(comm, functions, window_size, causal):
     for lengths in (*SHORT.values(), LENGTHS["long"]):
         whole, packing = packed(lengths)
-        check(comm, whole, window_size=window_size, causal=causal, function=function, **packing)
+        check(comm, whole, window_size=window_size, causal=causal, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("names", [(name,) for name in OPTIONS] + COMBINATIONS, ids=" ".join)
 @pytest.mark.parametrize("lengths", SHORT.values(), ids=SHORT)
 @pytest.mark.parametrize("attn_type", COMPLETE)
-def test_options(comm, function, names, lengths, attn_type):
+def test_options(comm, functions, names, lengths, attn_type):
     whole, packing = packed(lengths)
     options = some_options(names, 1, 4, *map(sum, lengths))
-    check(comm, whole, attn_type=attn_type, function=function, **packing, **options)
+    check(comm, whole, attn_type=attn_type, functions=functions, **packing, **options)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("names", COMBINATIONS, ids=" ".join)
-def test_heads(comm, function, heads, kv_heads, names):
+def test_heads(comm, functions, heads, kv_heads, names):
     lengths = LENGTHS["other keys"]
     whole, packing = packed(lengths, heads, kv_heads)
-    check(comm, whole, function=function, **packing, **some_options(names, 1, heads, *map(sum, lengths)))
+    check(comm, whole, functions=functions, **packing, **some_options(names, 1, heads, *map(sum, lengths)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("names", [(), *COMBINATIONS], ids=lambda names: " ".join(names) or "none")
-def test_dtypes(comm, function, form, names):
+def test_dtypes(comm, functions, form, names):
     lengths, dtype = LENGTHS["other keys"], dtype_of_options(form)
     whole, packing = packed(lengths, dtype=dtype)
     options = some_options(names, 1, 4, *map(sum, lengths), dtype=dtype)
     for kind in kinds_of(form):
-        check(comm, whole, form=form, kind=kind, function=function, **packing, **options)
+        check(comm, whole, form=form, kind=kind, functions=functions, **packing, **options)
 
 
 @pytest.mark.parametrize("strides", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_strides(comm, function, strides, kind):
+def test_strides(comm, functions, strides, kind):
     whole, packing = packed(LENGTHS["equal"])
-    check(comm, whole, strides=strides, kind=kind, causal=True, function=function, **packing)
+    check(comm, whole, strides=strides, kind=kind, causal=True, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 40, 128])
-def test_head_dims(comm, function, head_dim):
+def test_head_dims(comm, functions, head_dim):
     whole, packing = packed(LENGTHS["other keys"], head_dim=head_dim)
-    check(comm, whole, causal=True, function=function, **packing)
+    check(comm, whole, causal=True, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("exchange", ["device", "host"])
@@ -179,14 +167,14 @@ def test_exchange(comm, exchange, kind, lengths):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_queries_without_keys(comm, function, kind):
+def test_queries_without_keys(comm, functions, kind):
     """They get zeros, and the sink alone in lse."""
     whole, packing = packed(([3, 4, 2], [3, 0, 2]))
     sinks, rows = np.array([1, -np.inf, 0, -3], np.float32), split(9, comm.size)
     rows_k = split(5, comm.size)
     mine = [as_kind(part(x, n, comm.rank, axis=0), kind) for x, n in zip(whole, (rows, rows_k, rows_k), strict=True)]
     packing |= {name: as_kind(packing[name], kind) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    out, lse = map(as_numpy, function(*mine, comm, sinks=as_kind(sinks, kind), return_lse=True, **packing))
+    out, lse = map(as_numpy, functions.forward(*mine, comm, sinks=as_kind(sinks, kind), return_lse=True, **packing))
     alone = part((np.arange(9) >= 3) & (np.arange(9) < 7), rows, comm.rank, axis=0)
     assert (out[alone] == 0).all()
     np.testing.assert_allclose(lse[:, alone], np.broadcast_to(sinks[:, None], (4, alone.sum())), rtol=0, atol=1e-6)
@@ -194,19 +182,19 @@ def test_queries_without_keys(comm, function, kind):
 
 @pytest.mark.parametrize("total_k", [0, 4])
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_no_rows(comm, function, total_k, sequences):
+def test_no_rows(comm, functions, total_k, sequences):
     whole, packing = packed(([0] * sequences, [total_k] + [0] * (sequences - 1)))
-    check(comm, whole, causal=True, function=function, **packing)
+    check(comm, whole, causal=True, functions=functions, **packing)
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf])
 @pytest.mark.parametrize("into", [0, 1, 2], ids=["q", "k", "v"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_special_values_stay_in_their_sequence(comm, function, special, into, causal):
+def test_special_values_stay_in_their_sequence(comm, functions, special, into, causal):
     whole, packing = packed(([14, 20, 9], [14, 20, 9]))
     whole[into][22, 1, 3] = special
     with np.errstate(invalid="ignore"):  # inf - inf of an infinite score, in the rows that see it
-        out = check(comm, whole, causal=causal, function=function, **packing)
+        out = check(comm, whole, causal=causal, functions=functions, **packing)
     others = np.abs(np.arange(43) - 23.5) > 10
     assert np.isfinite(out[part(others, split(43, comm.size), comm.rank, axis=0)]).all()
 
@@ -261,19 +249,11 @@ def configurations(draw):
     )
     if same and draw(st.booleans()):
         del packing["cu_seqlens_k"]
-    names = sorted(draw(st.sets(st.sampled_from([name for name in OPTIONS if name != "window"]))))
-    edges, hows = st.sampled_from([-1, 0, 1, 3, 100]), st.sampled_from(SPLITS)
-    return whole, packing | some_options(names, 1, heads, sum(rows), sum(keys), draw(st.integers(0, 9)), dtype) | {
-        "rows": split(sum(rows), WORLD.size, draw(hows)),
-        "rows_k": split(sum(keys), WORLD.size, draw(hows)),
-        "window_size": (draw(edges), draw(edges)),
-        "softmax_scale": draw(st.sampled_from([None, 0.2])),
-        "return_lse": draw(st.booleans()),
-        "form": form,
-        "kind": draw(st.sampled_from(kinds_of(form))),
-        "exchange": draw(st.sampled_from(["auto", "device", "host"])),
-        "attn_type": draw(st.sampled_from(COMPLETE)),
-    }
+    options = drawn_options(
+        draw, drawn_names(draw, packed=True), (1, heads, sum(rows), sum(keys)), draw(st.integers(0, 9)), dtype
+    )
+    how = {"return_lse": draw(st.booleans())}
+    return whole, packing | options | how | drawn_call(draw, form, sum(rows), sum(keys))
 
 
 @settings(max_examples=50)
@@ -283,23 +263,11 @@ def test_any_configuration(comm, configuration):
     check(comm, whole, **options)
 
 
-def ones(*shape, dtype=np.float32):
-    return np.ones(shape, dtype)
-
-
-def call_on(comm):
-    """`ulysses_attention` of options, with 4 rows of this rank unless they replace the arrays; `attention` without comm."""
-
-    def call(options):
-        arrays = {"q": ones(4, 4, 8), "k": ones(4, 2, 8), "v": ones(4, 2, 8), "layout": "thd"} | options
-        q, k, v = (arrays.pop(name) for name in "qkv")
-        return attention(q, k, v, **arrays) if comm is None else ulysses_attention(q, k, v, comm=comm, **arrays)
-
-    return call
+ARRAYS = {"q": ones(4, 4, 8), "k": ones(4, 2, 8), "v": ones(4, 2, 8)}  # of one rank, with 4 rows
 
 
 def good(n):
-    return {"cu_seqlens_q": np.array([0, 3, n], np.int32)}
+    return {"layout": "thd", "cu_seqlens_q": np.array([0, 3, n], np.int32)}
 
 
 # the name that the message must have, and what is bad, for a number of rows of all ranks
@@ -346,15 +314,16 @@ IDS += [f"{name} {described(bad)}" for name, bad in BAD[len(IDS) :]]
 @pytest.mark.single
 @pytest.mark.parametrize(("name", "bad"), BAD, ids=IDS)
 def test_attention_refuses(name, bad):
+    call = call_on(None, attention, ARRAYS)
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=rf"\b{name}"):
-        call_on(None)(good(4) | made(bad, 4))
-    call_on(None)(good(4))
+        call(good(4) | made(bad, 4))
+    call(good(4))
 
 
 @pytest.mark.parametrize(("name", "bad"), BAD, ids=IDS)
 def test_ulysses_attention_refuses(comm, name, bad):
     n = 4 * comm.size
-    assert_refused(comm, name, good(n) | made(bad, n), good(n), call_on(comm))
+    assert_refused(comm, name, good(n) | made(bad, n), good(n), call_on(comm, ulysses_attention, ARRAYS))
 
 
 @needs_ranks
@@ -369,10 +338,10 @@ def test_ulysses_attention_refuses(comm, name, bad):
 )
 def test_ranks_disagree(comm, name, this):
     n = 4 * comm.size
-    assert_disagree(comm, name, good(n) | made(this, n), good(n), call_on(comm))
+    assert_disagree(comm, name, good(n) | made(this, n), good(n), call_on(comm, ulysses_attention, ARRAYS))
 
 
 @needs_ranks
 def test_offsets_of_the_rows_of_one_rank_are_refused(comm):
     """They count in the rows of all ranks."""
-    assert_refused(comm, "cu_seqlens_q", good(4), good(4 * comm.size), call_on(comm))
+    assert_refused(comm, "cu_seqlens_q", good(4), good(4 * comm.size), call_on(comm, ulysses_attention, ARRAYS))

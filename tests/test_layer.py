@@ -1,4 +1,4 @@
-"""The class of yunchang and the function of flash-attn against the oracle."""
+"""The classes of yunchang against the oracle."""
 
 from itertools import permutations
 
@@ -14,7 +14,6 @@ from ulysses_dp import (
     ulysses_attention,
     ulysses_attention_backward,
     ulysses_flash_attn_func,
-    ulysses_flash_attn_varlen_func,
 )
 
 
@@ -60,36 +59,6 @@ def test_layer(comm, problem, attn_type):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_function(comm, problem, kind):
-    arrays, expected_out, expected_lse = problem
-    mine = [as_kind(x, kind) for x in arrays]
-    out, lse, nothing = ulysses_flash_attn_func(*mine, 0.0, 0.3, True, (-1, -1), 0.0, None, True, True, group=comm)
-    assert nothing is None
-    assert_like(out, mine[0], expected_out.shape)
-    assert_near(out, expected_out)
-    assert_near(lse, expected_lse)
-    alone = ulysses_flash_attn_func(*mine, softmax_scale=0.3, causal=True)
-    np.testing.assert_array_equal(as_numpy(alone), as_numpy(out))
-
-
-def test_function_of_packed_sequences(comm):
-    rows, ends = split(23, comm.size, "uneven"), [0, 9, 9, 23]
-    q, k, v = (part(x, rows, comm.rank)[0] for x in random_qkv(2, 1, 23, 4, 2, 8))
-    slopes = np.array([0.5, 0.25, 0.125, 1], np.float32)
-    flash = 0.0, 0.3, True, (7, -1), 2.0, slopes, True, True
-    out, lse, nothing = ulysses_flash_attn_varlen_func(q, k, v, ends, ends, 14, 14, *flash, group=comm, seqused_q=[9, 0, 11])
-    assert nothing is None
-    options = {"softmax_scale": 0.3, "causal": True, "window_size": (7, -1), "softcap": 2.0, "alibi_slopes": slopes}
-    packed = {"layout": "thd", "cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqused_q": [9, 0, 11]}
-    expected = ulysses_attention(q, k, v, comm=comm, return_lse=True, **options, **packed)
-    np.testing.assert_array_equal(out, expected[0])
-    np.testing.assert_array_equal(lse, expected[1])
-    for kind, text in outcomes(comm, lambda: ulysses_flash_attn_varlen_func(q, k, v, [0, 9], ends, group=comm)):
-        assert kind is ValueError
-        assert "cu_seqlens" in text
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0), (2, 3, 0, 1)], ids=str)
 def test_results_are_c_contiguous_in_every_layout(comm, kind, axes):
     rows = split(7, comm.size, "uneven")
@@ -102,13 +71,6 @@ def test_results_are_c_contiguous_in_every_layout(comm, kind, axes):
         assert_like(grad, x, x.shape)
     expected = ulysses_attention(*(x.transpose(axes) for x in (q, k, v)), comm=comm)
     np.testing.assert_array_equal(as_numpy(out).transpose(axes), expected)
-
-
-@pytest.mark.single
-def test_slopes_in_the_order_of_old_versions_of_flash_attn():
-    q = np.ones((1, 3, 2, 4), np.float32)
-    with pytest.raises(TypeError, match="softcap must be a real number, not ndarray; by position, alibi_slopes come after it"):
-        ulysses_flash_attn_func(q, q, q, 0.0, None, True, (-1, -1), np.ones(2, np.float32))
 
 
 def test_defaults_are_those_of_ulysses_attention(comm, problem):
@@ -131,6 +93,42 @@ def test_defaults_are_those_of_ulysses_attention(comm, problem):
 def test_bad_axes(axes, error, message):
     with pytest.raises(error, match=message):
         UlyssesAttention(**axes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences(comm, kind):
+    """A layer takes (rows, heads, head_dim) with `cu_seqlens_q`, and no other axes then."""
+    rows, ends = split(23, comm.size, "uneven"), [0, 9, 9, 23]
+    whole = [x[0] for x in random_qkv(2, 1, 23, 4, 2, 8)]
+    options = {"cu_seqlens_q": ends, "seqused_q": [9, 0, 11], "seqused_k": [7, 0, 14], "causal": True}
+    expected_out, expected_lse = oracle.dense_attention(*whole, **options)
+    mine = [as_kind(part(x, rows, comm.rank, 0), kind) for x in whole]
+    out, lse, _ = UlyssesAttention(comm)(*mine, return_attn_probs=True, **options)
+    assert_near(out, part(expected_out, rows, comm.rank, 0))
+    assert_near(lse, part(expected_lse, rows, comm.rank, 1))
+    for layer, arrays, text in (
+        (UlyssesAttention(comm, 1, 2), mine, "the 4 axes"),
+        (UlyssesAttention(comm, 1, 2), [x[None, ...] for x in mine], "cu_seqlens_q is for layout 'thd'"),
+        (UlyssesAttention(comm), [x[None, ...] for x in mine], "the 3 axes"),
+    ):
+        for error, message in outcomes(comm, lambda layer=layer, arrays=arrays: layer(*arrays, **options)):
+            assert error is ValueError
+            assert text in message
+
+
+def test_ranges_of_keys(comm):
+    """Through every function: a mask of documents."""
+    whole, rows = random_qkv(3, 2, 19, 4, 2, 8), split(19, comm.size, "uneven")
+    row = np.arange(19)
+    ranges = np.stack([np.where(row < 7, 0, 7), np.where(row < 7, 7, row + 1)], axis=-1)
+    expected, _ = oracle.dense_attention(*whole, key_ranges=ranges)
+    mine = [part(x, rows, comm.rank) for x in whole]
+    for out in (
+        UlyssesAttention(comm)(*mine, key_ranges=ranges),
+        UlyssesAttention(comm, 1, 2)(*(x.swapaxes(1, 2) for x in mine), key_ranges=ranges).swapaxes(1, 2),
+        ulysses_flash_attn_func(*mine, group=comm, key_ranges=ranges),
+    ):
+        assert_near(out, part(expected, rows, comm.rank))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "dpnp", "torch", "array_api_strict"])

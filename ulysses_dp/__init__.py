@@ -10,12 +10,15 @@ from .attention import attention, ulysses_attention  # noqa: E402
 from .backends import AttnType, register_attention  # noqa: E402
 from .backward import attention_backward, ulysses_attention_backward  # noqa: E402
 from .decode import decode_attention  # noqa: E402
-from .layer import (  # noqa: E402
-    LongContextAttention,
-    UlyssesAttention,
+from .flash_attn import (  # noqa: E402
     ulysses_flash_attn_func,
+    ulysses_flash_attn_kvpacked_func,
+    ulysses_flash_attn_qkvpacked_func,
     ulysses_flash_attn_varlen_func,
+    ulysses_flash_attn_varlen_kvpacked_func,
+    ulysses_flash_attn_varlen_qkvpacked_func,
 )
+from .layer import LongContextAttention, UlyssesAttention  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention, merge_attention_backward  # noqa: E402
 from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
@@ -47,6 +50,10 @@ __all__ = [
     "ulysses_attention",
     "ulysses_attention_backward",
     "ulysses_flash_attn_func",
+    "ulysses_flash_attn_kvpacked_func",
+    "ulysses_flash_attn_qkvpacked_func",
     "ulysses_flash_attn_varlen_func",
+    "ulysses_flash_attn_varlen_kvpacked_func",
+    "ulysses_flash_attn_varlen_qkvpacked_func",
     "unshard_rows",
 ]

@@ -25,7 +25,7 @@ from ._replicated import Replicated, check_replicated
 from ._ring import Mesh, Wish, check_mesh
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Unpack
 
@@ -265,10 +265,7 @@ def ulysses_attention(
 
 def distributed(
     function: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
+    *inputs: Any,
     comm: Any,
     exchange: str = "auto",
     overlap: SupportsIndex | str = "auto",
@@ -280,13 +277,15 @@ def distributed(
     replicated_at: Place = "start",
     return_ctx: bool = False,
     names: Names = NAMES,
+    unpack: Callable[..., tuple[Any, Any, Any]] | None = None,
     **options: Any,
 ) -> Any:
-    """`ulysses_attention` under any public name."""
+    """`ulysses_attention` under any public name, of q, k and v, or of arrays of which `unpack` makes these by the layout."""
     ranks = mpi.resolve_comm(function, comm, names.comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
+        q, k, v = inputs if unpack is None else unpack(*inputs, options.get("layout"))
         given, geometry, settings = _local.check_attention(q, k, v, names, **options)
         check_flag("return_ctx", return_ctx)
         how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}

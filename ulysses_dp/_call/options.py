@@ -236,7 +236,7 @@ class FlashAttnOptions(TypedDict, total=False):
 
 
 class MoreOptions(TypedDict, total=False):
-    """The options that `UlyssesAttention` and `ulysses_flash_attn_func` have besides those of flash-attn."""
+    """The options that `ulysses_flash_attn_func` has besides those of flash-attn."""
 
     seed: Annotated[
         SupportsIndex | None,
@@ -278,8 +278,8 @@ class MoreOptions(TypedDict, total=False):
     ]
 
 
-class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
-    """All options that say what attention computes."""
+class PackingOptions(TypedDict, total=False):
+    """The options of packed sequences."""
 
     cu_seqlens_q: Annotated[
         Any,
@@ -316,6 +316,14 @@ class ScoreOptions(FlashAttnOptions, MoreOptions, total=False):
             "The same of the keys: nobody sees the others. All count by default.",
         ),
     ]
+
+
+class LayerOptions(MoreOptions, PackingOptions, total=False):
+    """The options that `UlyssesAttention` has besides those of flash-attn."""
+
+
+class ScoreOptions(FlashAttnOptions, LayerOptions, total=False):
+    """All options that say what attention computes."""
 
 
 class AttentionOptions(ScoreOptions, total=False):

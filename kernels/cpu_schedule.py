@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import flash_backward, flash_forward
-from .arguments import Sizes, place_by_head, place_of
+from .arguments import place_by_head, place_of
 from .flash_forward import OPTIONS_TILE, TILES
-from .launch import launch, place, upload
-from .score import OptionNumbers, option_numbers, option_tables
+from .launch import launch, upload
+from .launch_arguments import option_arguments, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .arguments import Problem
-    from .score import ScoreOptions
 
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 
@@ -92,26 +91,6 @@ def launch_backward(
             groups=batch * (kv_heads if into_keys else heads) * sizes.row_blocks,
             lanes=TILES[tile].lanes,
         )
-
-
-def sizes_of(q: Any, k: Any, problem: Problem, *, rows: int, tile_rows: int) -> Sizes:
-    """The sizes of a call, of which so many rows are divided into tiles."""
-    _, seq_q, heads, head_dim = q.shape
-    row_blocks = -(-rows // tile_rows)
-    return Sizes(
-        *(heads, k.shape[2], problem.group, problem.head_shift, seq_q, k.shape[1], problem.diagonal, row_blocks, head_dim)
-    )
-
-
-def option_arguments(q: Any, options: ScoreOptions | None) -> tuple[list[Any], OptionNumbers]:
-    """The tables and numbers of the options; the plain kernels do not look at them."""
-    if options is None:
-        return [q.usm_data] * 3, OptionNumbers()
-    queue, heads, bias = q.sycl_queue, q.shape[2], options.bias
-    per_head, padding = (upload(queue, table.astype(q.dtype)) for table in option_tables(options, heads))
-    bias_place = (0,) * 5 if bias is None else place(bias)
-    numbers = option_numbers(options, heads, bias_place, float(np.finfo(q.dtype).max))
-    return [per_head, (q if bias is None else bias).usm_data, padding], numbers
 
 
 def spans_of_keys(spans: np.ndarray, seq_k: int) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 
 from . import flash_backward_gpu, flash_forward_gpu
 from .arguments import Place, place_by_head, place_of
-from .cpu_schedule import option_arguments, sizes_of
 from .flash_backward_gpu import COLUMNS
 from .flash_forward_gpu import CONSTANTS, GPU_TILES, SUB_GROUP, tile_for
 from .launch import launch, place, upload
+from .launch_arguments import option_arguments, sizes_of
 from .panel_copy import Panel
 from .relayout import relayout
 

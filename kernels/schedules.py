@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -102,7 +102,31 @@ def candidates(
     return tuple(x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
 
 
-def choose(device: Any, dtype: Any, head_dim: int, seq_q: int, *, options: bool = False, backward: bool = False) -> Schedule:
+class Wishes(NamedTuple):
+    """What the environment says of schedules."""
+
+    schedule: str | None = None
+    tuning: str | None = None
+
+    @classmethod
+    def read(cls) -> Wishes:
+        """Those of now; an empty variable counts as unset."""
+        return cls(os.environ.get(SCHEDULE) or None, os.environ.get(TUNING) or None)
+
+
+NO_WISHES = Wishes()
+
+
+def choose(
+    device: Any,
+    dtype: Any,
+    head_dim: int,
+    seq_q: int,
+    *,
+    options: bool = False,
+    backward: bool = False,
+    wishes: Wishes | None = None,
+) -> Schedule:
     """The schedule with the least time for this many query rows, rounded up to whole tiles.
 
     Parameters
@@ -117,21 +141,20 @@ def choose(device: Any, dtype: Any, head_dim: int, seq_q: int, *, options: bool 
         Whether there are any of `score.ScoreOptions`.
     backward : bool
         Whether for the gradient.
+    wishes : Wishes, optional
+        What the environment says, if that has been read already: it takes longer than all else here.
 
     Notes
     -----
     The environment variable ULYSSES_DP_TUNING names a file with costs that `scripts/tune.py` measured on this device, and
     ULYSSES_DP_SCHEDULE names one schedule to use wherever it can run.
     """
-    # an empty variable counts as unset
-    wish, tuning = os.environ.get(SCHEDULE) or None, os.environ.get(TUNING) or None
-    return _choose(device, dtype, head_dim, seq_q, options, backward, wish, tuning)
+    return _choose(device, dtype, head_dim, seq_q, options, backward, Wishes.read() if wishes is None else wishes)
 
 
 @lru_cache(maxsize=1024)
-def _choose(
-    device: Any, dtype: Any, head_dim: int, seq_q: int, options: bool, backward: bool, wish: str | None, tuning: str | None
-) -> Schedule:
+def _choose(device: Any, dtype: Any, head_dim: int, seq_q: int, options: bool, backward: bool, wishes: Wishes) -> Schedule:
+    wish, tuning = wishes
     possible = candidates(device, dtype, head_dim, options=options, backward=backward)
     if wish is not None and wish not in SCHEDULES:
         raise ValueError(f"{SCHEDULE} must be one of {', '.join(SCHEDULES)}, not {wish!r}")

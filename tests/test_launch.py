@@ -65,7 +65,10 @@ def test_missing_source(copied):
         copied.read()
 
 
-@pytest.mark.parametrize("source", ["launch.py", "schedules.py", "cpu_schedule.py", "relayout.py", "row_dot.py", "manifest.py"])
+@pytest.mark.parametrize(
+    "source",
+    ["launch.py", "schedules.py", "cpu_schedule.py", "launch_arguments.py", "relayout.py", "row_dot.py", "manifest.py"],
+)
 def test_changed_launcher(copied, source):
     """A change of what only launches kernels does not make these stale."""
     with copied.FOLDER.with_name(source).open("a") as file:

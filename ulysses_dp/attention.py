@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from . import _local, _path
-from ._call.checks import NAMES, Geometry, Names, check_exchange, check_flag, check_inputs, check_node_size, check_overlap
-from ._call.definitions import takes
+from ._call.checks import NAMES, Geometry, Names, check_flag, check_inputs
+from ._call.definitions import parted, takes
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
 from ._device.trace import call
 from ._device.workspace import empty_like
 from ._local import LocalOptions
+from ._mesh import Mesh, MeshOptions, UlyssesOptions, Wish, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._ranks.redistribution import as_columns
 from ._replicated import Replicated, check_replicated
-from ._ring import Mesh, Wish, check_mesh
+from ._ring import new_ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,11 +32,9 @@ if TYPE_CHECKING:
 
     from ._call.options import Options
     from ._device.arrays import Array
-    from ._ranks.orders import Order, Place
+    from ._ranks.orders import Place
     from ._ranks.partition import Heads
     from ._ring import Ring
-
-OF_ALL_RANKS = "ring, order, kv and replicated_at"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class Context:
     rows: tuple[int, int]  # queries and keys of this rank
     replicated: tuple[int, int]  # queries and keys that all ranks have
     options: dict[str, Any]  # as the user gave them
-    mesh: Wish
+    wish: Wish
     parts: tuple[Arrays, ...] = ()  # q, k, v and lse of the heads of this rank, in parts; nothing on one rank
 
     def __reduce__(self) -> NoReturn:
@@ -125,7 +124,7 @@ def attention(
         return _local.alone_or_all(_local.results_to_user(out, lse, settings, arrays[0]))
 
 
-@takes(LocalOptions)
+@takes(LocalOptions, MeshOptions)
 def ulysses_attention(
     q: Any,
     k: Any,
@@ -135,15 +134,9 @@ def ulysses_attention(
     comm: Any = None,
     return_lse: bool = False,
     return_ctx: bool = False,
-    exchange: str = "auto",
-    overlap: SupportsIndex | str = "auto",
-    node_size: SupportsIndex | str = 1,
-    ring: SupportsIndex | str = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
     replicated: tuple[Any, Any, Any] | None = None,
     replicated_at: Place = "start",
-    **options: Unpack[LocalOptions],
+    **options: Unpack[UlyssesOptions],
 ) -> Any:
     """Attention over a sequence that is split over the ranks of a communicator.
 
@@ -172,28 +165,7 @@ def ulysses_attention(
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
-    exchange : {"auto", "device", "host", "shared"}
-        Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports. "shared" is for
-        CPU devices of one node: ranks write and read in memory that they share, and wait for each other instead of sending.
-    overlap : int or "auto"
-        Into how many parts the kv heads of every rank, with their query heads, are divided: while one part is computed, others
-        travel. The result is the same, the messages are more and smaller. It helps only where the MPI library moves data
-        without being called. "auto" does not divide: nothing has been measured yet that would be faster for it.
-    node_size : int or "auto"
-        If more than 1, exchange in two steps: within nodes of so many consecutive ranks, then between nodes. Every number
-        travels twice, but a rank sends ``node_size + P / node_size - 2`` messages instead of ``P - 1``: for many ranks and
-        short sequences (`plan` tells). "auto": the ranks that share memory, or 1 if these are not consecutive and as many on
-        every node.
-    ring : int or "auto"
-        If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, as
-        without a ring; the keys of every group travel from group to group, and partial results are merged. So there may be
-        more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as many heads.
-    order : {"contiguous", "zigzag", "zigzag_ranks", "striped"}
-        Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.
-    kv : {"ring", "all_gather", "auto"}
-        How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two groups.
-        "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it never sends
-        more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q and out.
+    {more options}
     replicated : tuple of q_r, k_r and v_r, optional
         Tokens that every rank has whole, the same on all ranks, such as a text beside a long image: arrays like q, k and v,
         with any number of rows. They count once. With the rows of all ranks they are one sequence, in which options count:
@@ -243,36 +215,15 @@ def ulysses_attention(
     >>> ulysses_attention(q, q, q, causal=True).shape
     (1, 16, 4, 8)
     """
-    return distributed(
-        "ulysses_attention",
-        q,
-        k,
-        v,
-        comm=comm,
-        exchange=exchange,
-        overlap=overlap,
-        node_size=node_size,
-        ring=ring,
-        order=order,
-        kv=kv,
-        replicated=replicated,
-        replicated_at=replicated_at,
-        return_ctx=return_ctx,
-        return_lse=return_lse,
-        **options,
-    )
+    wanted: dict[str, Any] = {"return_ctx": return_ctx, "return_lse": return_lse}
+    wanted |= {"replicated": replicated, "replicated_at": replicated_at}
+    return distributed("ulysses_attention", q, k, v, comm=comm, **wanted, **options)
 
 
 def distributed(
     function: str,
     *inputs: Any,
     comm: Any,
-    exchange: str = "auto",
-    overlap: SupportsIndex | str = "auto",
-    node_size: SupportsIndex | str = 1,
-    ring: SupportsIndex | str = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
     replicated: Any = None,
     replicated_at: Place = "start",
     return_ctx: bool = False,
@@ -282,32 +233,32 @@ def distributed(
 ) -> Any:
     """`ulysses_attention` under any public name, of q, k and v, or of arrays of which `unpack` makes these by the layout."""
     ranks = mpi.resolve_comm(function, comm, names.comm)
+    of_mesh, of_attention = parted(options, MeshOptions)
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
-        q, k, v = inputs if unpack is None else unpack(*inputs, options.get("layout"))
-        given, geometry, settings = _local.check_attention(q, k, v, names, **options)
+        q, k, v = inputs if unpack is None else unpack(*inputs, of_attention.get("layout"))
+        given, geometry, settings = _local.check_attention(q, k, v, names, **of_attention)
         check_flag("return_ctx", return_ctx)
-        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        mesh = check_mesh((ring, order, kv, replicated_at), ranks.size, geometry, settings, **how)
+        wish = check_mesh(of_mesh, replicated_at, ranks.size, geometry, settings)
         of_tokens: tuple[Array, ...] = ()
         if replicated is not None:
-            check_tokens = partial(check_inputs, names=NAMES, layout=settings.layout, dtype=options.get("dtype"))
+            check_tokens = partial(check_inputs, names=NAMES, layout=settings.layout, dtype=of_attention.get("dtype"))
             of_tokens = check_replicated(replicated, "qkv", check_tokens, given[0], geometry)
         counts = _local.rows_of(of_tokens, settings.layout) if of_tokens else (0, 0)
-        tokens = Replicated.of(counts, ranks.size, mesh, settings)
+        tokens = Replicated.of(counts, ranks.size, wish, settings)
         arrays = tokens.brought(ranks.rank, "qkv", *(_local.to_usm(x, settings.layout) for x in (given, of_tokens)))
-        how |= {OF_ALL_RANKS: tuple(mesh), "replicated": counts, "exchange": check_exchange(exchange)}
-        common = vars(geometry) | settings.common() | how | {"return_ctx": return_ctx}
-        as_given = {name: value for name, value in options.items() if name != "return_lse"}
-        context = Context(geometry, ranks.size, _local.rows_of(given, settings.layout), counts, as_given, mesh)
+        how = wish.common() | {"replicated": counts, "return_ctx": return_ctx}
+        common = vars(geometry) | settings.common() | how
+        as_given = {name: value for name, value in of_attention.items() if name != "return_lse"}
+        context = Context(geometry, ranks.size, _local.rows_of(given, settings.layout), counts, as_given, wish)
         rows = arrays[0].shape[1], arrays[1].shape[1]
-        return Checked(rows, common, (given[0], arrays, settings, tokens, context), (arrays[0].sycl_queue, exchange))
+        return Checked(rows, common, (given[0], arrays, settings, tokens, context), (arrays[0].sycl_queue, wish.exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
         like, arrays, settings, tokens, context = agreement.result
-        geometry = context.geometry
+        geometry, wish = context.geometry, context.wish
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
@@ -316,13 +267,13 @@ def distributed(
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, context.mesh, (q_rows, k_rows), settings, tokens.shares)
+            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
-            shares = part_heads(heads, geometry.group, 1 if together else check_overlap(overlap))
-            queue = arrays[0].sycl_queue
-            link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            shares = part_heads(heads, geometry.group, 1 if together else wish.overlap)
+            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
+            link = mpi.link(mesh.group, arrays[0].sycl_queue, **way)
             forward = _describe(
                 arrays,
                 geometry,
@@ -332,7 +283,7 @@ def distributed(
                 mesh.of_group(k_rows),
                 rank=mesh.group.rank,
                 keep=return_ctx,
-                ring=mesh.new_ring(link.route, arrays[1], geometry, settings, heads[mesh.group.rank]),
+                ring=new_ring(mesh, link.route, arrays[1], geometry, settings, heads[mesh.group.rank]),
             )
             results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")
@@ -375,7 +326,7 @@ def _describe(
         if ring is None:
             _local.attend(at_hand["q"], at_hand["k"], at_hand["v"], at_hand["out"], lse, options, heads)
         else:
-            ring.give(at_hand["out"], lse)
+            ring.running.give(at_hand["out"], lse)
         if keep and sent is not None:
             copy_arrays([as_columns(lse, lse_dtype)], [as_columns(sent, lse_dtype)])
         return {name: at_hand[name] for name in "qkv"} | {"lse": lse} if keep else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,26 +12,24 @@ from ._call.checks import (
     NAMES,
     Geometry,
     check_array,
-    check_exchange,
     check_inputs,
-    check_node_size,
-    check_overlap,
     check_places,
 )
-from ._call.definitions import takes
+from ._call.definitions import parted, takes
 from ._call.layout import PACKED, lse_shape
 from ._device.arrays import from_host, tensor, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._local import LocalOptions
+from ._mesh import Mesh, MeshOptions, UlyssesOptions, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
 from ._replicated import Replicated, check_replicated
-from ._ring import Mesh, check_mesh
-from .attention import OF_ALL_RANKS, Context
+from ._ring import new_ring
+from .attention import Context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +39,10 @@ if TYPE_CHECKING:
     from ._call.layout import Layout
     from ._call.options import Options
     from ._device.arrays import Array
-    from ._ranks.orders import Order, Place
+    from ._mesh import Wish
+    from ._ranks.orders import Place
     from ._ranks.partition import Heads
-    from ._ring import Ring, Wish
+    from ._ring import Ring
 
 ARRAYS = ("q", "k", "v")
 DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
@@ -123,7 +122,7 @@ def attention_backward(
         return _to_user(grads, dsinks, settings, arrays[1])
 
 
-@takes(LocalOptions)
+@takes(LocalOptions, MeshOptions)
 def ulysses_attention_backward(
     dout: Any,
     q: Any,
@@ -136,15 +135,9 @@ def ulysses_attention_backward(
     dlse: Any = None,
     comm: Any = None,
     ctx: Context | None = None,
-    exchange: str = "auto",
-    overlap: SupportsIndex | str = "auto",
-    node_size: SupportsIndex | str = 1,
-    ring: SupportsIndex | str = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
     replicated: tuple[Any, ...] | None = None,
     replicated_at: Place = "start",
-    **options: Unpack[LocalOptions],
+    **options: Unpack[UlyssesOptions],
 ) -> Any:
     """Gradient of `ulysses_attention`, for the rows of this rank.
 
@@ -169,7 +162,7 @@ def ulysses_attention_backward(
     ctx : Context, optional
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
-    exchange, overlap, node_size, ring, order, kv
+    {more names}
         What `ulysses_attention` was given; with `ctx`, the last three are those of `ctx`.
     replicated : tuple of dout_r, q_r, k_r, v_r, out_r, lse_r and perhaps dlse_r, optional
         The tokens that `ulysses_attention` was given, what it returned of them, and the gradient of the loss with respect to
@@ -214,10 +207,11 @@ def ulysses_attention_backward(
     """
     function = "ulysses_attention_backward"
     ranks = mpi.resolve_comm(function, comm)
+    of_mesh, of_attention = parted(options, MeshOptions)
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish, Replicated]]:
-        given = (ctx.options if isinstance(ctx, Context) else {}) | {**options}
+        given = (ctx.options if isinstance(ctx, Context) else {}) | of_attention
         inputs, geometry, settings = _check(dout, q, k, v, out, lse, dlse, **given)
         of_tokens: tuple[Any, ...] = ()
         if replicated is not None:
@@ -225,29 +219,26 @@ def ulysses_attention_backward(
             of_tokens = check_replicated(replicated, _names_of(replicated), check_tokens, inputs[1], geometry)
         counts = _local.rows_of(of_tokens[1:], settings.layout) if of_tokens else (0, 0)
         _check_context(ctx, geometry, ranks.size, _local.rows_of(inputs[1:], settings.layout), counts)
-        if ctx and options:
+        if ctx and of_attention:
             _, _, kept = _check(dout, q, k, v, out, lse, dlse, **ctx.options)
             _check_equal(settings.common(), kept.common())
-        how = {"overlap": check_overlap(overlap), "node_size": check_node_size(node_size, ranks.size)}
-        of = ctx.mesh if ctx else (ring, order, kv, replicated_at)
-        mesh = check_mesh(of, ranks.size, geometry, settings, **how)
-        tokens = Replicated.of(counts, ranks.size, mesh, settings)
+        of_ctx = {name: getattr(ctx.wish, name) for name in ("ring", "order", "kv")} if ctx else {}
+        wish = check_mesh(of_mesh | of_ctx, ctx.wish.place if ctx else replicated_at, ranks.size, geometry, settings)
+        tokens = Replicated.of(counts, ranks.size, wish, settings)
         usm, usm_tokens = (_to_usm(x, settings.layout) for x in (inputs, of_tokens))
         if of_tokens:
             usm, usm_tokens = _with_zeros(usm, usm_tokens)
         arrays = tokens.brought(ranks.rank, GIVEN, usm, usm_tokens)
         common = {
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
-            **how,
-            OF_ALL_RANKS: tuple(mesh),
+            **wish.common(),
             "replicated": counts,
-            "exchange": check_exchange(exchange),
             **vars(geometry),
             **settings.common(),
         }
-        result = inputs[1], arrays, geometry, settings, mesh, tokens
+        result = inputs[1], arrays, geometry, settings, wish, tokens
         rows = arrays[1].shape[1], arrays[2].shape[1]
-        return Checked(rows, common, result, (arrays[0].sycl_queue, exchange))
+        return Checked(rows, common, result, (arrays[0].sycl_queue, wish.exchange))
 
     with call(function):
         agreement = agree(ranks, function, check)
@@ -263,9 +254,9 @@ def ulysses_attention_backward(
             heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             together = kv_heads_are_shared(heads)
-            shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else check_overlap(overlap))
-            queue = arrays[0].sycl_queue
-            link = mpi.link(mesh.group, queue, exchange=exchange, node_size=node_size, blocking=len(shares) == 1)
+            shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else wish.overlap)
+            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
+            link = mpi.link(mesh.group, arrays[0].sycl_queue, **way)
             gradient = _describe(
                 arrays,
                 geometry,
@@ -275,7 +266,8 @@ def ulysses_attention_backward(
                 mesh.of_group(k_rows),
                 rank=mesh.group.rank,
                 kept=ctx.parts if ctx else (),
-                ring=mesh.new_ring(
+                ring=new_ring(
+                    mesh,
                     link.route,
                     arrays[2],
                     geometry,
@@ -456,7 +448,7 @@ def _describe(
         if ring is None:
             _local.differentiate(inputs, grads, options, heads)
         else:
-            ring.give(*grads)
+            ring.running.give(*grads)
         sinks = None if options.sinks is None else options.sinks[mine.q_start : mine.q_start + mine.q_count]
         return _of_sinks(at_hand["lse"], at_hand["delta"], sinks)
 

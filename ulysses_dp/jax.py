@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -15,9 +15,10 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import io_callback
 
-from ._call.definitions import takes
+from ._call.definitions import parted, takes
 from ._call.layout import lse_shape
 from ._local import LocalOptions
+from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
 from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._ranks.orders import Order
 
 __all__ = ["attention", "ulysses_attention"]
 
@@ -73,7 +73,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     return _run("attention", (q, k, v), {}, options, return_lse)
 
 
-@takes(LocalOptions)
+@takes(LocalOptions, MeshOptions)
 def ulysses_attention(
     q: Any,
     k: Any,
@@ -82,13 +82,7 @@ def ulysses_attention(
     *,
     comm: Any = None,
     return_lse: bool = False,
-    exchange: str = "auto",
-    overlap: SupportsIndex | str = "auto",
-    node_size: SupportsIndex | str = 1,
-    ring: SupportsIndex | str = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    **options: Unpack[LocalOptions],
+    **options: Unpack[UlyssesOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
 
@@ -107,7 +101,7 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
-    exchange, overlap, node_size, ring, order, kv
+    {more names}
         As in `ulysses_dp.ulysses_attention`.
 
     Returns
@@ -138,9 +132,8 @@ def ulysses_attention(
     >>> gradient(q).shape
     (1, 16, 4, 8)
     """
-    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size}
-    how |= {"ring": ring, "order": order, "kv": kv}
-    return _run("ulysses_attention", (q, k, v), how, options, return_lse)
+    ways, of_attention = parted(options, MeshOptions)
+    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse)
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

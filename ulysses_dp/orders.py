@@ -10,10 +10,10 @@ from ._call.checks import check_array, check_count, check_device, check_integer
 from ._call.options import check_cu_seqlens
 from ._device.arrays import from_host, tensor, to_host
 from ._device.trace import call
+from ._mesh import check_order, check_ring, check_rows
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.orders import positions, rows_of_ranks
-from ._ring import check_order, check_ring, check_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

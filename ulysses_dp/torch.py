@@ -6,13 +6,14 @@ A module of its own, which ``import ulysses_dp`` does not import: PyTorch is an 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._call.definitions import takes
+from ._call.definitions import parted, takes
 from ._call.layout import lse_shape
 from ._local import LocalOptions
+from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
 from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._ranks.orders import Order
 
 __all__ = ["attention", "ulysses_attention"]
 
@@ -66,7 +66,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     return _run("attention", (q, k, v), {}, options, return_lse)
 
 
-@takes(LocalOptions)
+@takes(LocalOptions, MeshOptions)
 def ulysses_attention(
     q: Any,
     k: Any,
@@ -75,13 +75,7 @@ def ulysses_attention(
     *,
     comm: Any = None,
     return_lse: bool = False,
-    exchange: str = "auto",
-    overlap: SupportsIndex | str = "auto",
-    node_size: SupportsIndex | str = 1,
-    ring: SupportsIndex | str = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    **options: Unpack[LocalOptions],
+    **options: Unpack[UlyssesOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v and `sinks`.
 
@@ -99,7 +93,7 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
-    exchange, overlap, node_size, ring, order, kv
+    {more names}
         As in `ulysses_dp.ulysses_attention`.
 
     Returns
@@ -129,9 +123,8 @@ def ulysses_attention(
     >>> q.grad.shape
     torch.Size([1, 16, 4, 8])
     """
-    how = {"comm": comm, "exchange": exchange, "overlap": overlap, "node_size": node_size}
-    how |= {"ring": ring, "order": order, "kv": kv}
-    return _run("ulysses_attention", (q, k, v), how, options, return_lse)
+    ways, of_attention = parted(options, MeshOptions)
+    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,29 +29,44 @@ def options_of(keywords: type) -> dict[str, Option]:
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(keywords, include_extras=True).items()}
 
 
-def takes(keywords: type) -> Callable[[_Function], _Function]:
+def takes(keywords: type, more: type | None = None) -> Callable[[_Function], _Function]:
     """Show the options that a function takes as ``**options`` in its signature, and in its docstring.
 
-    There, ``{options}`` becomes their documentation, and ``{names}`` their names.
+    There, ``{options}`` becomes their documentation, and ``{names}`` their names; ``{more options}`` and ``{more names}`` those
+    of the second `TypedDict`.
     """
-    options, hints = options_of(keywords), get_type_hints(keywords)
+    groups = {"": keywords} if more is None else {"": keywords, "more ": more}
+
+    def parameters(group: type) -> list[inspect.Parameter]:
+        hints = get_type_hints(group)
+        return [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[name])
+            for name, option in options_of(group).items()
+        ]
 
     def show(function: _Function) -> _Function:
         signature = inspect.signature(function)
         own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[name])
-            for name, option in options.items()
-        ]
         by_keyword = [x for x in own if x.kind is x.KEYWORD_ONLY]
-        parameters = [*(x for x in own if x not in by_keyword), *more, *by_keyword]
-        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        first, *others = map(parameters, groups.values())
+        shown = [*(x for x in own if x not in by_keyword), *first, *by_keyword, *(x for group in others for x in group)]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         if function.__doc__ is not None:  # python -OO has none
             text = inspect.cleandoc(function.__doc__)
-            function.__doc__ = text.replace("{options}", _documentation(options)).replace("{names}", ", ".join(options))
+            for which, group in groups.items():
+                options = options_of(group)
+                text = text.replace(f"{{{which}options}}", _documentation(options))
+                text = text.replace(f"{{{which}names}}", ", ".join(options))
+            function.__doc__ = text
         return function
 
     return show
+
+
+def parted(options: Mapping[str, Any], keywords: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that a `TypedDict` defines, and the others."""
+    of_it = options_of(keywords)
+    return {x: y for x, y in options.items() if x in of_it}, {x: y for x, y in options.items() if x not in of_it}
 
 
 def _documentation(options: dict[str, Option]) -> str:

@@ -80,8 +80,8 @@ device_turn = RLock()
 def default_queue() -> Any:
     """The queue for arrays that come without one: the device whose number is this process's number within the node.
 
-    Not collective. GPUs are taken before the CPU, and Level Zero before OpenCL; each tile of a GPU counts, also where Level Zero
-    shows a GPU of several tiles as one device. It is dpctl's own cached queue of that device, so that arrays made with
+    Not collective. GPUs are taken before the CPU, and Level Zero before OpenCL. Each tile of a GPU counts, also where Level
+    Zero shows a GPU of several tiles as one device. It is dpctl's own cached queue of that device, so that arrays made with
     ``dpnp.asarray(x, device=...)`` share it.
 
     Returns

@@ -1,0 +1,239 @@
+"""How the ranks of a call share the work: what users may say of it, and which rank then holds what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, cast
+
+from ._call.checks import check_exchange, check_integer, check_node_size, check_overlap
+from ._call.definitions import Option, options_of
+from ._local import LocalOptions
+from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ._call.checks import Geometry
+    from ._call.options import Options
+    from ._ranks import mpi
+
+KVS = ("ring", "all_gather")  # how keys get to the rows of other groups
+
+
+def _checked_together(name: str, value: Any, call: Any) -> Any:
+    """What `check_mesh` checks."""
+    return value
+
+
+class MeshOptions(TypedDict, total=False):
+    """The options that say how ranks work together; what a call computes does not depend on them."""
+
+    exchange: Annotated[
+        str,
+        Option(
+            "auto",
+            _checked_together,
+            '{"auto", "device", "host", "shared"}',
+            'Give MPI the device pointers, or copy through pinned host memory; "auto" finds out what MPI supports. "shared" is '
+            "for CPU devices of one node: ranks write and read in memory that they share, and wait for each other instead of "
+            "sending.",
+        ),
+    ]
+    overlap: Annotated[
+        SupportsIndex | str,
+        Option(
+            "auto",
+            _checked_together,
+            'int or "auto"',
+            "Into how many parts the kv heads of every rank, with their query heads, are divided: while one part is computed, "
+            "others travel. The result is the same, the messages are more and smaller. It helps only where the MPI library "
+            'moves data without being called. "auto" does not divide: nothing has been measured yet that would be faster for '
+            "it.",
+        ),
+    ]
+    node_size: Annotated[
+        SupportsIndex | str,
+        Option(
+            1,
+            _checked_together,
+            'int or "auto"',
+            "If more than 1, exchange in two steps: within nodes of so many consecutive ranks, then between nodes. Every "
+            "number travels twice, but a rank sends ``node_size + P / node_size - 2`` messages instead of ``P - 1``: for many "
+            'ranks and short sequences (`plan` tells). "auto": the ranks that share memory, or 1 if these are not consecutive '
+            "and as many on every node.",
+        ),
+    ]
+    ring: Annotated[
+        SupportsIndex | str,
+        Option(
+            1,
+            _checked_together,
+            'int or "auto"',
+            "If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, "
+            "as without a ring; the keys of every group travel from group to group, and partial results are merged. So there "
+            'may be more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as '
+            "many heads.",
+        ),
+    ]
+    order: Annotated[
+        Order,
+        Option(
+            "contiguous",
+            _checked_together,
+            '{"contiguous", "zigzag", "zigzag_ranks", "striped"}',
+            "Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.",
+        ),
+    ]
+    kv: Annotated[
+        str,
+        Option(
+            "ring",
+            _checked_together,
+            '{"ring", "all_gather", "auto"}',
+            'How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two '
+            'groups. "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it '
+            'never sends more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q '
+            "and out.",
+        ),
+    ]
+
+
+class UlyssesOptions(LocalOptions, MeshOptions, total=False):
+    """All options of `ulysses_attention`."""
+
+
+class Wish(NamedTuple):
+    """What a user has said of the mesh, checked."""
+
+    exchange: str
+    overlap: int
+    node_size: Any  # an integer, or "auto"
+    ring: int
+    order: Order
+    kv: str
+    place: Place  # of replicated tokens
+
+    def common(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        return {
+            "overlap": self.overlap,
+            "node_size": self.node_size,
+            "ring, order, kv and replicated_at": (self.ring, self.order, self.kv, self.place),
+            "exchange": check_exchange(self.exchange),
+        }
+
+
+class Mesh(NamedTuple):
+    """The ranks of a call as rings of Ulysses groups, and who holds what."""
+
+    ranks: mpi.Ranks
+    group: mpi.Ranks  # those that share the heads of this rank's rows
+    ring: int  # how many groups there are
+    kv: str  # how keys get to other groups
+    rows: tuple[Rows, ...]  # of every rank
+    keys: tuple[Rows, ...]
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        ranks: mpi.Ranks,
+        wish: Wish,
+        counts: Sequence[tuple[int, ...]],
+        options: Options,
+        shares: Sequence[tuple[Rows, ...]],
+    ) -> Mesh:
+        """The mesh of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
+
+        Among them are the shares of replicated tokens. Collective for the first time.
+        """
+        ring, order, place = wish.ring, wish.order, wish.place
+        packed = (None, None) if order == "contiguous" else (options.cu_seqlens_q, options.cu_seqlens_k)
+        held = []
+        for name, of_all, ends, of_tokens in zip("qk", counts, packed, shares, strict=True):
+            tokens = tuple(map(count, of_tokens))
+            given = tuple(rows - n for rows, n in zip(of_all, tokens, strict=True))
+            fixed = given if order == "contiguous" else None
+            within = ends_within(ends, sum(tokens) if place == "start" else 0, sum(given))
+            rows = rows_of_ranks(sum(given), ranks.size, ring, order, within, fixed)
+            check_rows(function, name, given, tuple(map(count, rows)), order, ring)
+            held.append(with_shares(rows, of_tokens, place))
+        return cls(ranks, ranks if ring == 1 else ranks.mesh(ring)[0], ring, wish.kv, *held)
+
+    def of_group(self, values: tuple[int, ...]) -> tuple[int, ...]:
+        """The values of the ranks of this group, of those of all."""
+        first = self.ranks.rank - self.group.rank
+        return values[first : first + self.group.size]
+
+
+def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: int, geometry: Geometry, settings: Options) -> Wish:
+    """Check the options of a mesh, of which the defaults are filled in, and where replicated tokens are.
+
+    "auto" is the smallest number of groups with which all ranks have as many heads.
+    """
+    given = {name: options.get(name, option.default) for name, option in options_of(MeshOptions).items()}
+    overlap, node_size = check_overlap(given["overlap"]), check_node_size(given["node_size"], ranks)
+    ring, order = check_ring(given["ring"], ranks, geometry.heads), check_order(given["order"])
+    if ring > 1 or order != "contiguous":
+        if overlap > 1:
+            raise ValueError(f"overlap must be 1 or 'auto' with a ring or an order of rows, not {overlap}")
+        if node_size != 1:
+            raise ValueError(f"node_size must be 1 with a ring or an order of rows, not {node_size!r}")
+        if not settings.backend.in_blocks:
+            settings.backend.refuse("a ring or an order of rows")
+    kv, place = check_kv(given["kv"], ring, geometry.heads, geometry.kv_heads), check_place(replicated_at)
+    check_exchange(given["exchange"])
+    return Wish(given["exchange"], overlap, node_size, ring, order, kv, place)
+
+
+def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:
+    """Check how keys are to get to other groups.
+
+    "auto" gathers them, which never sends more, where they take no more memory than in a ring, or than q and out.
+    """
+    if not isinstance(kv, str):
+        raise TypeError(f"kv must be a string, not {type(kv).__name__}")
+    if kv == "auto":
+        return "all_gather" if ring * kv_heads <= max(2 * kv_heads, heads) else "ring"
+    if kv not in KVS:
+        raise ValueError(f"kv must be one of {', '.join(KVS)} and auto, not {kv!r}")
+    return kv
+
+
+def check_ring(ring: Any, ranks: int, heads: int) -> int:
+    """How many groups there are."""
+    if isinstance(ring, str):
+        if ring != "auto":
+            raise ValueError(f"ring must be an integer or 'auto', not {ring!r}")
+        return next(size for size in range(1, ranks + 1) if ranks % size == 0 and heads % (ranks // size) == 0)
+    check_integer("ring", ring)
+    if ring < 1 or ranks % ring:
+        raise ValueError(f"ring must divide the {ranks} ranks, which {ring} does not")
+    return int(ring)
+
+
+def check_rows(function: str, name: str, given: tuple[int, ...], expected: tuple[int, ...], order: Order, ring: int) -> None:
+    """Check the rows that the ranks have of an array against those of their order; all ranks know these, and raise alike."""
+    for rank, (mine, fitting) in enumerate(zip(given, expected, strict=True)):
+        if mine != fitting:
+            raise ValueError(
+                f"{function}: with order {order!r} and ring {ring}, {name} must have {fitting} of the {sum(given)} rows on "
+                f"rank {rank}, not {mine}; see row_positions"
+            )
+
+
+def check_place(place: Any) -> Place:
+    """Check where replicated tokens are; returns it."""
+    if not isinstance(place, str):
+        raise TypeError(f"replicated_at must be a string, not {type(place).__name__}")
+    if place not in PLACES:
+        raise ValueError(f"replicated_at must be one of {' and '.join(PLACES)}, not {place!r}")
+    return cast("Place", place)
+
+
+def check_order(order: Any) -> Order:
+    """Check the name of an order of rows; returns it."""
+    if not isinstance(order, str):
+        raise TypeError(f"order must be a string, not {type(order).__name__}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    return cast("Order", order)

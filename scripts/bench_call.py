@@ -14,7 +14,7 @@ For float32 without options, on dpnp arrays. What takes turns (see timing.py):
 
 The least of the turns counts. The last columns part the time of Python by where its functions are, in shares that a profiler
 found: "checks" of arguments and options, "arrays" and their memory, "backends", "kernels" with what launches them, and "dpnp",
-with dpctl; "other" are built-in functions and what is above these. "groups" are the work-groups of the kernels.
+with dpctl. "other" are built-in functions and what is above these. "groups" are the work-groups of the kernels.
 """
 
 from __future__ import annotations

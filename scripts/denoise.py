@@ -9,10 +9,10 @@ attends to the whole picture, and eight bandwidths ``h`` are eight heads.
 Three additions to the plain method:
 
 * the pixel's position belongs to the token, so that near patches count more;
-* the values are the patch's cosine coefficients and their squares: attention
+* the values are the patch's cosine coefficients and their squares.  Attention
   then returns the mean and the variance that each coefficient has among similar
-  patches, and each noisy coefficient is pulled to its mean as far as the
-  variance says that it is noise (a Wiener filter);
+  patches.  Each noisy coefficient is pulled to its mean as far as the variance
+  says that it is noise (a Wiener filter);
 * a second call compares patches of the first estimate instead of the noisy ones.
 
 The settings below were chosen on small versions of several photographs.  A run

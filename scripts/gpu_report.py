@@ -4,8 +4,8 @@
     python scripts/gpu_report.py          # every kernel made for GPUs, every device
 
 Takes the newest ocloc, Intel's offline compiler, among those on PATH and those that `get_ocloc.sh` fetched, or the one given.
-One line per kernel and device: SIMD width, registers (GRF), bytes of spilled registers and of private memory, instructions;
-and of the hot loop, the one with the most matrix or multiply-add instructions: its instructions, how many are mad and dpas, and
+One line per kernel and device: SIMD width, registers (GRF), bytes of spilled registers and of private memory, instructions.
+Then the hot loop, the one with the most matrix or multiply-add instructions: its instructions, how many are mad and dpas, and
 the cycles that each pipe of the vector engine is busy in one turn:
 
     xmx     a dpas of eight rows takes eight cycles
@@ -14,8 +14,8 @@ the cycles that each pipe of the vector engine is busy in one turn:
     math    exp2, log2, division: four cycles for 16 numbers
     send    registers that come from memory or go there, one of 64 bytes in a cycle: the most that the first cache can
 
-The pipes work at the same time, so the busiest one bounds the speed; "reach" is the share of these cycles in which the pipe
-that counts, xmx where there is a dpas and else float, does dpas or mad: what the code allows of the peak if nothing stalls.
+The pipes work at the same time, so the busiest one bounds the speed. The pipe that counts is xmx where there is a dpas, else
+float; "reach" is the share of these cycles in which it does dpas or mad: what the code allows of the peak if nothing stalls.
 
 Kernels of one module for all options are compiled without any, with all but dropout ("+options"), and with all ("+dropout").
 

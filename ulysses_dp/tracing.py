@@ -89,10 +89,10 @@ def trace() -> Iterator[Trace]:
     Yields
     ------
     Trace
-        ``calls`` fills up while the block runs, each with its stages: ``agree`` (checks, and the agreement of all ranks on
-        them), ``prepare`` (memory, where that of the last call does not do), ``pack``, ``scatter`` (the first all-to-all),
-        ``attention``, ``gather`` (the second), ``unpack`` and ``confirm`` (that no rank failed). ``Trace.save`` writes a file
-        for Perfetto.
+        ``calls`` fills up while the block runs, each with its stages. First come ``agree`` (checks, and the agreement of all
+        ranks on them) and ``prepare`` (memory, where that of the last call does not do). Then come ``pack``, ``scatter`` (the
+        first all-to-all), ``attention``, ``gather`` (the second), ``unpack`` and ``confirm`` (that no rank failed).
+        ``Trace.save`` writes a file for Perfetto.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 
     python tools/gpu/memcheck.py [--kernel NAME] [--random N]
 
-Each call runs in a process of its own. A line tells what it launched and how long it took; a fault is an access outside of an
+Each call runs in a process of its own. A line tells what it launched and how long it took. A fault is an access outside of an
 allocation, an uninitialised number that decides something or is written, a race, a barrier that not all lanes reach, a write
 around a result, or a wrong result. Ends with 1 if there is one.
 """

@@ -238,9 +238,10 @@ def free_workspace() -> None:
     """Give back the device memory that is kept for later calls: buffers of this thread, and tables that threads share.
 
     Not collective. Calls keep their buffers for the next call on the same communicator and queue, until the communicator is
-    freed: as large as the largest call so far needed, but not more than ``ULYSSES_DP_WORKSPACE`` bytes in all, an environment
-    variable, by default a quarter of the device's memory. They also keep the memory of up to eight results, a quarter as much
-    at most, to use it again after these are gone. Small tables on the device are for all threads. The next call allocates anew.
+    freed. They are as large as the largest call so far needed, but not more than ``ULYSSES_DP_WORKSPACE`` bytes in all: an
+    environment variable, by default a quarter of the device's memory. Calls also keep the memory of up to eight results, a
+    quarter as much at most, to use it again after these are gone. Small tables on the device are for all threads. The next
+    call allocates anew.
 
     Examples
     --------

@@ -54,8 +54,8 @@ class Redistribution:
     place : Place, optional
         In memory that all ranks share, for the route "shared". Then `pack` writes into the buffers by heads of the other ranks,
         `unpack` reads from them, and instead of messages the ranks wait for each other in between. That is all the order there
-        has to be: a rank enters the last agreement of a call when it has read what it needs, and leaves it after all have
-        entered, so nothing is overwritten by the next call that is still read; and the buffers of a call are apart.
+        has to be. A rank enters the last agreement of a call when it has read what it needs, and leaves it after all have
+        entered: so the next call overwrites nothing that is still read. The buffers of a call are apart.
     """
 
     def __init__(

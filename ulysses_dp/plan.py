@@ -223,7 +223,7 @@ class _Message(NamedTuple):
 def _messages(problem: _Problem, *, gradient: bool) -> list[_Message]:
     """The messages of a call, from its lists of items."""
     geometry = Geometry(problem.batch, problem.heads, problem.kv_heads, problem.head_dim, problem.dtype)
-    dtype = np.dtype("uint16" if problem.dtype == "bfloat16" else problem.dtype)
+    dtype = np.dtype(DTYPES[problem.dtype].stored)
     where = geometry, dtype, problem.shares, problem.rows, problem.rows
     if gradient:
         name, lists = "gradient", gradient_lists(*where, context=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +26,14 @@ DTYPES = {
         DType("bfloat16", 2, "float32", "uint16"),
     )
 }
-_BY_STORED = {np.dtype(dtype.stored): dtype for dtype in DTYPES.values()}
+_HELD = {dtype.stored: dtype.name for dtype in DTYPES.values()}
 # of dtypes that NumPy does not have, the dtype of an array of its bit patterns, by their name
 BITS = {dtype.name: dtype.stored for dtype in DTYPES.values() if dtype.stored != dtype.name}
+
+
+def held_by(dtype: Any) -> str:
+    """The name of the numbers that USM arrays of this dtype hold."""
+    return _HELD.get(str(dtype), str(dtype))
 
 
 def names(dtypes: Sequence[DType] = tuple(DTYPES.values())) -> str:

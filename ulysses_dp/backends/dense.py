@@ -13,6 +13,7 @@ from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
 from .._call.spans import UNLIMITED, spans
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
+from .._device.dtypes import held_by
 from .._device.trace import note
 from .._device.workspace import kept, scratch
 from ._base import compute_dtype
@@ -39,8 +40,10 @@ class Mask:
     def blind(self) -> Any:
         """Which queries see no key; (1 or batch, 1 or heads, 1 or seq_q)."""
 
+        hidden = MINUS_INFINITY_BITS if held_by(self.added.dtype) == "bfloat16" else -np.inf
+
         def find() -> Any:
-            return tensor.all(self.added == (MINUS_INFINITY_BITS if self.added.dtype == np.uint16 else -np.inf), axis=-1)
+            return tensor.all(self.added == hidden, axis=-1)
 
         return kept(self.added.sycl_queue, f"blind {self.slot}", find) if self.slot else find()
 

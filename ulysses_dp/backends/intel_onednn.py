@@ -19,6 +19,7 @@ from ulysses_dp.kernels.row_dot import row_dot
 
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
+from .._device.dtypes import held_by
 from .._device.workspace import scratch
 from . import _onednn
 from ._base import Backend
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .._call.options import Options
     from .._ranks.partition import HeadMap
 
-DTYPES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16"}  # by the dtype of a USM array
+DTYPES = ("float32", "float16", "bfloat16")
 COARSE = 2.0**-10  # error of the weights from which on the gradient is refused: for float32, with an lse of 16384
 ALIGNMENT = 64  # bytes: GPU kernels read blocks, which must not start between
 
@@ -54,7 +55,7 @@ class IntelOneDnn(Backend):
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         _onednn.library()
         super().check(device, geometry, options, backward=backward, more=more)
-        if geometry.dtype not in DTYPES.values():
+        if geometry.dtype not in DTYPES:
             self.refuse(geometry.dtype)
         if backward and geometry.head_dim == 1:  # the library would end the process
             self.refuse("the gradient for head_dim 1")
@@ -255,7 +256,7 @@ def _run(
     """
     queue, kv_heads, engine = reads[0].sycl_queue, reads[1].shape[2], _onednn.engine_of(reads[0].sycl_queue)
     masks = [] if mask is None else [tensor.permute_dims(mask.added, (0, 2, 1, 3))]
-    if masks and engine.kind == _onednn.CPU and reads[0].dtype == np.uint16:
+    if masks and engine.kind == _onednn.CPU and held_by(reads[0].dtype) == "bfloat16":
         # oneDNN 3.13.2 is wrong in bfloat16 with AMX if a mask of rows and keys is one for several batches and heads
         masks = [tensor.broadcast_to(x, (reads[0].shape[0], *x.shape[1:])) for x in masks]
 
@@ -310,7 +311,7 @@ def _spec(x: Any, kv_heads: int, share: int) -> Spec:
         if shape[axis] == 1:
             strides[axis] = extent
         extent = max(extent, strides[axis] * shape[axis])
-    return Spec(DTYPES[str(x.dtype)], tuple(shape), tuple(strides))
+    return Spec(held_by(x.dtype), tuple(shape), tuple(strides))
 
 
 def _is_normal(spec: Spec) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays
+from .._device.dtypes import held_by
 from .._device.workspace import empty_like, scratch
 from ._base import Backend
 from .dense import BY_MASK, add_up, for_query_heads, is_coarse, mask_of
@@ -142,7 +143,7 @@ def _to_torch(x: Any) -> Any:
         result = torch.from_numpy(_on_host(x))
     else:  # never run: there was no XPU, only the documentation of DLPack in torch and dpctl
         result = torch.from_dlpack(x)
-    return result.view(torch.bfloat16) if x.dtype == np.uint16 else result
+    return result.view(torch.bfloat16) if held_by(x.dtype) == "bfloat16" else result
 
 
 def _on_host(x: Any) -> np.ndarray:
@@ -161,7 +162,7 @@ def _write(result: Any, target: Any) -> None:
         if not target.sycl_device.is_cpu:
             torch.xpu.synchronize()  # never run; the queue of the array knows nothing of that of torch
         return
-    dtype = "bfloat16" if target.dtype == np.uint16 else str(target.dtype)
+    dtype = held_by(target.dtype)
     result = result.to(getattr(torch, dtype))
     host = (result.view(torch.uint16) if dtype == "bfloat16" else result).numpy()
     target[...] = tensor.asarray(host, sycl_queue=target.sycl_queue)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._device.arrays import describe, library_of, tensor
 from .._device.copies import copy_arrays
+from .._device.dtypes import held_by
 from ._base import Backend, compute_dtype
 from .dense import add_up, for_query_heads
 
@@ -134,8 +135,8 @@ class UserAttention(Backend):
 def _given(options: Options, dtype: str) -> dict[str, Any]:
     """Scale and causal, and what else the user has set, by the names of the public functions."""
     given = {"softmax_scale": options.softmax_scale, "causal": options.causal} | options.given
-    # bit patterns do not say what they are
-    return given | ({"dtype": "bfloat16"} if dtype == "uint16" else {})
+    numbers = held_by(dtype)
+    return given if numbers == dtype else given | {"dtype": numbers}  # bit patterns do not say what they are
 
 
 def _check_signature(name: str, function: Any, arrays: list[str], keywords: list[str]) -> None:

@@ -197,10 +197,8 @@ def launch(
     for i, memory in enumerate(memories):
         addresses[i] = memory._pointer
     queue.wait()
-    event = _submit(
-        *(kernel.addressof_ref(), queue.addressof_ref(), addresses, arguments.types, count),
-        *(_range(groups * lanes), _range(lanes), 1, None, 0),
-    )
+    of_kernel, of_queue = kernel.addressof_ref(), queue.addressof_ref()
+    event = _submit(of_kernel, of_queue, addresses, arguments.types, count, _range(groups * lanes), _range(lanes), 1, None, 0)
     if not event:
         raise RuntimeError(f"the device refused to run kernel {name} over {groups} groups of {lanes}")
     _wait(event)

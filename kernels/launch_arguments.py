@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 def sizes_of(q: Any, k: Any, problem: Problem, *, rows: int, tile_rows: int) -> Sizes:
     """The sizes of a call, of which so many rows are divided into tiles."""
     _, seq_q, heads, head_dim = q.shape
-    row_blocks = -(-rows // tile_rows)
     return Sizes(
-        *(heads, k.shape[2], problem.group, problem.head_shift, seq_q, k.shape[1], problem.diagonal, row_blocks, head_dim)
+        heads=heads,
+        kv_heads=k.shape[2],
+        group=problem.group,
+        head_shift=problem.head_shift,
+        seq_q=seq_q,
+        seq_k=k.shape[1],
+        diagonal=problem.diagonal,
+        row_blocks=-(-rows // tile_rows),
+        head_dim=head_dim,
     )
 
 

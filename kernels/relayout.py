@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .launch import launch, place, upload
+from .launch import KEPT_BYTES, launch, place, upload
 from .panel_copy import LANES, MAX_SOURCES, MAX_TARGETS, Panel, name
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def target_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int,
     return number, offset + first * slot, row, batch, slot
 
 
+_PANEL_BYTES = 8 * len(Panel._fields)
+
+
 @lru_cache(maxsize=128)
 def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
     """The table of panels in device memory."""
@@ -48,6 +51,7 @@ def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Pa
     if not panels or rows * batch == 0:
         return
     queue = targets[0].sycl_queue
+    table = _table if len(panels) * _PANEL_BYTES <= KEPT_BYTES else _table.__wrapped__
     # an array that no panel names still needs a valid pointer
     memories = [
         (*arrays, *[arrays[0]] * (most - len(arrays))) for arrays, most in ((sources, MAX_SOURCES), (targets, MAX_TARGETS))
@@ -55,7 +59,7 @@ def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Pa
     launch(
         queue,
         name(sources[0].dtype, targets[0].dtype, sums=any(panel.add for panel in panels)),
-        [*(x.usm_data for arrays in memories for x in arrays), _table(queue, panels)],
+        [*(x.usm_data for arrays in memories for x in arrays), table(queue, panels)],
         (len(panels), batch),
         groups=rows * batch,
         lanes=LANES,

@@ -86,7 +86,11 @@ _ALL = (
     _of_tile("narrow", {"avx512": 1.03, "avx2": 1.0}),
     _of_tile("short", {"avx512": 1.2, "avx2": 1.17, "gpu": 100.0}),
     Schedule(
-        *("gpu", SUB_GROUP, FULL_PRECISION, gpu_schedule.serves, {"gpu": 1.0}),
+        name="gpu",
+        rows=SUB_GROUP,
+        operands=FULL_PRECISION,
+        serves=gpu_schedule.serves,
+        costs={"gpu": 1.0},
         by_head=False,
         forward=gpu_schedule.launch_forward,
         backward=gpu_schedule.launch_backward,

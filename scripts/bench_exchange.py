@@ -49,7 +49,7 @@ from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
 from ulysses_dp._ranks import mpi
 from ulysses_dp._ranks.partition import Item, blocks_of, split
-from ulysses_dp._ranks.redistribution import Redistribution, places_for
+from ulysses_dp._ranks.redistribution import Redistribution, windows_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,10 +134,10 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         for name, heads in zip("qkv", job.heads, strict=True)
     )
 
-    place = next(places_for(link, queue, (items,), 1))
+    window = next(windows_for(link, queue, (items,), 1))
 
     def redistribution(by_heads: Any = None) -> Redistribution:
-        return Redistribution(link, arrays["q"], items, 1, by_heads=by_heads, place=place)
+        return Redistribution(link, arrays["q"], items, 1, by_heads=by_heads, window=window)
 
     def scatter() -> list[Any]:
         with trace.call(job.name):
@@ -151,7 +151,7 @@ def ours(job: Job, sources: list[np.ndarray], results: list[np.ndarray], comm: A
         return scatter
     # what computed the arrays has written them where they are sent from
     by_heads = tensor.empty(sum(x.size for x in arrays.values()), dtype=np.float32, sycl_queue=queue)
-    for name, view in redistribution(by_heads).places().items():
+    for name, view in redistribution(by_heads).arrays_by_heads().items():
         view[...] = arrays[name]
     targets = {name: tensor.zeros(x.shape, dtype=np.float32, sycl_queue=queue) for name, x in zip("qkv", results, strict=True)}
     queue.wait()

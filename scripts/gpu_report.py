@@ -223,9 +223,11 @@ def constants(kernel: str, form: str, device: str) -> tuple[tuple[int, int], ...
     """The specialisation constants of a form."""
     if len(forms(kernel)) == 1:
         return ()
-    names = ["exact"] + ["two_dimensional"] * (device not in WITHOUT_BLOCK_LOADS)
+    names = ["exact"] if device in WITHOUT_BLOCK_LOADS else ["exact", "two_dimensional"]
     if form:
-        names += ["spans", "softcap", "slopes", "bias", "padding"] + ["dropout"] * (form == "dropout")
+        names += ["spans", "softcap", "slopes", "bias", "padding"]
+    if form == "dropout":
+        names.append("dropout")
     return tuple((CONSTANTS[name], 1) for name in names)
 
 

@@ -337,10 +337,8 @@ def test_other_kinds(comm, functions, name, dtype):
         check_gradient(
             comm, random_qkv(15, 2, 13, 4, 2, 16, dtype), form=dtype, kind=name, functions=functions, context=context
         )
-        check_gradient(
-            *(comm, random_qkv(15, 2, 13, 4, 2, 16, dtype)),
-            **{"form": dtype, "kind": name, "functions": functions, "layout": "bhsd", "context": context} | options,
-        )
+        how = {"form": dtype, "kind": name, "functions": functions, "layout": "bhsd", "context": context}
+        check_gradient(comm, random_qkv(15, 2, 13, 4, 2, 16, dtype), **how, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, cast
 
-from ._call.checks import check_exchange, check_integer, check_node_size, check_overlap
+from ._call.checks import check_exchange, check_integer, check_node_size, check_overlap, shared_or_not
 from ._call.definitions import Option, options_of
 from ._local import LocalOptions
 from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
@@ -118,7 +118,7 @@ class Wish(NamedTuple):
             "overlap": self.overlap,
             "node_size": self.node_size,
             "ring, order, kv and replicated_at": (self.ring, self.order, self.kv, self.place),
-            "exchange": check_exchange(self.exchange),
+            "exchange": shared_or_not(self.exchange),
         }
 
 
@@ -181,8 +181,7 @@ def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: int, geome
         if not settings.backend.in_blocks:
             settings.backend.refuse("a ring or an order of rows")
     kv, place = check_kv(given["kv"], ring, geometry.heads, geometry.kv_heads), check_place(replicated_at)
-    check_exchange(given["exchange"])
-    return Wish(given["exchange"], overlap, node_size, ring, order, kv, place)
+    return Wish(check_exchange(given["exchange"]), overlap, node_size, ring, order, kv, place)
 
 
 def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:

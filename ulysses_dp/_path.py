@@ -14,7 +14,7 @@ import numpy as np
 
 from ._ranks.agree import CollectiveCall
 from ._ranks.partition import Item, kv_heads_are_shared, kv_shares, query_shares, trips
-from ._ranks.redistribution import Redistribution, places_for
+from ._ranks.redistribution import Redistribution, windows_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ._ranks import mpi
     from ._ranks.agree import Agreement
     from ._ranks.partition import Heads
-    from ._ranks.redistribution import Place
+    from ._ranks.redistribution import Window
     from ._ring import Ring
 
 Arrays = dict[str, Any]  # USM arrays by the names of items
@@ -100,13 +100,13 @@ class Description(NamedTuple):
 class _Part:
     """The redistributions of one part; items that are split into rows alike travel in one message."""
 
-    def __init__(self, what: Description, link: mpi.Link, number: int, places: Iterator[Place | None]) -> None:
+    def __init__(self, what: Description, link: mpi.Link, number: int, windows: Iterator[Window | None]) -> None:
         to_heads, to_rows = what.parts[number]
         messages = count()
 
         def new(items: tuple[Item, ...], **memory: Any) -> Redistribution:
             slot = slot_of(what.name, number, next(messages))
-            return Redistribution(link, what.like, items, what.batch, slot=slot, place=next(places), **memory)
+            return Redistribution(link, what.like, items, what.batch, slot=slot, window=next(windows), **memory)
 
         self.to_heads = [new(items, keep=what.keep) for items in trips(to_heads)]
         self.to_rows = [new(items, by_heads=what.by_heads) for items in trips(to_rows)]
@@ -118,7 +118,7 @@ class _Part:
         for move in self.to_heads:
             arrays |= move.received()
         for move in self._results:
-            arrays |= move.places()
+            arrays |= move.arrays_by_heads()
         return arrays
 
     def fill(self, arrays: Arrays) -> None:
@@ -164,10 +164,10 @@ def run(
     def prepare() -> list[_Part]:
         # first what all ranks do together: from there on, one may fail alone
         messages = tuple(items for part in what.parts for way in part for items in trips(way))
-        places = places_for(link, what.like.sycl_queue, messages, what.batch, known=agreement.repeated)
+        windows = windows_for(link, what.like.sycl_queue, messages, what.batch, known=agreement.repeated)
         if what.ring is not None:
             what.ring.prepare()
-        return [_Part(what, link, n, places) for n in range(len(what.parts))]
+        return [_Part(what, link, n, windows) for n in range(len(what.parts))]
 
     parts = call.prepare(agreement, prepare, fresh=what.keep)
     arrays, results = call.local(what.begin) or ({}, {})

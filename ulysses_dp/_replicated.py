@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._call.checks import check_places
+from ._call.checks import check_same_device
 from ._device.arrays import from_host, tensor, to_host
 from ._ranks import mpi
 from ._ranks.agree import on_all_ranks
@@ -105,7 +105,7 @@ def check_replicated(
         arrays, its = check(*replicated)
         if arrays[0].library is not like.library:
             raise TypeError(f"its arrays must be of the kind of q, {like.library.name}, not {arrays[0].library.name}")
-        check_places(("q", "q of these"), (like, arrays[0]))
+        check_same_device(("q", "q of these"), (like, arrays[0]))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"replicated: {error}") from error
     for name, given in vars(its).items():

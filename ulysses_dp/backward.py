@@ -13,7 +13,7 @@ from ._call.checks import (
     Geometry,
     check_array,
     check_inputs,
-    check_places,
+    check_same_device,
 )
 from ._call.definitions import parted, takes
 from ._call.layout import PACKED, lse_shape
@@ -333,7 +333,7 @@ def _check_like_q(name: str, x: Any, q: Array, dtype: str, shape: tuple[int, ...
         raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
-    check_places(("q", name), (q, array))
+    check_same_device(("q", name), (q, array))
     return array
 
 

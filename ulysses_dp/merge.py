@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._call.checks import check_array, check_device, check_dtype, check_places, shown
+from ._call.checks import check_array, check_device, check_dtype, check_same_device, shown
 from ._device.arrays import Array, tensor
 from ._device.copies import copy_arrays
 from ._device.dtypes import DTYPES, DType
@@ -221,7 +221,7 @@ def _check(given: Sequence[Any], dtype: Any, more: dict[str, Any]) -> _Given:
         if not number % 2 and _dtype(name, x, dtype).compute != compute:
             fitting = " or ".join(known for known, row in DTYPES.items() if row.compute == compute)
             raise TypeError(f"{name} must have the dtype {fitting} that fits out_a, not {x.dtype}")
-    check_places(list(arrays), list(arrays.values()))
+    check_same_device(list(arrays), list(arrays.values()))
     check_device(out_a)
     known = list(arrays.values())
     return _Given(known[: len(given)], known[len(given) :])

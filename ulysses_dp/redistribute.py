@@ -14,6 +14,7 @@ from ._call.checks import (
     check_dtype,
     check_exchange,
     check_node_size,
+    shared_or_not,
 )
 from ._call.layout import axes_to_bshd, inverse, permute
 from ._device.arrays import view
@@ -207,7 +208,7 @@ def _redistribute(
             f"batch (axis {axes[0]})": batch,
             f"head_dim (axis {axes[3]})": width,
             "dtype": given.dtype,
-            "exchange": check_exchange(exchange),
+            "exchange": shared_or_not(check_exchange(exchange)),
             "node_size": node_size,
         }
         sizes: tuple[int, ...] = (seq,)

@@ -57,13 +57,13 @@ class Trace(Record):
         events: list[dict[str, Any]] = [{"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}]
         number = 0
         for call in self.calls:
-            place = {"pid": rank, "tid": 0}
+            track = {"pid": rank, "tid": 0}
             start = 1e6 * (call.start - now)
-            events.append({"name": call.function, "ph": "X", "ts": start, "dur": 1e6 * call.seconds, **place})
+            events.append({"name": call.function, "ph": "X", "ts": start, "dur": 1e6 * call.seconds, **track})
             for stage in call.stages:
                 start, duration = 1e6 * (stage.start - now), 1e6 * stage.seconds
                 details = {x: getattr(stage, x) for x in ("bytes_sent", "messages", "route", "passes", "allocations")}
-                event = {"name": stage.name, **place, "args": {x: value for x, value in details.items() if value}}
+                event = {"name": stage.name, **track, "args": {x: value for x, value in details.items() if value}}
                 if stage.exchange:  # may overlap others of its row, which only asynchronous events may
                     number += 1
                     event |= {"cat": "exchange", "id": f"{rank}.{number}"}

@@ -125,13 +125,13 @@ def check_device(x: Array) -> None:
     manifest.read()
 
 
-def check_places(names: Sequence[str], arrays: Sequence[Array]) -> None:
+def check_same_device(names: Sequence[str], arrays: Sequence[Array]) -> None:
     """Check that arrays of one library are on one queue, or one device."""
-    places = [x.place for x in arrays]
-    if places.count(places[0]) < len(places):
-        if arrays[0].library.place_is == "queue":
-            raise ValueError(f"{_join(names)} must be on one queue, not {_each(names, map(_describe, places))}")
-        raise ValueError(f"{_join(names)} must be on one device, not {_each(names, places)}")
+    devices = [x.device for x in arrays]
+    if devices.count(devices[0]) < len(devices):
+        if arrays[0].library.device_is == "queue":
+            raise ValueError(f"{_join(names)} must be on one queue, not {_each(names, map(_describe, devices))}")
+        raise ValueError(f"{_join(names)} must be on one device, not {_each(names, devices)}")
 
 
 def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: Any) -> tuple[tuple[Array, ...], Geometry]:
@@ -144,7 +144,7 @@ def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: An
         dtypes.append(check_dtype(name, x, dtype))
     shapes = tuple(bshd_shape(x.shape, layout) for x in arrays)
     geometry = _check_shapes(names, tuple(x.library for x in arrays), shapes, tuple(dtypes))
-    check_places(names[:3], arrays)
+    check_same_device(names[:3], arrays)
     check_device(arrays[0])
     return arrays, geometry
 
@@ -176,9 +176,14 @@ def _check_shapes(
 
 
 def check_exchange(exchange: Any) -> str:
-    """Check the wish for a route; returns what must be the same on all ranks."""
+    """Check the wish for a route; returns it."""
     if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, not {shown(exchange)}")
+    return exchange
+
+
+def shared_or_not(exchange: str) -> str:
+    """What of the wish for a route must be the same on all ranks."""
     return "'shared'" if exchange == "shared" else "messages"
 
 

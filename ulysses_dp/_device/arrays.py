@@ -30,7 +30,7 @@ class Library:
     """What there is to know of the arrays of one library: a new one is a subclass of this in `LIBRARIES`."""
 
     name: str  #: of its class of arrays, for messages
-    place_is = "device"  #: what `place` tells
+    device_is = "device"  #: what `device` tells
 
     def owns(self, cls: type) -> bool:
         """Whether these are its arrays."""
@@ -40,7 +40,7 @@ class Library:
         """What keeps an array from being used: the exception, and what its message says after the name."""
         return None
 
-    def place(self, x: Any) -> Any:
+    def device(self, x: Any) -> Any:
         """Where an array is, equal for arrays that can be used together: a queue, a device, or None."""
         raise NotImplementedError
 
@@ -63,12 +63,12 @@ class Library:
 
 class _Usm(Library):
     name = "usm_ndarray"
-    place_is = "queue"
+    device_is = "queue"
 
     def owns(self, cls: type) -> bool:
         return issubclass(cls, tensor.usm_ndarray)
 
-    def place(self, x: Any) -> Any:
+    def device(self, x: Any) -> Any:
         return x.sycl_queue
 
     def on_host(self, x: Any) -> bool:
@@ -101,7 +101,7 @@ class _Numpy(Library):
         # a mask would be lost, and a matrix has two axes whatever is done to it
         return issubclass(cls, np.ndarray) and not issubclass(cls, np.ma.MaskedArray | np.matrix)
 
-    def place(self, x: Any) -> Any:
+    def device(self, x: Any) -> Any:
         return None
 
     def on_host(self, x: Any) -> bool:
@@ -137,7 +137,7 @@ class _Torch(Library):
             )
         return None
 
-    def place(self, x: Any) -> Any:
+    def device(self, x: Any) -> Any:
         return x.device
 
     def on_host(self, x: Any) -> bool:
@@ -179,7 +179,7 @@ class _Strict(Library):
     def owns(self, cls: type) -> bool:
         return issubclass(cls, _imported("array_api_strict._array_object", "Array"))  # no public name
 
-    def place(self, x: Any) -> Any:
+    def device(self, x: Any) -> Any:
         return x.device
 
     def on_host(self, x: Any) -> bool:
@@ -211,7 +211,7 @@ class Array(NamedTuple):
     library: Library
     dtype: str  # NumPy's name, which tells the other byte order apart
     shape: tuple[int, ...]
-    place: Any  # equal for arrays that can be used together
+    device: Any  # a queue, a device or None: equal for arrays that can be used together
     on_host: bool
 
     def queue(self) -> Any:
@@ -233,7 +233,7 @@ class Array(NamedTuple):
 
 def describe(x: Any, library: Library) -> Array:
     """What an array of this library is."""
-    return Array(x, library, dtype_of(x), tuple(x.shape), library.place(x), library.on_host(x))
+    return Array(x, library, dtype_of(x), tuple(x.shape), library.device(x), library.on_host(x))
 
 
 def library_of(x: Any) -> Library | None:

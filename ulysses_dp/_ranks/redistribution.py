@@ -51,7 +51,7 @@ class Redistribution:
         Flat memory by heads that there is already.
     keep : bool
         Receive into new memory, not into scratch memory.
-    place : Place, optional
+    window : Window, optional
         In memory that all ranks share, for the route "shared". Then `pack` writes into the buffers by heads of the other ranks,
         `unpack` reads from them, and instead of messages the ranks wait for each other in between. That is all the order there
         has to be. A rank enters the last agreement of a call when it has read what it needs, and leaves it after all have
@@ -68,16 +68,16 @@ class Redistribution:
         slot: str = "",
         by_heads: Any = None,
         keep: bool = False,
-        place: Place | None = None,
+        window: Window | None = None,
     ) -> None:
         ranks, queue = link.ranks, like.sycl_queue
         self._link, self._queue = link, queue
         self._rest: list[Callable[[], None]] = []
         self._in_window: Any = None  # the buffer by heads where what comes is copied from it
-        if place is not None:
-            self._layout = layout = layout_of(ranks.rank, items, batch, link, place.starts, keep=keep)
+        if window is not None:
+            self._layout = layout = layout_of(ranks.rank, items, batch, link, window.starts, keep=keep)
             size = layout.dtype.itemsize
-            self._by_rows = tensor.usm_ndarray((place.memory.nbytes // size,), dtype=layout.dtype, buffer=place.memory)
+            self._by_rows = tensor.usm_ndarray((window.memory.nbytes // size,), dtype=layout.dtype, buffer=window.memory)
             if keep:
                 self._in_window = self._by_rows
                 self._by_heads = empty_like(like, (layout.transfer.size_by_heads,), layout.dtype)
@@ -151,7 +151,7 @@ class Redistribution:
         """The items as they came to the heads of this rank, by name: views of the buffer, or copies of what it cannot show."""
         if self._in_window is not None:
             self._keep_what_came()
-        arrays = self.places()
+        arrays = self.arrays_by_heads()
         for name, columns in self._wide():
             copy_arrays((columns,), (as_columns(arrays[name], self._layout.dtype),))
         return arrays
@@ -169,7 +169,7 @@ class Redistribution:
                 relayout([self._in_window], [self._by_heads], [panel], rows=rows, batch=1)
             note(passes=1)
 
-    def places(self) -> dict[str, Any]:
+    def arrays_by_heads(self) -> dict[str, Any]:
         """Where the items for the heads of this rank are computed, by name: (batch, all rows, heads of this rank, width).
 
         A single number per head is (batch, heads, rows). If it is wider than the numbers of the message, it has memory of its
@@ -326,25 +326,25 @@ def layout_of(
     return _layout(rank, items, batch, link.node_size if link.two_steps else 0, window, keep=keep)
 
 
-class Place(NamedTuple):
+class Window(NamedTuple):
     """Where the items of one redistribution are in memory that all ranks share."""
 
     memory: Any
     starts: tuple[int, ...]  # of the buffers by heads, in bytes, by rank
 
 
-def places_for(
+def windows_for(
     link: mpi.Link, queue: Any, messages: tuple[tuple[Item, ...], ...], batch: int, *, known: bool = False
-) -> Iterator[Place | None]:
+) -> Iterator[Window | None]:
     """Where each message is in memory that the ranks share; None for all where they do not.
 
     Collective, unless it is `known` that all ranks have the memory.
     """
     if link.route.name != "shared":
         return repeat(None)
-    window = window_of(messages, batch)
-    memory = mpi.shared_memory(link.ranks, queue, window.bounds, known=known)
-    return (Place(memory, starts) for starts in window.starts)
+    layout = window_of(messages, batch)
+    memory = mpi.shared_memory(link.ranks, queue, layout.bounds, known=known)
+    return (Window(memory, starts) for starts in layout.starts)
 
 
 def _check_numbers(layout: _Layout, link: mpi.Link) -> None:
@@ -387,18 +387,18 @@ def _blocks(layout: _Layout) -> Iterator[_Block]:
 
 
 @lru_cache(maxsize=256)
-def _pack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
+def _pack_panels(layout: _Layout, strides: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
     """From arrays with these offsets and strides to the two buffers."""
     return tuple(
-        Panel(*source_at(block.item, places[block.item], block.first), *block.position, block.heads, block.width)
+        Panel(*source_at(block.item, strides[block.item], block.first), *block.position, block.heads, block.width)
         for block in _blocks(layout)
     )
 
 
 @lru_cache(maxsize=256)
-def _unpack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
+def _unpack_panels(layout: _Layout, strides: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
     """From the two buffers to arrays with these offsets and strides."""
-    panels, covered = [], [0] * len(places)  # heads of each item that the ranks so far have brought
+    panels, covered = [], [0] * len(strides)  # heads of each item that the ranks so far have brought
     for block in _blocks(layout):
         number, first = block.item, block.first
         buffer, start, row, batch, head = block.position
@@ -406,7 +406,7 @@ def _unpack_panels(layout: _Layout, places: tuple[tuple[int, ...], ...]) -> tupl
         covered[number] = max(covered[number], first + block.heads)
         for skip, heads, add in ((0, again, 1), (again, block.heads - again, 0)):
             source = (buffer, start + skip * head, row, batch, head, 1)
-            target = target_at(number, places[number], first + skip)
+            target = target_at(number, strides[number], first + skip)
             panels.append(Panel(*source, *target, heads, block.width, add=add))
     return tuple(panels)
 

@@ -127,8 +127,8 @@ class UserAttention(Backend):
             raise TypeError(f"{subject} with dtype {dtype}, not {array.dtype}")
         if array.shape != tuple(shape):
             raise ValueError(f"{subject} with shape {tuple(shape)}, not {array.shape}")
-        if array.place != like.place:
-            raise ValueError(f"{subject} where q is, on {like.place}, not on {array.place}")
+        if array.device != like.device:
+            raise ValueError(f"{subject} where q is, on {like.device}, not on {array.device}")
         return array.usm()
 
 

@@ -12,12 +12,14 @@ import numpy as np
 from ._call.checks import check_array, check_device, check_dtype, check_same_device, shown
 from ._device.arrays import Array, tensor
 from ._device.copies import copy_arrays
-from ._device.dtypes import DTYPES, DType
+from ._device.dtypes import BITS, DTYPES, DType
 from ._device.queue import device_turn
 from ._device.workspace import empty_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+_BITS = " or ".join(map(repr, BITS))
 
 
 def merge_attention(
@@ -200,15 +202,15 @@ def _check(given: Sequence[Any], dtype: Any, more: dict[str, Any]) -> _Given:
         if x.library is not out_a.library:
             raise TypeError(f"{name} must be of the kind of out_a, {out_a.library.name}, not {x.library.name}")
     if not isinstance(dtype, str | None):
-        raise TypeError(f"dtype must be None or 'bfloat16', not {shown(dtype)}")
-    if dtype not in (None, "bfloat16"):
-        raise ValueError(f"dtype must be None or 'bfloat16', not {dtype!r}")
+        raise TypeError(f"dtype must be None or {_BITS}, not {shown(dtype)}")
+    if dtype not in (None, *BITS):
+        raise ValueError(f"dtype must be None or {_BITS}, not {dtype!r}")
     if len(out_a.shape) not in (3, 4):
         raise ValueError(
             f"out_a must have the axes (batch, seq, heads, head_dim) or (total, heads, head_dim), not shape {out_a.shape}"
         )
-    if dtype and out_a.dtype in DTYPES and not any(x.dtype in ("uint16", "bfloat16") for x in arrays.values()):
-        raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {out_a.dtype}; expected uint16 or bfloat16")
+    if dtype and out_a.dtype in DTYPES and not any(x.dtype in (dtype, BITS[dtype]) for x in arrays.values()):
+        raise TypeError(f"dtype is {dtype!r}, but out_a has dtype {out_a.dtype}; expected {BITS[dtype]} or {dtype}")
     compute = _dtype("out_a", out_a, dtype).compute
     *_, rows, heads, _ = out_a.shape
     lse_shape = *out_a.shape[:-3], heads, rows
@@ -228,8 +230,8 @@ def _check(given: Sequence[Any], dtype: Any, more: dict[str, Any]) -> _Given:
 
 
 def _dtype(name: str, x: Array, dtype: str | None) -> DType:
-    """The dtype of an out; `dtype` says only what uint16 arrays hold."""
-    return DTYPES[check_dtype(name, x, dtype if x.dtype == "uint16" else None)]
+    """The dtype of an out; `dtype` says only what arrays of bit patterns hold."""
+    return DTYPES[check_dtype(name, x, dtype if x.dtype in BITS.values() else None)]
 
 
 def _stored(x: Array) -> str:

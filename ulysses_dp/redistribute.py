@@ -19,6 +19,7 @@ from ._call.checks import (
 from ._call.layout import axes_to_bshd, inverse, permute
 from ._device.arrays import view
 from ._device.copies import copy_arrays
+from ._device.dtypes import BITS
 from ._device.trace import call, stage
 from ._device.workspace import empty_like
 from ._path import Arrays, Description, Lists
@@ -198,7 +199,7 @@ def _redistribute(
         check_node_size(node_size, ranks.size)
         given = check_array("x", x)
         check_axis_count("x", given)
-        if given.dtype != "uint16":  # which is moved as it is, whatever it holds
+        if given.dtype not in BITS.values():  # which are moved as they are, whatever they hold
             check_dtype("x", given, None)
         check_device(given)
         batch, seq, heads, width = shape = tuple(given.shape[axis] for axis in axes)

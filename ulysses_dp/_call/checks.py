@@ -13,7 +13,7 @@ from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from .._device.arrays import LIBRARIES, Array, Library, describe, library_of
-from .._device.dtypes import DTYPES, names
+from .._device.dtypes import BITS, DTYPES, held_by, names
 from .._device.queue import default_queue
 from .._ranks.partition import group_size
 from .layout import LAYOUTS, PACKED, Layout, bshd_shape
@@ -79,11 +79,12 @@ def check_axis_count(name: str, x: Array, layout: Layout = "bshd") -> None:
 
 
 def check_dtype(name: str, x: Array, dtype: str | None) -> str:
-    """Check the dtype of an array, which for uint16 the user says; returns its name."""
-    if x.dtype == "uint16" and dtype == "bfloat16":
+    """Check the dtype of an array, which of bit patterns the user says; returns its name."""
+    if dtype is not None and BITS.get(dtype) == x.dtype:
         return dtype
     if x.dtype not in DTYPES:
-        hint = "; for bfloat16 in uint16 arrays give dtype='bfloat16'" if x.dtype == "uint16" else ""
+        held = held_by(x.dtype)
+        hint = "" if held == x.dtype else f"; for {held} in {x.dtype} arrays give dtype={held!r}"
         raise TypeError(f"{name} has dtype {x.dtype}; supported are {names()} in native byte order{hint}")
     if dtype is not None and dtype != x.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}, but dtype is {dtype!r}")

@@ -165,13 +165,13 @@ def ulysses_attention(
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
-    {more options}
     replicated : tuple of q_r, k_r and v_r, optional
         Tokens that every rank has whole, the same on all ranks, such as a text beside a long image: arrays like q, k and v,
         with any number of rows. They count once. With the rows of all ranks they are one sequence, in which options count:
         key_padding_mask, for instance, is for the keys of both.
     replicated_at : {"start", "end"}
         Whether these tokens come before the rows of the ranks or after them.
+    {more options}
 
     Returns
     -------

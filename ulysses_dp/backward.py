@@ -162,13 +162,13 @@ def ulysses_attention_backward(
     ctx : Context, optional
         What `ulysses_attention` returned with ``return_ctx=True``: then q, k, v and lse are not sent again, and the options of
         attention need not be repeated.
-    {more names}
-        What `ulysses_attention` was given; with `ctx`, the last three are those of `ctx`.
     replicated : tuple of dout_r, q_r, k_r, v_r, out_r, lse_r and perhaps dlse_r, optional
         The tokens that `ulysses_attention` was given, what it returned of them, and the gradient of the loss with respect to
         that; the same on all ranks.
     replicated_at
         What `ulysses_attention` was given; with `ctx`, that of `ctx`.
+    {more names}
+        What `ulysses_attention` was given; with `ctx`, the last three are those of `ctx`.
 
     Returns
     -------

@@ -107,6 +107,7 @@ setup(
         "ulysses_dp",
         "ulysses_dp._call",
         "ulysses_dp._device",
+        "ulysses_dp._plan",
         "ulysses_dp._ranks",
         "ulysses_dp.backends",
         "ulysses_dp.kernels",

@@ -1,6 +1,7 @@
 """What a call will cost on 1 to 16384 ranks: messages, bytes, memory, time; or how well that is predicted here.
 
     python scripts/plan.py --seq 1048576 --heads 32 --kv-heads 8 --head-dim 128 --machine aurora --plot plan.png
+    python scripts/plan.py --seq 131072 --heads 32 --machine aurora --ranks 48 --meshes --causal --order zigzag
     mpiexec -n 2 python scripts/plan.py --measure here.json
     mpiexec -n 2 python scripts/plan.py --seq 4096 --heads 8 --machine here.json --check
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 # in the order in which they come, and their titles in the table
 STAGES = {"delta": "delta", "pack": "pack", "scatter": "scatter", "attention": "attention"}
-STAGES |= {"attention backward": "backward", "gather": "gather", "unpack": "unpack"}
+STAGES |= {"attention backward": "backward", "shift": "shift", "gather": "gather", "unpack": "unpack"}
 RANKS = [2**n for n in range(15)]
 SMALL, LARGE = 32, 4096  # rows of the two sizes that --measure calls
 HEADS, HEAD_DIM = 8, 64  # at least this many heads
@@ -42,7 +43,7 @@ OUTSIDE = "outside"  # the time of a call in none of these stages
 
 def problem(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `plan` that say what is computed."""
-    names = ("seq", "heads", "kv_heads", "head_dim", "dtype", "batch", "causal", "backward")
+    names = ("seq", "heads", "kv_heads", "head_dim", "dtype", "batch", "causal", "backward", "ring", "order", "kv")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -64,24 +65,37 @@ def short(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
+def meshes(call: dict[str, Any], ranks: list[int], machine: Machine) -> list[Plan]:
+    """The plans of all meshes of these numbers of ranks."""
+    sizes = [(n, ring) for n in ranks for ring in range(1, n + 1) if n % ring == 0]
+    return [ulysses_dp.plan(**call | {"ring": ring}, ranks=n, machine=machine) for n, ring in sizes]
+
+
+def mesh_of(plan: Plan) -> str:
+    """Ranks of a group by groups."""
+    return f"{plan.ranks // plan.ring}x{plan.ring}"
+
+
 def print_table(plans: list[Plan]) -> None:
-    """One line for each number of ranks; then what to know about them."""
+    """One line for each mesh; then what to know about them."""
     names = {name for plan in plans for name in stage_seconds(plan)}
     stages = [name for name in STAGES if name in names]
     titles = "".join(f"{STAGES[name]:>10}" for name in stages)
-    print(f" ranks     rows heads kv  messages   sent MB memory GB |{titles}     total  efficiency  largest seq")
+    about = " ranks     mesh     rows heads kv balance  messages   sent MB memory GB"
+    print(f"{about} |{titles}     total  efficiency  largest seq")
     for plan in plans:
         seconds = stage_seconds(plan)
         cells = "".join(f"{short(seconds[name]) if name in seconds else '-':>10}" for name in stages)
         gigabytes = sum(plan.memory.values()) / 1e9
         print(
-            f"{plan.ranks:6} {plan.rows:8} {plan.heads:5} {plan.kv_heads:2} {plan.messages:9} {plan.bytes_sent / 1e6:9.4g} "
-            f"{gigabytes:9.3g} |{cells}{short(plan.seconds):>10} {plan.efficiency:11.1%} {plan.largest_seq:12}"
+            f"{plan.ranks:6} {mesh_of(plan):>8} {plan.rows:8} {plan.heads:5} {plan.kv_heads:2} {plan.balance:7.3g} "
+            f"{plan.messages:9} {plan.bytes_sent / 1e6:9.4g} {gigabytes:9.3g} |"
+            f"{cells}{short(plan.seconds):>10} {plan.efficiency:11.1%} {plan.largest_seq:12}"
         )
     notes: dict[str, list[str]] = {}
     for plan in plans:
         for note in plan.notes:
-            notes.setdefault(note, []).append(str(plan.ranks))
+            notes.setdefault(note, []).append(mesh_of(plan) if plan.ring > 1 else str(plan.ranks))
     for note, ranks in notes.items():
         print(f"{'all' if len(ranks) == len(plans) else ', '.join(ranks)}: {note}")
 
@@ -117,10 +131,10 @@ def inputs(comm: Any, call: dict[str, Any]) -> list[Any]:
     import dpnp
 
     from ulysses_dp._device.queue import default_queue
-    from ulysses_dp._ranks.partition import split
 
     rng = np.random.default_rng(comm.rank)
-    rows, (heads, kv_heads) = split(call["seq"], comm.size)[comm.rank], (call["heads"], call["kv_heads"] or call["heads"])
+    heads, kv_heads = call["heads"], call["kv_heads"] or call["heads"]
+    rows = len(ulysses_dp.row_positions(call["seq"], comm, order=call["order"], ring=call["ring"]))
     shapes = [(call["batch"], rows, n, call["head_dim"]) for n in (heads, kv_heads, kv_heads, heads)]
     arrays = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
     if call["dtype"] == "bfloat16":
@@ -136,7 +150,8 @@ def inputs(comm: Any, call: dict[str, Any]) -> list[Any]:
 def run(comm: Any, call: dict[str, Any], repeats: int) -> list[tuple[dict[str, float], int]]:
     """Make the calls of a plan; forward and backward, the seconds of the stages of the fastest, and the bytes sent there."""
     q, k, v, dout = inputs(comm, call)
-    options = {"comm": comm, "causal": call["causal"], "dtype": call["dtype"] if call["dtype"] == "bfloat16" else None}
+    options = {name: call[name] for name in ("causal", "ring", "order", "kv")} | {"comm": comm}
+    options["dtype"] = call["dtype"] if call["dtype"] == "bfloat16" else None
     results: tuple[Any, ...] = ()
 
     def forward() -> None:
@@ -159,7 +174,9 @@ def run(comm: Any, call: dict[str, Any], repeats: int) -> list[tuple[dict[str, f
             with ulysses_dp.trace() as record:
                 function()
             whole = time.perf_counter() - start
-            times = {stage.name: stage.seconds for stage in record.stages if stage.name in STAGES}
+            # what is shifted runs beside the attention: the time for which it is waited is outside
+            names = {stage.name for stage in record.stages} & STAGES.keys() - {"shift"}
+            times = {name: record.seconds(name) for name in names}
             times[OUTSIDE] = whole - sum(times.values())
             times = {name: comm.allreduce(value) / comm.size for name, value in times.items()}
             if turn:  # the first one compiles the kernels and gets the memory
@@ -176,6 +193,7 @@ def measure(comm: Any, repeats: int, name: str) -> Machine:
     shared, ranks = device.is_cpu, comm.size
     heads = -(-HEADS // ranks) * ranks  # everything divides
     call = {"heads": heads, "kv_heads": heads, "head_dim": HEAD_DIM, "batch": 1, "causal": False, "backward": True}
+    call |= {"ring": 1, "order": "contiguous", "kv": "ring"}
     (small, _), _ = run(comm, call | {"seq": SMALL * ranks, "dtype": "float32"}, 10 * repeats)
     constant = statistics.fmean((small["pack"], small["unpack"]))
     latency = max((small["scatter"] + small["gather"]) / 2 - constant, 1e-6) / (ranks - 1)
@@ -214,6 +232,7 @@ def check(comm: Any, arguments: argparse.Namespace) -> None:
     """Make the calls of the plan and print by how much it is wrong."""
     call, machine = problem(arguments), find(arguments.machine)
     plan = ulysses_dp.plan(**call, ranks=comm.size, machine=machine)
+    call |= {"ring": plan.ring, "kv": plan.kv}
     measured = run(comm, call, arguments.repeats)
     if comm.rank:
         return
@@ -221,9 +240,10 @@ def check(comm: Any, arguments: argparse.Namespace) -> None:
     print(f"{'stage':20} {'predicted':>10} {'measured':>10}   error")
     totals = [0.0, 0.0]
     for planned, (times, _) in zip((plan.forward, plan.backward), measured, strict=False):
-        predicted = {stage.name: stage.seconds for stage in planned.stages} | {OUTSIDE: machine.call_seconds}
+        predicted = {stage.name: stage.seconds for stage in planned.stages}
+        predicted[OUTSIDE] = machine.call_seconds + predicted.pop("shift", 0.0)
         for name, seconds in predicted.items():
-            print_error(name, seconds, times[name])
+            print_error(name, seconds, times.get(name, 0.0))
         totals = [totals[0] + sum(predicted.values()), totals[1] + sum(times.values())]
     print_error("whole", *totals)
 
@@ -231,6 +251,11 @@ def check(comm: Any, arguments: argparse.Namespace) -> None:
 def print_error(name: str, predicted: float, measured: float) -> None:
     """One line of --check."""
     print(f"{name:20} {short(predicted):>10} {short(measured):>10} {predicted / measured - 1:+7.0%}")
+
+
+def ring_or_auto(text: str) -> int | str:
+    """What --ring is."""
+    return text if text == "auto" else int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -245,6 +270,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--backward", action="store_true", help="with the gradient")
     parser.add_argument("--machine", default="cpu-2-cores", help=f"{', '.join(MACHINES)}, or a file of --measure")
+    parser.add_argument("--ring", type=ring_or_auto, default=1, help="groups of ranks, or auto (1)")
+    parser.add_argument("--order", default="contiguous", help="contiguous, zigzag, zigzag_ranks or striped")
+    parser.add_argument("--kv", default="ring", help="ring, all_gather or auto")
+    parser.add_argument("--meshes", action="store_true", help="all meshes of these ranks: Ulysses degree x ring degree")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (powers of two up to 16384)")
     parser.add_argument("--json", type=Path, help="write the plans here")
     parser.add_argument("--plot", help="draw time against ranks here")
@@ -254,6 +283,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats must be at least 1")
+    if arguments.meshes and arguments.plot:
+        parser.error("--plot draws numbers of ranks, not --meshes")
     return arguments
 
 
@@ -277,7 +308,10 @@ def main() -> None:
             check(comm, arguments)
             return
         ranks = arguments.ranks or [n for n in RANKS if n <= (find(arguments.machine).ranks or n)]
-        plans = [ulysses_dp.plan(**problem(arguments), ranks=n, machine=arguments.machine) for n in ranks]
+        if arguments.meshes:
+            plans = meshes(problem(arguments), ranks, find(arguments.machine))
+        else:
+            plans = [ulysses_dp.plan(**problem(arguments), ranks=n, machine=arguments.machine) for n in ranks]
     except (TypeError, ValueError) as error:
         raise SystemExit(f"plan: {error}") from error
     print_table(plans)

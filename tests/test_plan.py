@@ -1,20 +1,30 @@
 """Plans against calls: a plan counts what a call records, on every rank, and its memory is what a call keeps."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from checks import dtype_option, encode
-from helpers import part, random_qkv, split
+from helpers import random_qkv, split
 from mpi4py import MPI
 from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES
 
-from ulysses_dp import Machine, free_workspace, plan, trace, ulysses_attention, ulysses_attention_backward
+from ulysses_dp import (
+    Machine,
+    free_workspace,
+    plan,
+    row_positions,
+    trace,
+    ulysses_attention,
+    ulysses_attention_backward,
+)
 from ulysses_dp._device import workspace
 from ulysses_dp._device.queue import default_queue
+from ulysses_dp._plan.memory import memory_of
+from ulysses_dp._plan.problem import Problem
+from ulysses_dp._ranks.orders import ORDERS
 from ulysses_dp.machine import MACHINES, Level
-from ulysses_dp.plan import _memory, _Problem
 
 # (batch, seq, heads, kv_heads, head_dim): even, uneven, shared kv heads, ranks without heads, without rows; copies by head
 SIZES = [(1, 48, 12, 12, 16), (2, 13, 12, 2, 16), (1, 24, 6, 2, 8), (2, 7, 5, 5, 16), (1, 3, 2, 1, 8), (1, 1100, 4, 2, 64)]
@@ -47,20 +57,20 @@ def dtype_of(form):
     return "bfloat16" if form == "bits" else form
 
 
-def run(comm, sizes, form, backward):
+def run(comm, sizes, form, backward, **options):
     """Make the calls that a plan is about; returns their traces and the bytes that scratch memory then has, by slot."""
     batch, seq, heads, kv_heads, head_dim = sizes
-    rows = split(seq, comm.size)
+    rows = row_positions(seq, comm, order=options.get("order", "contiguous"), ring=options.get("ring", 1))
     whole = random_qkv(0, batch, seq, heads, kv_heads, head_dim)
-    q, k, v = (encode(part(x, rows, comm.rank), form) for x in whole)
-    how = {"comm": comm, "return_lse": backward} | dtype_option(form)
+    q, k, v = (encode(x[:, rows], form) for x in whole)
+    how = {"comm": comm} | options | dtype_option(form)
     free_workspace()
     with trace() as forward:
-        results = ulysses_attention(q, k, v, **how)
+        results = ulysses_attention(q, k, v, return_lse=backward, **how)
     with trace() as gradient:
         if backward:
             out, lse = results
-            ulysses_attention_backward(out, q, k, v, out, lse, comm=comm, **dtype_option(form))
+            ulysses_attention_backward(out, q, k, v, out, lse, **how)
     # what goes through the host is not on the device
     slots = {slot: x.nbytes for (_, _, slot), x in workspace._store().memories.items() if not slot.startswith("host")}
     free_workspace()
@@ -88,14 +98,63 @@ def test_stages_and_memory_are_those_of_a_call(comm, sizes, form, backward):
     row = batch * head_dim * itemsize
     inputs = mine * row * (heads * (1 + backward) + 2 * kv_heads)
     in_all = inputs + expected_results(mine, row, sizes, itemsize, backward) + sum(slots.values())
-    problem = _Problem(
+    problem = Problem(
         seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, False, backward, machine.device == "gpu"
     )
-    memory = _memory(problem, comm.rank)
+    memory = memory_of(problem, comm.rank)
     others = ("inputs", "results", "gradients before rounding")
     assert {slot: n for slot, n in memory.items() if slot not in others} == slots
     assert sum(memory.values()) - memory.get(others[2], 0) == in_all
     assert sum(expected.memory.values()) == comm.allreduce(sum(memory.values()), MPI.MAX)
+
+
+def in_all(stages, comm):
+    """Of the stages of each name, bytes and messages of the rank that has most of them."""
+    names = dict.fromkeys(stage.name for stage in stages if stage.name not in AROUND)
+    return {
+        name: tuple(
+            comm.allreduce(sum(getattr(x, figure) for x in stages if x.name == name), MPI.MAX)
+            for figure in ("bytes_sent", "messages")
+        )
+        for name in comm.bcast(names)
+    }
+
+
+@pytest.mark.parametrize("kv", ["ring", "all_gather"])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("sizes", "form"), [*zip(SIZES[1:], ("float32", "bits") * 3, strict=False)], ids=str)
+def test_meshes_are_those_of_calls(comm, sizes, form, backward, kv):
+    """Every mesh and order: bytes and messages of all stages of a name, and the memory of every rank, slot by slot."""
+    batch, seq, heads, kv_heads, head_dim = sizes
+    machine = on_this_device("cpu-2-cores")
+    for number, (ring, order) in enumerate(product(range(1, comm.size + 1), ORDERS)):
+        if comm.size % ring:
+            continue
+        how = {"ring": ring, "order": order, "kv": kv, "causal": number % 3 > 0}
+        planned = plan(
+            seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch=batch, backward=backward, machine=machine, **how
+        )
+        forward, gradient, slots = run(comm, sizes, form, backward, **how)
+        for of_plan, recorded in ((planned.forward, forward), (planned.backward, gradient)):
+            counted = in_all(recorded.stages, comm)
+            of_shift = counted.pop("shift", (0, 0))
+            expected = {stage.name: (stage.bytes_sent, stage.messages) for stage in of_plan.stages}
+            assert expected.pop("shift", (0, 0)) == comm.bcast(of_shift)
+            assert expected == counted
+        problem = Problem(
+            *(seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, how["causal"], backward),
+            machine.device == "gpu",
+            ring,
+            order,
+            kv,
+        )
+        memory = memory_of(problem, comm.rank)
+        others = ("inputs", "results", "gradients before rounding")
+        assert {slot: n for slot, n in memory.items() if slot not in others} == slots, how
+        assert sum(planned.memory.values()) == comm.allreduce(sum(memory.values()), MPI.MAX)
+        if ring > 1:
+            pairs = comm.allgather(sum(call.pairs for call in forward.calls))
+            assert planned.balance == pytest.approx(max(pairs) * comm.size / sum(pairs))
 
 
 def expected_results(rows, row, sizes, itemsize, backward):
@@ -289,6 +348,63 @@ def test_notes_say_what_to_watch():
     assert "head_dim 50" in notes(4096, 8, head_dim=50, backward=True, machine="aurora-node")
 
 
+@pytest.mark.single
+def test_auto_is_that_of_the_call():
+    """The smallest ring with which all ranks have as many heads."""
+    for heads, ranks, ring in ((32, 12, 3), (8, 64, 8), (8, 8, 1), (6, 4, 2), (1, 5, 5)):
+        p = plan(3840, heads, ranks=ranks, machine=UNIT, ring="auto", order="zigzag", causal=True)
+        assert (p.ring, p.useful_ranks % ranks) == (ring, 0)
+        assert p.balance == pytest.approx(1)
+    assert plan(64, 8, 2, ranks=4, machine=UNIT, ring=2, kv="auto").kv == "all_gather"
+    assert plan(64, 8, 8, ranks=4, machine=UNIT, ring=4, kv="auto").kv == "ring"
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("ring", [2, 4])
+def test_balance_of_the_orders(ring):
+    """Of equal chunks, causal: contiguous (2R - 1)/R, zigzag 1, striped a little more."""
+    orders = ("contiguous", "zigzag", "zigzag_ranks", "striped")
+    balances = [plan(6400, 4, ranks=4, machine=UNIT, ring=ring, order=x, causal=True).balance for x in orders]
+    assert balances == pytest.approx([(2 * ring - 1) / ring, 1, 1, 1 + (ring - 1) / 6401], abs=2e-4)
+    assert [plan(6400, 4, ranks=4, machine=UNIT, ring=ring, order=x).balance for x in orders] == [1, 1, 1, 1]
+
+
+@pytest.mark.single
+def test_seconds_of_a_ring_by_hand():
+    """Every hop takes as long as in the slowest group, and its messages; 2 groups of 2 ranks, of which each has 8 rows."""
+    p = plan(16, 2, head_dim=1, ranks=4, machine=UNIT, ring=2, causal=True)
+    attention, shift = (stage for stage in p.forward.stages if stage.name in ("attention", "shift"))
+    assert attention.seconds == 2 + 4 * (
+        8 * 8 + 8 * 9 // 2
+    )  # the second group: two launches, all pairs with the first, its own
+    # the first group sends its keys over the second level, and waits for what the second computes of them; that is all there is
+    assert (shift.messages, shift.bytes_sent) == (1, 2 * 8 * 4)
+    assert shift.seconds == pytest.approx(100 + 64 / 2)
+    gathered = plan(16, 2, head_dim=1, ranks=4, machine=UNIT, ring=2, causal=True, kv="all_gather")
+    assert gathered.seconds == pytest.approx(p.seconds)
+    three = plan(24, 1, head_dim=1, ranks=3, machine=UNIT, ring=3, order="zigzag", causal=True)
+    (stage,) = (stage for stage in three.forward.stages if stage.name == "shift")
+    assert (stage.messages, stage.bytes_sent) == (2, 2 * 2 * 8 * 4)
+
+
+@pytest.mark.single
+def test_ranges_of_keys_count():
+    ranges = np.stack([np.zeros(64, int), np.minimum(np.arange(64) + 1, 9)], axis=1)
+    pairs = int(np.diff(ranges).sum())
+    for options, launches in (({}, 1), ({"ranks": 4, "ring": 2}, 3)):
+        p = plan(64, 4, head_dim=8, machine=UNIT, key_ranges=ranges, **options)
+        stage = next(stage for stage in p.forward.stages if stage.name == "attention")
+        if not options:
+            assert stage.seconds == launches + 4 * 4 * 8 * pairs
+        else:  # the second group sees keys of the first alone
+            assert stage.seconds == 1 + 4 * 2 * 8 * 32 * 9
+            assert p.messages == 2 * 1 + 1
+    assert plan(64, 4, machine=UNIT, key_ranges=ranges).largest_seq == plan(64, 4, machine=UNIT).largest_seq
+    for bad, error in ((ranges[:5], ValueError), (ranges + 60, ValueError), (ranges * 0.5, TypeError)):
+        with pytest.raises(error, match="key_ranges must be"):
+            plan(64, 4, machine=UNIT, key_ranges=bad)
+
+
 GOOD = {"seq": 64, "heads": 8, "kv_heads": 2, "ranks": 4}
 
 
@@ -306,6 +422,10 @@ GOOD = {"seq": 64, "heads": 8, "kv_heads": 2, "ranks": 4}
         ("dtype", np.float32, ValueError),
         ("causal", 1, TypeError),
         ("backward", None, TypeError),
+        ("ring", 3, ValueError),
+        ("ring", "all", ValueError),
+        ("order", "spiral", ValueError),
+        ("kv", "gather", ValueError),
         ("machine", "abacus", ValueError),
         ("machine", 5, TypeError),
     ],

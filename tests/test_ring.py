@@ -224,7 +224,7 @@ def test_gathered_keys_go_to_those_who_see_them(comm):
     ("options", "error", "message"),
     [
         ({"ring": 7}, ValueError, "ring must divide"),
-        ({"ring": "all"}, ValueError, "ring must be an integer or 'auto'"),
+        ({"ring": "all"}, ValueError, "ring must be an integer or a Mesh or 'auto', not 'all'"),
         ({"ring": 1.0}, TypeError, "ring must be an integer"),
         ({"kv": "gather"}, ValueError, "kv must be one of ring, all_gather and auto"),
         ({"kv": None}, TypeError, "kv must be a string"),

@@ -464,6 +464,8 @@ def test_plan_prints_saves_and_draws(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     few = mpiexec(1, script, *options, "--ranks", 3, 12)
     assert len(re.findall(r"^ *(3|12) .*\|.*%", few, re.MULTILINE)) == 2
+    meshes = mpiexec(1, script, *options, "--ranks", 12, "--meshes", "--causal", "--order", "zigzag")
+    assert re.findall(r"^ *12 +(\d+x\d+) .*\|.*%", meshes, re.MULTILINE) == ["12x1", "6x2", "4x3", "3x4", "2x6", "1x12"]
     assert "kv_heads" in mpiexec(1, script, *options, "--kv-heads", 3, code=1)
 
 

@@ -21,6 +21,7 @@ from .flash_attn import (  # noqa: E402
 from .layer import LongContextAttention, UlyssesAttention  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .merge import merge_attention, merge_attention_backward  # noqa: E402
+from .mesh import Mesh  # noqa: E402
 from .orders import row_positions, shard_rows, unshard_rows  # noqa: E402
 from .plan import plan  # noqa: E402
 from .redistribute import all_to_all_4d, gather_heads, order_ranks, scatter_heads  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "AttnType",
     "LongContextAttention",
     "Machine",
+    "Mesh",
     "UlyssesAttention",
     "all_to_all_4d",
     "attention",

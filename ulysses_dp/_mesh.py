@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, cast
 
-from ._call.checks import check_exchange, check_integer, check_node_size, check_overlap, shared_or_not
+from ._call.checks import check_exchange, check_node_size, check_overlap, shared_or_not
 from ._call.definitions import Option, options_of
 from ._local import LocalOptions
 from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
+from .mesh import RingSize, check_ring
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,15 +64,15 @@ class MeshOptions(TypedDict, total=False):
         ),
     ]
     ring: Annotated[
-        SupportsIndex | str,
+        RingSize,
         Option(
             1,
             _checked_together,
-            'int or "auto"',
+            'int, Mesh or "auto"',
             "If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, "
             "as without a ring; the keys of every group travel from group to group, and partial results are merged. So there "
             'may be more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as '
-            "many heads.",
+            "many heads. A `Mesh` that was made before has the ranks, too: `comm` need not be given.",
         ),
     ]
     order: Annotated[
@@ -122,7 +123,7 @@ class Wish(NamedTuple):
         }
 
 
-class Mesh(NamedTuple):
+class Placement(NamedTuple):
     """The ranks of a call as rings of Ulysses groups, and who holds what."""
 
     ranks: mpi.Ranks
@@ -141,8 +142,8 @@ class Mesh(NamedTuple):
         counts: Sequence[tuple[int, ...]],
         options: Options,
         shares: Sequence[tuple[Rows, ...]],
-    ) -> Mesh:
-        """The mesh of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
+    ) -> Placement:
+        """That of a call whose ranks have so many rows and keys; raises, on all ranks alike, if these do not fit the order.
 
         Among them are the shares of replicated tokens. Collective for the first time.
         """
@@ -165,13 +166,10 @@ class Mesh(NamedTuple):
         return values[first : first + self.group.size]
 
 
-def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: int, geometry: Geometry, settings: Options) -> Wish:
-    """Check the options of a mesh, of which the defaults are filled in, and where replicated tokens are.
-
-    "auto" is the smallest number of groups with which all ranks have as many heads.
-    """
+def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: mpi.Ranks, geometry: Geometry, settings: Options) -> Wish:
+    """Check the options of a mesh, of which the defaults are filled in, and where replicated tokens are."""
     given = {name: options.get(name, option.default) for name, option in options_of(MeshOptions).items()}
-    overlap, node_size = check_overlap(given["overlap"]), check_node_size(given["node_size"], ranks)
+    overlap, node_size = check_overlap(given["overlap"]), check_node_size(given["node_size"], ranks.size)
     ring, order = check_ring(given["ring"], ranks, geometry.heads), check_order(given["order"])
     if ring > 1 or order != "contiguous":
         if overlap > 1:
@@ -196,18 +194,6 @@ def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:
     if kv not in KVS:
         raise ValueError(f"kv must be one of {', '.join(KVS)} and auto, not {kv!r}")
     return kv
-
-
-def check_ring(ring: Any, ranks: int, heads: int) -> int:
-    """How many groups there are."""
-    if isinstance(ring, str):
-        if ring != "auto":
-            raise ValueError(f"ring must be an integer or 'auto', not {ring!r}")
-        return next(size for size in range(1, ranks + 1) if ranks % size == 0 and heads % (ranks // size) == 0)
-    check_integer("ring", ring)
-    if ring < 1 or ranks % ring:
-        raise ValueError(f"ring must divide the {ranks} ranks, which {ring} does not")
-    return int(ring)
 
 
 def check_rows(function: str, name: str, given: tuple[int, ...], expected: tuple[int, ...], order: Order, ring: int) -> None:

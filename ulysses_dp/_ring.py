@@ -19,13 +19,13 @@ from ulysses_dp.kernels.merge_rows import merge_rows
 from ulysses_dp.kernels.reference import largest_exact_lse
 
 from . import _local
-from ._call.spans import meetings
 from ._device.arrays import tensor, view
 from ._device.copies import copy_arrays
 from ._device.trace import note
 from ._device.workspace import scratch
+from ._itinerary import itinerary
 from ._ranks import mpi
-from ._ranks.orders import count, rows_of_groups, slices
+from ._ranks.orders import count, slices
 from ._ranks.partition import HeadMap
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from ._call.checks import Geometry
     from ._call.options import Options
-    from ._mesh import Mesh
+    from ._itinerary import Itinerary
+    from ._mesh import Placement
     from ._ranks.agree import CollectiveCall
     from ._ranks.partition import Heads
 
@@ -42,13 +43,12 @@ Memory = tuple[Any, Any]  # a flat array, and one in host memory through which i
 
 
 def new_ring(
-    mesh: Mesh, route: mpi.Route, like: Any, geometry: Geometry, options: Options, heads: Heads, **of_gradients: Any
+    placement: Placement, route: mpi.Route, like: Any, geometry: Geometry, options: Options, heads: Heads, **of_gradients: Any
 ) -> Ring | None:
     """What computes where one group does not hold all rows in their order."""
-    in_order = all(len(rows) <= 1 for x in (mesh.rows, mesh.keys) for rows in rows_of_groups(x, 1))
-    if mesh.ring == 1 and in_order:
-        return None
-    return Ring(mesh, route, like, geometry, options, heads, **of_gradients)
+    ranks, ring, kv, rows, keys = placement.ranks, placement.ring, placement.kv, placement.rows, placement.keys
+    travels = itinerary(rows, keys, ring, options.mask, gathers=kv == "all_gather")
+    return Ring(ranks, travels, route, like, geometry, options, heads, **of_gradients) if travels else None
 
 
 class Ring:
@@ -56,8 +56,10 @@ class Ring:
 
     Parameters
     ----------
-    mesh : Mesh
-        Who holds what.
+    ranks : Ranks
+        Of the call.
+    travels : Itinerary
+        Which keys are where, and when.
     route : Route
         How bytes reach MPI.
     like : usm_ndarray
@@ -74,7 +76,8 @@ class Ring:
 
     def __init__(
         self,
-        mesh: Mesh,
+        ranks: mpi.Ranks,
+        travels: Itinerary,
         route: mpi.Route,
         like: Any,
         geometry: Geometry,
@@ -84,11 +87,9 @@ class Ring:
         backward: bool = False,
         kept: Arrays | None = None,
     ) -> None:
-        _, self._ranks = mesh.ranks.mesh(mesh.ring)
-        self._backward, self._gathers = backward, mesh.kv == "all_gather"
-        self._size, self._position, self._by_host = mesh.ring, self._ranks.rank, route.name == "host"
-        self._rows, self._keys = rows_of_groups(mesh.rows, mesh.ring), rows_of_groups(mesh.keys, mesh.ring)
-        self._lengths = sum(map(count, mesh.rows)), sum(map(count, mesh.keys))
+        _, self._ranks = ranks.mesh(travels.size)
+        self._backward, self._travels, self._gathers = backward, travels, travels.gathers
+        self._size, self._position, self._by_host = travels.size, self._ranks.rank, route.name == "host"
         self.geometry, self.options, self.kept = geometry, options, kept or {}
         self.heads, self.kv_heads = HeadMap(geometry.group, heads.shift, heads.q_start), heads.kv_count
         self.compute_dtype, self.queue = np.dtype(geometry.compute_dtype), like.sycl_queue
@@ -127,7 +128,7 @@ class Ring:
 
     def _differentiate(self, call: CollectiveCall, arrays: Any) -> None:
         self.running = call.local(_Backward, self, arrays)
-        reach = self._reach(self._position)
+        reach = self._travels.reach(self._position)
         back = self._parcel(self._home, self._position, reach, tag=-1) if reach else None
         homecoming, sums = mpi.Shift(self._ranks.comm, None, back), mpi.Shift(self._ranks.comm, None, None)
         call.exchange(homecoming.start)
@@ -169,11 +170,12 @@ class Ring:
         """Send the gradients of the keys from so many groups back to these, and get those of as many ahead for the own keys."""
         if not hop:
             return mpi.Shift(self._ranks.comm, None, None)
-        owner, tag = self._owner(hop), self._size + hop
-        sent = self._parcel(self._sums[hop], owner, -hop, tag=tag) if self._are_here(hop) else None
-        comes = self._are_seen(hop)
+        sent = self._travels.sums_sent(self._position, hop)
+        received = self._travels.sums_sent((self._position + hop) % self._size, hop)
         return mpi.Shift(
-            self._ranks.comm, sent, self._parcel(self._shares[hop], self._position, hop, tag=tag) if comes else None
+            self._ranks.comm,
+            sent and self._parcel(self._sums[hop], sent.owner, -hop, tag=self._size + hop),
+            received and self._parcel(self._shares[hop], self._position, hop, tag=self._size + hop),
         )
 
     def _add_up(self) -> None:
@@ -182,7 +184,7 @@ class Ring:
             x[...] = 0
         for group in range(self._size):
             hop = (group - self._position) % self._size
-            if not hop or self._are_seen(hop):
+            if not hop or self._travels.sees(group, self._position):
                 share = self._shares[hop][0] if hop else self._sums[0][0]
                 copy_arrays(self._views(share, self._position), self.sums, add=True)
 
@@ -197,44 +199,31 @@ class Ring:
 
     def row_slices(self) -> list[slice]:
         """Where the segments of the rows of this group lie."""
-        return [where for where, _ in slices(self._rows[self._position])]
+        return [where for where, _ in slices(self._travels.rows[self._position])]
 
     def meetings(self, owner: int) -> list[tuple[slice, slice, Options]]:
         """What the rows of this group see of the keys of another: where both lie, and the options for them."""
-        return [(rows, keys, self.options.of_block(block)) for rows, keys, block, _ in self._meetings(self._position, owner)]
+        found = self._travels.meetings(self._position, owner)
+        return [(rows, keys, self.options.of_block(block)) for rows, keys, block, _ in found]
 
     def note_pairs(self, owner: int, heads: int) -> None:
         """Count the pairs of row and key of so many heads for the trace."""
-        pairs = sum(pairs for *_, pairs in self._meetings(self._position, owner))
-        note(pairs=self.geometry.batch * heads * pairs)
+        note(pairs=self.geometry.batch * heads * self._travels.pairs(self._position, owner))
 
     def temporary(self, slot: str, shape: tuple[int, ...]) -> Any:
         """Scratch memory in the dtype of the computation."""
         return scratch(self.queue, f"ring {slot}", shape, self.compute_dtype)
 
-    def _meetings(self, group: int, owner: int) -> Any:
-        return meetings(self._rows[group], self._keys[owner], *self._lengths, self.options.mask)
-
     def _are_here(self, hop: int) -> bool:
-        """Whether the keys from so many groups back are here at that hop."""
-        owner = self._owner(hop)
-        return not hop or (bool(self._meetings(self._position, owner)) if self._gathers else hop <= self._reach(owner))
-
-    def _are_seen(self, hop: int) -> bool:
-        """Whether the group so many ahead sees the own keys."""
-        return bool(self._meetings((self._position + hop) % self._size, self._position))
+        return self._travels.are_here(self._position, hop)
 
     def _owner(self, hop: int) -> int:
         """Whose keys are here after so many hops."""
-        return (self._position - hop) % self._size
-
-    def _reach(self, owner: int) -> int:
-        """How many hops the keys of a group go."""
-        return max(hop for hop in range(self._size) if not hop or self._meetings((owner + hop) % self._size, owner))
+        return self._travels.owner(self._position, hop)
 
     def _numbers(self, owner: int) -> int:
         """How many numbers k and v of a group are."""
-        return 2 * self.geometry.batch * self.kv_heads * self.geometry.head_dim * count(self._keys[owner])
+        return 2 * self.geometry.batch * self.kv_heads * self.geometry.head_dim * count(self._travels.keys[owner])
 
     def _memory(self, name: str, size: int, dtype: Any) -> Memory:
         def flat(prefix: str, usm_type: str) -> Any:
@@ -244,7 +233,7 @@ class Ring:
 
     def _views(self, flat: Any, owner: int) -> list[Any]:
         """k and v of a group, or their gradients, in flat memory. The rows of a head follow each other, as kernels like it."""
-        rows, batch, width = count(self._keys[owner]), self.geometry.batch, self.geometry.head_dim
+        rows, batch, width = count(self._travels.keys[owner]), self.geometry.batch, self.geometry.head_dim
         strides = self.kv_heads * rows * width, width, rows * width, 1
         size = self._numbers(owner) // 2
         return [view(flat, number * size, (batch, rows, self.kv_heads, width), strides) for number in range(2)]
@@ -272,29 +261,35 @@ class Ring:
 
     def _send_keys(self, distance: int) -> mpi.Shift:
         """Send the own keys so many groups ahead, if they are seen there, and get those from as many back."""
-        sent = self._parcel(self._moving[0], self._position, distance, tag=distance) if self._are_seen(distance) else None
-        memory, owner = self._moving[distance], self._owner(distance)
-        comes = self._are_here(distance)
-        return mpi.Shift(self._ranks.comm, sent, self._parcel(memory, owner, -distance, tag=distance) if comes else None)
+        sent = self._travels.keys_sent(self._position, distance)
+        received = self._travels.keys_sent(self._owner(distance), distance)
+        return mpi.Shift(
+            self._ranks.comm,
+            sent and self._parcel(self._moving[0], self._position, distance, tag=distance),
+            received and self._parcel(self._moving[distance], received.owner, -distance, tag=distance),
+        )
 
     def _shift_keys(self, hop: int) -> mpi.Shift:
         """Pass on the keys that are here, if they go further, and get those of the group before, if they come as far."""
-        sent, received = self._passed(self._moving, hop, first_tag=0)
-        return mpi.Shift(self._ranks.comm, sent, received)
+        here, there = self._moving[hop % 2], self._moving[(hop + 1) % 2]
+        sent = self._travels.keys_sent(self._position, hop)
+        received = self._travels.keys_sent(self._owner(1), hop)
+        return mpi.Shift(
+            self._ranks.comm,
+            sent and self._parcel(here, sent.owner, 1, tag=hop),
+            received and self._parcel(there, received.owner, -1, tag=hop),
+        )
 
     def _shift_sums(self, hop: int) -> mpi.Shift:
         """Pass on the gradients of the keys that are here, or send them home, and get those of the next keys."""
-        sent, received = self._passed(self._sums, hop, first_tag=self._size)
-        if hop and hop == self._reach(self._owner(hop)):
-            sent = self._parcel(self._sums[hop % 2], self._owner(hop), -hop, tag=-1)
-        return mpi.Shift(self._ranks.comm, sent, received)
-
-    def _passed(self, memories: list[Memory], hop: int, *, first_tag: int) -> tuple[mpi.Parcel | None, mpi.Parcel | None]:
-        owner, following = self._owner(hop), self._owner(hop + 1)
-        here, there = memories[hop % 2], memories[(hop + 1) % 2]
-        sent = self._parcel(here, owner, 1, tag=first_tag + hop) if hop < self._reach(owner) else None
-        comes = hop + 1 < self._size and hop < self._reach(following)
-        return sent, self._parcel(there, following, -1, tag=first_tag + hop) if comes else None
+        here, there = self._sums[hop % 2], self._sums[(hop + 1) % 2]
+        sent = self._travels.sums_sent(self._position, hop)
+        received = self._travels.sums_sent(self._owner(1), hop)
+        return mpi.Shift(
+            self._ranks.comm,
+            sent and self._parcel(here, *sent, tag=self._size + hop if sent.distance == 1 else -1),
+            self._parcel(there, received.owner, -1, tag=self._size + hop) if received and received.distance == 1 else None,
+        )
 
 
 class _Forward:

@@ -16,7 +16,7 @@ from ._device.queue import device_turn
 from ._device.trace import call
 from ._device.workspace import empty_like
 from ._local import LocalOptions
-from ._mesh import Mesh, MeshOptions, UlyssesOptions, Wish, check_mesh
+from ._mesh import MeshOptions, Placement, UlyssesOptions, Wish, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
@@ -24,6 +24,7 @@ from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, 
 from ._ranks.redistribution import as_columns
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
+from .mesh import ranks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -232,15 +233,15 @@ def distributed(
     **options: Any,
 ) -> Any:
     """`ulysses_attention` under any public name, of q, k and v, or of arrays of which `unpack` makes these by the layout."""
-    ranks = mpi.resolve_comm(function, comm, names.comm)
     of_mesh, of_attention = parted(options, MeshOptions)
+    ranks = ranks_of(function, comm, of_mesh.get("ring"), names.comm)
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
         q, k, v = inputs if unpack is None else unpack(*inputs, of_attention.get("layout"))
         given, geometry, settings = _local.check_attention(q, k, v, names, **of_attention)
         check_flag("return_ctx", return_ctx)
-        wish = check_mesh(of_mesh, replicated_at, ranks.size, geometry, settings)
+        wish = check_mesh(of_mesh, replicated_at, ranks, geometry, settings)
         of_tokens: tuple[Array, ...] = ()
         if replicated is not None:
             check_tokens = partial(check_inputs, names=NAMES, layout=settings.layout, dtype=of_attention.get("dtype"))
@@ -267,23 +268,23 @@ def distributed(
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
-            heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
+            placement = Placement.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
+            heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             together = return_ctx and kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, 1 if together else wish.overlap)
             way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
-            link = mpi.link(mesh.group, arrays[0].sycl_queue, **way)
+            link = mpi.link(placement.group, arrays[0].sycl_queue, **way)
             forward = _describe(
                 arrays,
                 geometry,
                 settings,
                 shares,
-                mesh.of_group(q_rows),
-                mesh.of_group(k_rows),
-                rank=mesh.group.rank,
+                placement.of_group(q_rows),
+                placement.of_group(k_rows),
+                rank=placement.group.rank,
                 keep=return_ctx,
-                ring=new_ring(mesh, link.route, arrays[1], geometry, settings, heads[mesh.group.rank]),
+                ring=new_ring(placement, link.route, arrays[1], geometry, settings, heads[placement.group.rank]),
             )
             results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")

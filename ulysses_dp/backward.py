@@ -22,7 +22,7 @@ from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._local import LocalOptions
-from ._mesh import Mesh, MeshOptions, UlyssesOptions, check_mesh
+from ._mesh import MeshOptions, Placement, UlyssesOptions, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
@@ -30,6 +30,7 @@ from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, 
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
 from .attention import Context
+from .mesh import ranks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,8 +207,8 @@ def ulysses_attention_backward(
     (1, 16, 4, 8)
     """
     function = "ulysses_attention_backward"
-    ranks = mpi.resolve_comm(function, comm)
     of_mesh, of_attention = parted(options, MeshOptions)
+    ranks = ranks_of(function, comm, of_mesh.get("ring"))
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish, Replicated]]:
@@ -223,7 +224,7 @@ def ulysses_attention_backward(
             _, _, kept = _check(dout, q, k, v, out, lse, dlse, **ctx.options)
             _check_equal(settings.common(), kept.common())
         of_ctx = {name: getattr(ctx.wish, name) for name in ("ring", "order", "kv")} if ctx else {}
-        wish = check_mesh(of_mesh | of_ctx, ctx.wish.place if ctx else replicated_at, ranks.size, geometry, settings)
+        wish = check_mesh(of_mesh | of_ctx, ctx.wish.place if ctx else replicated_at, ranks, geometry, settings)
         tokens = Replicated.of(counts, ranks.size, wish, settings)
         usm, usm_tokens = (_to_usm(x, settings.layout) for x in (inputs, of_tokens))
         if of_tokens:
@@ -250,29 +251,29 @@ def ulysses_attention_backward(
             with device_turn:
                 grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
-            mesh = Mesh.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
-            heads = share_heads(geometry.heads, geometry.kv_heads, mesh.group.size)
+            placement = Placement.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
+            heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
             # the sums of a kv head that several ranks read have the order of the ranks: they stay together
             together = kv_heads_are_shared(heads)
             shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else wish.overlap)
             way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
-            link = mpi.link(mesh.group, arrays[0].sycl_queue, **way)
+            link = mpi.link(placement.group, arrays[0].sycl_queue, **way)
             gradient = _describe(
                 arrays,
                 geometry,
                 settings,
                 shares,
-                mesh.of_group(q_rows),
-                mesh.of_group(k_rows),
-                rank=mesh.group.rank,
+                placement.of_group(q_rows),
+                placement.of_group(k_rows),
+                rank=placement.group.rank,
                 kept=ctx.parts if ctx else (),
                 ring=new_ring(
-                    mesh,
+                    placement,
                     link.route,
                     arrays[2],
                     geometry,
                     settings,
-                    heads[mesh.group.rank],
+                    heads[placement.group.rank],
                     backward=True,
                     kept=ctx.parts[0] if ctx else None,
                 ),
@@ -280,7 +281,7 @@ def ulysses_attention_backward(
             results, dsinks_of_parts = _path.run(function, agreement, ranks, link, gradient)
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
-                dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(mesh.ring, geometry.heads).sum(axis=0)
+                dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(placement.ring, geometry.heads).sum(axis=0)
         if replicated is not None:
             of_all = tokens.parted(function, ranks, dict(zip(GRADIENTS, grads, strict=True)))
             grads = [x for of in of_all for x in of.values()]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ._call.options import Real, Window
     from ._ranks.orders import Order
+    from .mesh import RingSize
 
 _NAMES = Names(comm="group", return_lse="return_attn_probs")
 _NAMES_OF_QKV = Names("q of qkv", "k of qkv", "v of qkv", *_NAMES[3:])
@@ -37,7 +38,7 @@ def ulysses_flash_attn_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
@@ -133,7 +134,7 @@ def ulysses_flash_attn_varlen_func(
     group: Any = None,
     seqused_q: Any = None,
     seqused_k: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
@@ -221,7 +222,7 @@ def ulysses_flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
@@ -299,7 +300,7 @@ def ulysses_flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     dtype: str | None = None,
     **options: Unpack[MoreOptions],
@@ -379,7 +380,7 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
     *,
     group: Any = None,
     seqused: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
@@ -474,7 +475,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
     group: Any = None,
     seqused_q: Any = None,
     seqused_k: Any = None,
-    ring: SupportsIndex | str = 1,
+    ring: RingSize = 1,
     order: Order = "contiguous",
     dtype: str | None = None,
     **options: Unpack[MoreOptions],

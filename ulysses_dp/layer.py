@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from ._call.checks import Names, check_axes
 from ._call.definitions import takes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ._call.options import Real, Window
     from ._ranks.orders import Order
+    from .mesh import RingSize
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _ORDERS: dict[str, Order] = {"basic": "contiguous", "zigzag": "zigzag", "stripe": "striped", "strip": "striped"}
@@ -63,7 +64,7 @@ class UlyssesAttention:
         use_sync: bool = False,
         attn_type: LocalAttention = AttnType.INTEL_SYCL,
         *,
-        ring: SupportsIndex | str = 1,
+        ring: RingSize = 1,
         order: Order = "contiguous",
         kv: str = "ring",
     ) -> None:
@@ -169,7 +170,7 @@ class LongContextAttention(UlyssesAttention):
         As in `UlyssesAttention`.
     sequence_process_group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    ring : int or "auto"
+    ring : int, Mesh or "auto"
         How many groups there are; yunchang's ``ring_degree``.
     kv : {"ring", "all_gather", "auto"}
         As in `ulysses_attention`.
@@ -199,7 +200,7 @@ class LongContextAttention(UlyssesAttention):
         attn_type: LocalAttention = AttnType.INTEL_SYCL,
         *,
         sequence_process_group: Any = None,
-        ring: SupportsIndex | str = "auto",
+        ring: RingSize = "auto",
         kv: str = "ring",
     ) -> None:
         if not isinstance(ring_impl_type, str):

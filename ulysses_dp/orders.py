@@ -10,20 +10,22 @@ from ._call.checks import check_array, check_count, check_device, check_integer
 from ._call.options import check_cu_seqlens
 from ._device.arrays import from_host, tensor, to_host
 from ._device.trace import call
-from ._mesh import check_order, check_ring, check_rows
+from ._mesh import check_order, check_rows
 from ._ranks import mpi
 from ._ranks.agree import Checked, agree
 from ._ranks.orders import positions, rows_of_ranks
+from .mesh import check_ring, ranks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._device.arrays import Array
     from ._ranks.orders import Order
+    from .mesh import RingSize
 
 
 def row_positions(
-    seq: int, comm: Any = None, *, order: Order = "contiguous", ring: int = 1, cu_seqlens: Sequence[int] | None = None
+    seq: int, comm: Any = None, *, order: Order = "contiguous", ring: RingSize = 1, cu_seqlens: Sequence[int] | None = None
 ) -> np.ndarray:
     """The numbers of the rows of this rank in the whole sequence: for rotary embeddings, and for losses.
 
@@ -47,7 +49,7 @@ def row_positions(
         ============  ==================================================================================================
 
         Parts and chunks are as equal as possible; the first have one row more.
-    ring : int
+    ring : int or Mesh
         How many groups of consecutive ranks there are, as in `ulysses_attention`.
     cu_seqlens : sequence of int, optional
         Where packed sequences start and end: every one is shared out by itself. With "contiguous" they are not.
@@ -74,7 +76,7 @@ def row_positions(
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
     # Validate inputs.
-    ranks = mpi.resolve_comm("row_positions", comm)
+    ranks = ranks_of("row_positions", comm, ring)
     # Delegate.
     return _positions(ranks, check_count("seq", seq), order, ring, cu_seqlens)[ranks.rank]
 
@@ -84,7 +86,7 @@ def shard_rows(
     comm: Any = None,
     *,
     order: Order = "contiguous",
-    ring: int = 1,
+    ring: RingSize = 1,
     axis: int = 1,
     cu_seqlens: Sequence[int] | None = None,
 ) -> Any:
@@ -126,7 +128,7 @@ def shard_rows(
     (1, 8, 2, 4)
     """
     # Validate inputs.
-    ranks = mpi.resolve_comm("shard_rows", comm)
+    ranks = ranks_of("shard_rows", comm, ring)
     array = check_array("x", x)
     axis = _check_axis(array, axis)
     rows = _positions(ranks, array.shape[axis], order, ring, cu_seqlens)[ranks.rank]
@@ -141,7 +143,7 @@ def unshard_rows(
     comm: Any = None,
     *,
     order: Order = "contiguous",
-    ring: int = 1,
+    ring: RingSize = 1,
     axis: int = 1,
     cu_seqlens: Sequence[int] | None = None,
 ) -> Any:
@@ -184,7 +186,7 @@ def unshard_rows(
     True
     """
     function = "unshard_rows"
-    ranks = mpi.resolve_comm(function, comm)
+    ranks = ranks_of(function, comm, ring)
 
     # Validate inputs.
     def check() -> Checked[tuple[Array, int]]:
@@ -193,7 +195,7 @@ def unshard_rows(
         ends = check_cu_seqlens("cu_seqlens", cu_seqlens)
         common = {
             "order": check_order(order),
-            "ring": check_ring(ring, ranks.size, 0),
+            "ring": check_ring(ring, ranks),
             "cu_seqlens": ends,
             "axis": at,
             "the other axes": (*array.shape[:at], *array.shape[at + 1 :]),
@@ -206,7 +208,7 @@ def unshard_rows(
         agreement = agree(ranks, function, check)
         (array, at), counts = agreement.result, tuple(rows for (rows,) in agreement.sizes)
         held = _positions(ranks, sum(counts), order, ring, cu_seqlens, counts)
-        check_rows(function, "x", counts, tuple(map(len, held)), order, ring)
+        check_rows(function, "x", counts, tuple(map(len, held)), order, check_ring(ring, ranks))
         # Delegate.
         usm = array.usm()
         joined = mpi.join_rows(ranks, np.moveaxis(to_host(usm), at, 0), counts)
@@ -219,7 +221,7 @@ def _positions(
     ranks: mpi.Ranks, seq: int, order: Any, ring: Any, cu_seqlens: Any, counts: tuple[int, ...] | None = None
 ) -> list[np.ndarray]:
     """The numbers of the rows of every rank; with "contiguous", so many as are given."""
-    size, known, ends = check_ring(ring, ranks.size, 0), check_order(order), check_cu_seqlens("cu_seqlens", cu_seqlens)
+    size, known, ends = check_ring(ring, ranks), check_order(order), check_cu_seqlens("cu_seqlens", cu_seqlens)
     if ends is not None and ends[-1] != seq:
         raise ValueError(f"cu_seqlens must end with the {seq} rows of all ranks, not with {ends[-1]}")
     if known == "contiguous":

@@ -79,6 +79,13 @@ class Block:
             return self.keys.length
         return (self.rows.start + self.seq_k - self.seq_q - self.keys.start) // self.rows.step
 
+    def causal_pairs(self, *, causal: bool) -> int:
+        """How many pairs of row and key see each other if there is no mask but that."""
+        before, rows, keys = self.diagonal(causal=causal), self.rows.length, self.keys.length
+        # row i sees i + before + 1 keys, if that is positive, and at most all
+        in_reach = _triangle(rows + before) - _triangle(before)
+        return in_reach - _triangle(rows + before - keys) + _triangle(before - keys)
+
     def spans(self, table: np.ndarray) -> np.ndarray:
         """The spans of the whole for these rows, in keys of the block; the last column keeps its numbers in the whole."""
         if self == Block.whole(self.seq_q, self.seq_k):
@@ -89,17 +96,26 @@ class Block:
         return of_rows
 
 
+def _triangle(n: int) -> int:
+    """1 + 2 + … + n."""
+    return n * (n + 1) // 2 if n > 0 else 0
+
+
 @lru_cache(maxsize=4096)
 def meetings(
     rows: Rows, keys: Rows, seq_q: int, seq_k: int, mask: tuple[tuple[str, Any], ...]
 ) -> tuple[tuple[slice, slice, Block, int], ...]:
     """What some rows and some keys see of each other: where the segments lie, and how many pairs of row and key there are."""
-    found = []
-    table = spans(seq_q, seq_k, **dict(mask))
+    found, given = [], dict(mask)
+    causal = given.pop("causal")
+    plain = all(value in (None, UNLIMITED) for value in given.values())
     for rows_at, of_rows in slices(rows):
         for keys_at, of_keys in slices(keys):
             block = Block(of_rows, of_keys, seq_q, seq_k)
-            pairs = int(np.diff(block.spans(table)[:, :2]).sum())
+            if plain:
+                pairs = block.causal_pairs(causal=causal)
+            else:
+                pairs = int(np.diff(block.spans(spans(seq_q, seq_k, **dict(mask)))[:, :2]).sum())
             if pairs:
                 found.append((rows_at, keys_at, block, pairs))
     return tuple(found)

@@ -286,6 +286,17 @@ def join_rows(ranks: Ranks, x: np.ndarray, counts: tuple[int, ...]) -> np.ndarra
     return joined
 
 
+def communicator(comm: Any) -> Any:
+    """What the user has given, or all ranks."""
+    return _mpi().COMM_WORLD if comm is None else comm
+
+
+def split_in_two(ranks: Ranks, coordinates: tuple[int, int]) -> tuple[Any, Any]:
+    """New communicators of the ranks that have the same first of two numbers, and of those that have the same second."""
+    first, second = coordinates
+    return ranks.comm.Split(first, ranks.rank), ranks.comm.Split(second, ranks.rank)
+
+
 class Link(NamedTuple):
     """How the arrays of a call travel."""
 

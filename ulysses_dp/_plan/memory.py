@@ -1,0 +1,197 @@
+"""The memory of a call that is planned: what users have, and every slot of scratch memory."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from ulysses_dp.kernels.flash_backward_gpu import COLUMNS
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, tile_for
+
+from .._device.dtypes import DTYPES
+from .._device.workspace import ALIGNMENT
+from .._ranks.orders import count
+from .._ranks.redistribution import scratch_bytes
+from ..backends.intel_sycl import HEAD_MAJOR_FROM
+
+if TYPE_CHECKING:
+    from .._itinerary import Itinerary
+    from .._ranks.partition import Heads
+    from .problem import Message, Problem
+
+
+def memory_of(problem: Problem, rank: int) -> dict[str, int]:
+    """Bytes on the device of a rank after the calls: the user's arrays, the results, and every slot of scratch memory."""
+    rows = problem.rows[rank]
+    row_of_q, row_of_kv = (problem.batch * n * problem.head_dim * problem.itemsize for n in (problem.heads, problem.kv_heads))
+    lse = problem.batch * problem.heads * rows * problem.compute_itemsize
+    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q}
+    if problem.backward:
+        gradients = rows * (row_of_q + 2 * row_of_kv)
+        uses["inputs"] += rows * row_of_q
+        uses["results"] += lse + gradients
+        if problem.ranks > 1:
+            _, back = problem.messages(gradient=True)
+            if back.itemsize != problem.itemsize:
+                uses["gradients before rounding"] = gradients // problem.itemsize * back.itemsize
+    return uses | _scratch(problem, rank)
+
+
+def _scratch(problem: Problem, rank: int) -> dict[str, int]:
+    """Bytes that each slot of `workspace.scratch` has after the calls, on a rank."""
+    slots = _Slots()
+    share, several = problem.share(rank), problem.ranks > 1
+    seq = sum(problem.rows_of_group(rank))
+    rows_size = problem.batch * problem.rows[rank] * problem.heads
+
+    def travel(*messages: Message) -> None:
+        for message in messages if several else ():
+            for slot, nbytes in scratch_bytes(message.items, message.transfer(problem, rank), message.slot).items():
+                slots.need(slot, nbytes, 1)
+
+    travel(*problem.messages())
+    group = _Attended(problem, share, seq, seq, by_head=several or share.q_count > 1, kv_by_head=several or share.kv_count > 1)
+    ring = problem.travels and _RingMemory(problem, problem.travels, rank)
+    if ring:
+        ring.forward(slots)
+    else:
+        group.forward(slots, lse=problem.backward)
+    if not problem.backward:
+        return slots
+    if problem.converts:
+        slots.need("dout, out", 2 * rows_size * problem.head_dim, problem.compute_itemsize)
+    slots.need("delta", rows_size, problem.compute_itemsize)
+    travel(*problem.messages(gradient=True))
+    if ring:
+        ring.backward(slots)
+    else:
+        group.backward(slots, problem.messages(gradient=True)[1].itemsize if several else problem.itemsize)
+    return slots
+
+
+class _Slots(dict[str, int]):
+    """Bytes by slot."""
+
+    def need(self, slot: str, elements: int, itemsize: int) -> None:
+        """A slot is as large as the most that it was ever asked for."""
+        self[slot] = max(self.get(slot, 0), -(-max(elements, 1) * itemsize // ALIGNMENT) * ALIGNMENT)
+
+
+class _Attended(NamedTuple):
+    """Some rows and keys of the heads of a rank, as the backend gets them."""
+
+    problem: Problem
+    share: Heads
+    rows: int
+    keys: int
+    by_head: bool  # whether other numbers lie between the rows of a head of q
+    kv_by_head: bool  # and of k and v
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of q, and of k."""
+        width = self.problem.batch * self.problem.head_dim
+        return width * self.rows * self.share.q_count, width * self.keys * self.share.kv_count
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.problem.gpu and DTYPES[self.problem.dtype].compute == "float32"
+
+    @property
+    def _walks_far(self) -> bool:
+        return self.rows * self.problem.head_dim >= HEAD_MAJOR_FROM
+
+    def forward(self, slots: _Slots, *, lse: bool) -> None:
+        """What the kernels need for the result, which is not rounded by them in a ring; and for lse, if that is not wanted."""
+        problem, (q_size, kv_size), compute = self.problem, self.sizes, self.problem.compute_itemsize
+        if not q_size:
+            return
+        if not lse:  # the kernels write it whether it is wanted or not
+            slots.need("lse", problem.batch * self.rows * self.share.q_count, compute)
+        if problem.converts:
+            slots.need("q", q_size, compute)
+            if problem.travels is None:
+                slots.need("result before rounding", q_size, compute)
+        if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
+            slots.need("k, v", 2 * kv_size, compute)
+        tile_size = tile_for(problem.head_dim)
+        if self._on_gpu and not GPU_TILES[tile_size].q_in_registers:
+            panels = math.ceil(self.rows / SUB_GROUP) * SUB_GROUP * tile_size
+            slots.need("panels of q", problem.batch * self.share.q_count * panels, compute)
+
+    def backward(self, slots: _Slots, itemsize: int) -> None:
+        """What the kernels need for gradients in arrays of this itemsize."""
+        problem, (q_size, kv_size), compute = self.problem, self.sizes, self.problem.compute_itemsize
+        if not q_size:
+            return
+        on_gpu = self._on_gpu and problem.head_dim in COLUMNS
+        if problem.converts or (self._walks_far and not on_gpu and self.by_head):
+            slots.need("dout, q", 2 * q_size, compute)
+        if problem.converts or (self._walks_far and not on_gpu and self.kv_by_head and kv_size):
+            slots.need("k, v", 2 * kv_size, compute)
+        if on_gpu:
+            most = 2 * max(size // n * math.ceil(n / SUB_GROUP) for size, n in ((q_size, self.rows), (kv_size, self.keys)) if n)
+            slots.need("panels of rows", most * SUB_GROUP, compute)
+        if itemsize != compute:
+            for number, size in enumerate((q_size, kv_size, kv_size)):
+                slots.need(f"gradient {number}", size, compute)
+
+
+class _RingMemory:
+    """What a rank of a ring has besides: the keys that visit it, and running results."""
+
+    def __init__(self, problem: Problem, travels: Itinerary, rank: int) -> None:
+        self._problem, self._share = problem, problem.share(rank)
+        self._group, self._size = rank // problem.group, problem.batch * problem.head_dim
+        self._travels, self._rows = travels, sum(problem.rows_of_group(rank))
+        numbers = [2 * self._size * self._share.kv_count * count(keys) for keys in travels.keys]
+        self._most, self._own = max(numbers), numbers[self._group]
+        self._places = range(problem.ring if travels.gathers else 2)
+
+    def forward(self, slots: _Slots) -> None:
+        """Of attention."""
+        problem, heads, compute = self._problem, self._share.q_count, self._problem.compute_itemsize
+        for place in self._places:
+            slots.need(f"ring keys {place}", self._most, problem.itemsize)
+        if problem.converts:
+            slots.need("ring out", self._size * self._rows * heads, compute)
+        for number in range(2):
+            slots.need(f"ring lse {number}", problem.batch * self._rows * heads, compute)
+        met = set()
+        for owner in self._met():
+            for rows, keys in self._segments(owner):
+                if rows.start in met:
+                    slots.need("ring part", self._size * (rows.stop - rows.start) * heads, compute)
+                    slots.need("ring part lse", problem.batch * (rows.stop - rows.start) * heads, compute)
+                met.add(rows.start)
+                self._attended(rows, keys).forward(slots, lse=True)
+
+    def backward(self, slots: _Slots) -> None:
+        """Of the gradient."""
+        problem, share, compute = self._problem, self._share, self._problem.compute_itemsize
+        for place in self._places:
+            slots.need(f"ring keys {place}", self._most, problem.itemsize)
+            slots.need(f"ring sums {place}", self._most, compute)
+        slots.need("ring sums at home", self._own, compute)
+        for hop in self._places[1:] if self._travels.gathers else ():
+            slots.need(f"ring sums of {hop}", self._own, compute)
+        if problem.messages(gradient=True)[1].itemsize != compute:
+            slots.need("ring dq", self._size * self._rows * share.q_count, compute)
+        for owner in self._met():
+            for rows, keys in self._segments(owner):
+                attended = self._attended(rows, keys)
+                q_size, kv_size = attended.sizes
+                for number, size in enumerate((q_size, kv_size, kv_size)):
+                    slots.need(f"ring gradient {number}", size, compute)
+                attended.backward(slots, compute)
+
+    def _met(self) -> list[int]:
+        """Whose keys this group meets, one after the other."""
+        return [self._travels.owner(self._group, hop) for hop in range(self._problem.ring)]
+
+    def _segments(self, owner: int) -> list[tuple[slice, slice]]:
+        return [(rows, keys) for rows, keys, *_ in self._travels.meetings(self._group, owner)]
+
+    def _attended(self, rows: slice, keys: slice) -> _Attended:
+        """The keys that travel lie head by head."""
+        return _Attended(self._problem, self._share, rows.stop - rows.start, keys.stop - keys.start, True, False)

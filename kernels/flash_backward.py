@@ -179,12 +179,16 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
         return some
 
     @inlined
-    def adopt(peak, rate, maximum, normaliser):
-        """Take maximum and sum for lse, for rows that see something. lse may be that of more keys than these."""
+    def adopt(peak, rate, maximum, normaliser, zero):
+        """Take maximum and sum for lse, for rows that see something. lse may be that of more keys than these.
+
+        Where the sum is nan, lse is, too: it stays, since a rate of nan would reach what is hidden.
+        """
         for r in range(rows):
             part = share(maximum[r] + math.log(normaliser[r]), peak[r])
-            peak[r] = maximum[r] if maximum[r] > minus_infinity else peak[r]
-            rate[r] = part / normaliser[r] if maximum[r] > minus_infinity else rate[r]
+            known = maximum[r] > minus_infinity and normaliser[r] > zero
+            peak[r] = maximum[r] if known else peak[r]
+            rate[r] = part / normaliser[r] if known else rate[r]
 
     def backward_tile(
         item, no_array, rows_a, rows_b, cols_a, cols_b, grad_a, grad_b, lse, delta, peaks, spans, centres,
@@ -321,7 +325,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
                             total_b, unchanged, part, p, cols_b, b_start, cols_b_at.seq, start, count, size, edge, last, zero
                         )
             if finds_peaks and walk == 0:
-                adopt(peak, rate, maximum, normaliser)
+                adopt(peak, rate, maximum, normaliser, zero)
 
         for r in range(rows):
             row = first + r * lanes + lane

@@ -404,6 +404,18 @@ def test_special_values_of_keys_do_not_reach_earlier_queries(comm, functions, in
     assert_same([dirty[~reached]], [clean[~reached]])
 
 
+def test_special_values_beside_a_huge_bias_do_not_reach_hidden_keys(comm, functions):
+    """Where lse has lost the number of keys, the kernels sum up again: nan in one key makes that sum nan."""
+    whole = random_qkv(20, 1, 20, 4, 2, 16)
+    whole[1][0, 3] = np.nan
+    mask = np.arange(20)[None] != 7
+    options = {"key_padding_mask": mask, "bias": np.full((1, 1, 20, 20), -1e9, np.float32)}
+    mine = [part(x, split(20, comm.size), comm.rank) for x in (*whole, random_dout(whole[0]).astype(np.float32))]
+    hidden = part(~mask[0], split(20, comm.size), comm.rank, axis=0)
+    for gradient in functions.gradient(*mine, comm, **options)[1:]:
+        assert (as_numpy(gradient)[:, hidden] == 0).all()
+
+
 @pytest.mark.parametrize("names", [(), OPTIONS], ids=["none", "all"])
 @pytest.mark.parametrize("form", ["float32", "float64"])
 def test_linear_in_dout(comm, functions, names, form):

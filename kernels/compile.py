@@ -33,11 +33,15 @@ from . import (  # noqa: E402
     panel_copy,
     row_merge,
     row_product,
+    score_walk,
 )
 
 logging.disable(logging.NOTSET)
 
-KERNELS = (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_merge, row_product)
+KERNELS = (
+    *(flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu),
+    *(panel_copy, row_merge, row_product, score_walk),
+)
 PARTS = 8
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from . import flash_backward, flash_forward
 from .arguments import place_by_head, place_of
-from .flash_forward import OPTIONS_TILE, TILES
+from .flash_forward import LARGE_TILE, OPTIONS_TILE, TILES
 from .launch import launch, upload
 from .launch_arguments import option_arguments, sizes_of
+from .tile import WIDTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 
 
-def serves(tile: str, device: Any, dtype: str, *, options: bool, backward: bool) -> bool:
+def serves(tile: str, device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
     """Whether there are kernels with this tile; every head_dim has one."""
     if TILES[tile].lanes > device.max_work_group_size:
         return False
+    if head_dim > WIDTHS["any"]:
+        return tile == LARGE_TILE
     if options:
         return tile == OPTIONS_TILE[dtype]
     return tile in (flash_backward if backward else flash_forward).TILES_OF[dtype]

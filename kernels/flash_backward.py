@@ -23,14 +23,15 @@ every query, `peak` and `rate`, so that p = exp(score - peak) · rate; of all ot
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .arguments import Place, Sizes
-from .flash_forward import OPTIONS_TILE, TILES
+from .flash_forward import LARGE_TILE, OPTIONS_TILE, TILES
 from .score import OPTION_ARGUMENTS
-from .tile import MAX_HEAD_DIM, Tile
+from .tile import WIDTHS, Tile, general
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,23 +52,25 @@ ARGUMENTS = (
 
 def name(dtype: str, head_dim: int, tile: str, *, into_keys: bool, options: bool) -> str:
     """Name of the compiled kernel that serves this dtype and head_dim by this tile."""
-    size = f"d{head_dim}" if head_dim in HEAD_DIMS[dtype] else "any"
+    size = f"d{head_dim}" if head_dim in HEAD_DIMS[dtype] else general(head_dim)
     return f"flash_backward_{'keys' if into_keys else 'queries'}_{dtype}_{size}_{tile}{'_options' * options}"
 
 
 def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
     for dtype in TILES_OF:
-        for head_dim in (*HEAD_DIMS[dtype], None):
-            for into_keys in (False, True):
-                for tile, options in (*((tile, False) for tile in TILES_OF[dtype]), (OPTIONS_TILE[dtype], True)):
-                    flags = {"into_keys": into_keys, "options": options}
-                    constants = {"dtype": dtype, "head_dim": head_dim, "tile": TILES[tile], **flags}
-                    yield name(dtype, head_dim or 0, tile, **flags), {"pointer": dtype, "real": dtype}, constants
+        tiles = [*((tile, False) for tile in TILES_OF[dtype]), (OPTIONS_TILE[dtype], True)]
+        sizes = [(head_dim, head_dim, tiles) for head_dim in HEAD_DIMS[dtype]]
+        sizes += [(None, WIDTHS["any"], tiles), (None, WIDTHS["large"], [(LARGE_TILE, False), (LARGE_TILE, True)])]
+        for head_dim, width, tiles_of in sizes:
+            for into_keys, (tile, options) in product((False, True), tiles_of):
+                flags = {"into_keys": into_keys, "options": options}
+                constants = {"dtype": dtype, "head_dim": head_dim, "width": width, "tile": TILES[tile], **flags}
+                yield name(dtype, width, tile, **flags), {"pointer": dtype, "real": dtype}, constants
 
 
-def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, options: bool) -> Callable[..., None]:
-    """Make the numba-dpex kernel function for one dtype, head_dim (None: any up to `MAX_HEAD_DIM`) and tile."""
+def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, into_keys: bool, options: bool) -> Callable[..., None]:
+    """Make the numba-dpex kernel function for one dtype, head_dim (None: any up to `width`) and tile."""
     from numba_dpex.kernel_api import PrivateArray
 
     from .intrinsics import element, group_index, inlined, lane_index
@@ -77,7 +80,6 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
     rows, keys, dims, block, lanes = tile
     real = np.dtype(dtype).type
     any_head_dim = head_dim is None
-    width = head_dim or MAX_HEAD_DIM
     minus_infinity, one = real(-np.inf), real(1)
     with_options = options
     # the walk that finds peak and rate comes before the one that makes gradients
@@ -91,7 +93,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, into_keys: bool, opt
     )
 
     multiply, accumulate, common_columns = tile_operations(
-        tile, head_dim=head_dim, hides=inlined(lambda weight, _, __: weight == 0)
+        tile, width=width, any_head_dim=any_head_dim, hides=inlined(lambda weight, _, __: weight == 0)
     )
     hide, softmax = softmax_operations(tile, dtype, both_ends=True, marks=False)
     cap, differentiate_cap, change, draw = option_operations(tile, dtype, into_keys=into_keys)

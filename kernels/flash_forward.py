@@ -17,7 +17,7 @@ import numpy as np
 
 from .arguments import Place, Sizes
 from .score import OPTION_ARGUMENTS
-from .tile import MAX_HEAD_DIM, Tile
+from .tile import WIDTHS, Tile, general
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ TILES = {
 }
 TILES_OF = {"float32": tuple(TILES), "float64": ("short",)}  # for float64 the others are within 10 % of it
 OPTIONS_TILE = {"float32": "narrow", "float64": "short"}  # with options: within 5 % of "wide" with AVX-512, too
+LARGE_TILE = "short"  # beyond the kernels for any head_dim: others would keep twice the numbers in private arrays
 
 # A constant head_dim lets the compiler unroll the dot products: 1.25 times the speed of the kernel for any head_dim.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
@@ -48,23 +49,27 @@ ARGUMENTS = (
 def name(dtype: str, head_dim: int, tile: str, *, options: bool = False) -> str:
     """Name of the compiled kernel that serves this dtype and head_dim by this tile."""
     own = head_dim in HEAD_DIMS and not (options and dtype == "float64")
-    size = f"d{head_dim}" if own else "any"
+    size = f"d{head_dim}" if own else general(head_dim)
     return f"flash_forward_{dtype}_{size}_{tile}{'_options' * options}"
 
 
 def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
     for dtype in TILES_OF:
-        for head_dim in (*HEAD_DIMS, None):
-            for tile, options in (*((tile, False) for tile in TILES_OF[dtype]), (OPTIONS_TILE[dtype], True)):
-                if options and dtype == "float64" and head_dim:
-                    continue
-                constants = {"dtype": dtype, "head_dim": head_dim, "tile": TILES[tile], "options": options}
-                yield name(dtype, head_dim or 0, tile, options=options), {"pointer": dtype, "real": dtype}, constants
+        tiles, with_options = [(tile, False) for tile in TILES_OF[dtype]], (OPTIONS_TILE[dtype], True)
+        sizes = [(x, x, tiles if dtype == "float64" else [*tiles, with_options]) for x in HEAD_DIMS]
+        sizes += [(None, WIDTHS["any"], [*tiles, with_options])]
+        sizes += [(None, WIDTHS["large"], [(LARGE_TILE, False), (LARGE_TILE, True)])]
+        for head_dim, width, tiles_of in sizes:
+            for tile, options in tiles_of:
+                constants = {"dtype": dtype, "head_dim": head_dim, "width": width, "tile": TILES[tile], "options": options}
+                # a head_dim that has no kernel of its own stands for all of them
+                given = width if head_dim or width > WIDTHS["any"] else 0
+                yield name(dtype, given, tile, options=options), {"pointer": dtype, "real": dtype}, constants
 
 
-def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Callable[..., None]:
-    """Make the numba-dpex kernel function for one dtype, head_dim (None: any up to `MAX_HEAD_DIM`) and tile."""
+def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, options: bool) -> Callable[..., None]:
+    """Make the numba-dpex kernel function for one dtype, head_dim (None: any up to `width`) and tile."""
     from numba_dpex.kernel_api import PrivateArray
 
     from .intrinsics import element, group_index, inlined, lane_index
@@ -73,7 +78,6 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
     rows, keys, dims, block, lanes = tile
     real = np.dtype(dtype).type
     any_head_dim = head_dim is None
-    width = head_dim or MAX_HEAD_DIM
     minus_infinity, one = real(-np.inf), real(1)
     with_options = options
     # private arrays are flat, [rows][…] each, and of constant size
@@ -83,7 +87,7 @@ def kernel(*, dtype: str, head_dim: int | None, tile: Tile, options: bool) -> Ca
     # A weight of 0 may come of underflow or dropout, and its value counts if it is nan. So what bias, padding and spans hide
     # gets a negative weight.
     hides = inlined((lambda weight, _, __: weight < 0) if options else (lambda _, key, last: key > last))
-    multiply, accumulate, common_columns = tile_operations(tile, head_dim=head_dim, hides=hides)
+    multiply, accumulate, common_columns = tile_operations(tile, width=width, any_head_dim=any_head_dim, hides=hides)
     hide, softmax = softmax_operations(tile, dtype, both_ends=options, marks=options)
     cap, _, change, draw = option_operations(tile, dtype, into_keys=False)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .score import dense_kept, dense_scores
+from .score import dense_distance, dense_kept, dense_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .score import ScoreOptions
 
 
@@ -50,7 +53,62 @@ def backward(
     options: ScoreOptions | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients dq, dk and dv, which tests compare with `flash_backward`."""
-    kv_heads = k.shape[2]
+    found = _differentiate(
+        dout, q, k, v, lse, delta, scale=scale, diagonal=diagonal, group=group, head_shift=head_shift, options=options
+    )
+    ds, by_key = found.ds * found.derivative, found.seen.swapaxes(2, 3)
+    dq = scale * _product(found.seen, ds, found.k)
+    dk, dv = np.zeros((2, k.shape[0], k.shape[2], k.shape[1], k.shape[3]))
+    for total, weight, x in ((dk, scale * ds, found.q), (dv, found.weight, found.dout)):
+        np.add.at(total, (slice(None), found.kv), _product(by_key, weight.swapaxes(2, 3), x))
+    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+@np.errstate(invalid="ignore")
+def score_gradient(*arrays: np.ndarray, keeps: Sequence[bool], by_slope: bool, **problem: Any) -> np.ndarray:
+    """The gradient of what is added to scores, for the arguments of `backward`; tests compare it with `score_walk`.
+
+    It is (batch, heads, queries, keys), of which those that are not kept are added up; `by_slope`, of it times what a slope is
+    multiplied with.
+    """
+    found = _differentiate(*arrays, **problem)
+    ds: np.ndarray = np.where(found.seen & (found.p != 0), found.ds, 0) * (-found.distance if by_slope else 1)
+    return ds.sum(axis=tuple(axis for axis, keep in enumerate(keeps) if not keep), keepdims=True)
+
+
+@np.errstate(invalid="ignore")
+def largest_scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    scale: float,
+    diagonal: int,
+    group: int,
+    head_shift: int = 0,
+    options: ScoreOptions | None = None,
+) -> np.ndarray:
+    """The largest score of every query, (batch, heads, seq_q), -inf without any; tests compare it with `score_walk`."""
+    q, k = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k))
+    k = k[:, (np.arange(q.shape[1]) + head_shift) // group]
+    score, *_ = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
+    return score.max(axis=-1, initial=-np.inf)
+
+
+def _differentiate(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lse: np.ndarray,
+    delta: np.ndarray,
+    *,
+    scale: float,
+    diagonal: int,
+    group: int,
+    head_shift: int = 0,
+    options: ScoreOptions | None = None,
+) -> SimpleNamespace:
+    """Weights and gradients of all scores, (batch, heads, seq_q, seq_k), and dout, q and k by heads."""
     large = largest_exact_lse(lse.dtype)
     dout, q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (dout, q, k, v))
     kv = (np.arange(q.shape[1]) + head_shift) // group
@@ -65,13 +123,18 @@ def backward(
         p = np.where(recompute[..., None], weight * share[..., None], p)
     dp = dout @ v.swapaxes(2, 3)
     kept = dense_kept(options, score.shape)
-    ds = p * (dp * kept - delta[..., None]) * derivative
-    dq = scale * _product(seen, ds, k)
-    dk, dv = np.zeros((2, k.shape[0], kv_heads, k.shape[2], k.shape[3]))
-    by_key = seen.swapaxes(2, 3)
-    for total, weight, x in ((dk, scale * ds, q), (dv, p * kept, dout)):
-        np.add.at(total, (slice(None), kv), _product(by_key, weight.swapaxes(2, 3), x))
-    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+    return SimpleNamespace(
+        dout=dout,
+        q=q,
+        k=k,
+        kv=kv,  # of which head every query head reads
+        seen=seen,
+        p=p,
+        weight=p * kept,
+        ds=p * (dp * kept - delta[..., None]),  # by what is added to the scores
+        derivative=derivative,  # of the soft cap
+        distance=dense_distance(options, k.shape[2]),
+    )
 
 
 def _product(seen: np.ndarray, weight: np.ndarray, x: np.ndarray) -> np.ndarray:

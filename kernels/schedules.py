@@ -18,7 +18,7 @@ import numpy as np
 
 from . import cpu_schedule, gpu_schedule
 from .flash_forward import TILES
-from .flash_forward_gpu import SUB_GROUP
+from .flash_forward_gpu import GPU_TILES, SUB_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,7 +69,7 @@ def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
     """The schedule by a tile of the kernels for CPU vectors. It also runs on GPUs, slowly."""
 
     def serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
-        return cpu_schedule.serves(tile, device, dtype, options=options, backward=backward)
+        return cpu_schedule.serves(tile, device, dtype, head_dim, options=options, backward=backward)
 
     def forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem, scratch: Callable[..., Any]) -> None:
         cpu_schedule.launch_forward(tile, q, k, v, out, lse, problem)
@@ -77,6 +77,10 @@ def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
     rows = TILES[tile].rows * TILES[tile].lanes
     backward = partial(cpu_schedule.launch_backward, tile)
     return Schedule(tile, rows, FULL_PRECISION, serves, costs, by_head=True, forward=forward, backward=backward)
+
+
+def _gpu_serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
+    return head_dim <= max(GPU_TILES) and gpu_schedule.serves(device, dtype, head_dim, options=options, backward=backward)
 
 
 # The costs of CPUs were measured by scripts/tune.py on a Zen 5 CPU, which for AVX2 was limited to that; those of GPUs only say
@@ -89,7 +93,7 @@ _ALL = (
         name="gpu",
         rows=SUB_GROUP,
         operands=FULL_PRECISION,
-        serves=gpu_schedule.serves,
+        serves=_gpu_serves,
         costs={"gpu": 1.0},
         by_head=False,
         forward=gpu_schedule.launch_forward,

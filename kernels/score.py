@@ -202,14 +202,19 @@ def dense_scores(
             part = np.tanh(score / options.softcap)
         score, derivative = options.softcap * part, 1 - part**2
     if options.slopes is not None:
-        numbers = options.first_key + options.step * j
-        score = score - options.slopes[..., None, None] * abs(options.spans[:, 2:] - numbers)
+        score = score - options.slopes[..., None, None] * dense_distance(options, seq_k)
     seen = np.broadcast_to((options.spans[:, :1] <= j) & (j < options.spans[:, 1:2]), score.shape)
     if options.bias is not None:
         score, seen = score + options.bias, seen & ~np.isneginf(options.bias)
     if options.padding is not None:
         seen = seen & options.padding[:, None, None, :]
     return np.where(seen, score, -np.inf), derivative, seen, options
+
+
+def dense_distance(options: ScoreOptions, seq_k: int) -> np.ndarray:
+    """How far every key is from the diagonal, (seq_q, seq_k)."""
+    distance: np.ndarray = abs(options.spans[:, 2:] - options.first_key - options.step * np.arange(seq_k))
+    return distance
 
 
 def dense_kept(options: ScoreOptions, shape: tuple[int, ...]) -> np.ndarray | float:

@@ -23,7 +23,9 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_HEAD_DIM = 256
+# the kernels for any head_dim by the largest one: private arrays have constant sizes
+WIDTHS = {"any": 256, "large": 576}
+MAX_HEAD_DIM = max(WIDTHS.values())
 
 
 class Tile(NamedTuple):
@@ -36,16 +38,21 @@ class Tile(NamedTuple):
     lanes: int  # work-items of a work-group
 
 
-def tile_operations(tile: Tile, *, head_dim: int | None, hides: Callable[..., bool]) -> tuple[Callable[..., Any], ...]:
-    """The operations of a tile for one head_dim (None: any up to `MAX_HEAD_DIM`): ``multiply, accumulate, common_columns``.
+def general(head_dim: int) -> str:
+    """Which of the kernels for any head_dim serves this one."""
+    return next(name for name, width in WIDTHS.items() if head_dim <= width)
+
+
+def tile_operations(
+    tile: Tile, *, width: int, any_head_dim: bool, hides: Callable[..., bool]
+) -> tuple[Callable[..., Any], ...]:
+    """The operations of a tile for one head_dim, or any up to `width`: ``multiply, accumulate, common_columns``.
 
     ``hides(weight, column, last)`` says whether a weight belongs to a column that the row does not see.
     """
     from .intrinsics import inlined, mad
 
     rows, keys, dims, block, lanes = tile
-    width = head_dim or MAX_HEAD_DIM
-    any_head_dim = head_dim is None
 
     @inlined
     def multiply(dot, vectors, x, origin, stride, column, columns, size, zero):

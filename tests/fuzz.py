@@ -81,6 +81,8 @@ SPACE = {
     "bias_hides": (0.3, (0, 0.2, 0.9)),
     "bias_huge": (0.4, (0, -1e9, -3e5, float(np.finfo(np.float32).min), 1e9)),
     "bias_repeats": (0.3, (False, True)),
+    "ranges": (0.2, ("", "chunks", "random", "of batch")),
+    **dict.fromkeys(("dlse", "max_logit", "bias_grad", "slopes_grad"), (0.3, (False, True))),
     "overlap": (0.3, ("auto", 1, 2, 3, 9)),
     "node_size": (0.3, (1, "all", "auto")),
     "exchange": (0.3, ("auto", "device", "host", "shared")),
@@ -161,10 +163,14 @@ def mended(case):
         c |= {"node_size": 1}  # it has no second step
     if c["attn_type"] == "user":
         c |= {"dropout": 0.0}  # its function does not learn which heads it has
+    if foreign or c["attn_type"] == "user":
+        c |= {"dlse": False, "max_logit": False, "bias_grad": False, "slopes_grad": False}
+    if c["dropout"] and c["ranges"] == "of batch":
+        c["ranges"] = "random"
     if c["schedule"] == "gpu" and c["ranks"] > 1:
         c["schedule"] = ""
     if c["schedule"] == "gpu":  # half a minute of compiling for each head_dim, in every process
-        plain = [x for x in SPACE if x[:3] in ("lef", "rig", "sof", "ali", "mas", "sin", "dro", "bia", "nan")]
+        plain = [x for x in SPACE if x[:3] in ("lef", "rig", "sof", "ali", "mas", "sin", "dro", "bia", "nan", "ran")]
         c |= {x: SPACE[x][1][0] for x in plain} | {"form": "float32", "head_dim": (64, 128, 32, 96, 80)[c["seed"] // 500 % 5]}
     forms = {"array_api_strict": ("float32", "float64"), "torch": UNIT}
     if c["form"] not in forms.get(c["kind"], UNIT) or c["kind"] not in (*forms, *kinds_of(c["form"])):
@@ -342,6 +348,11 @@ def options_of(c, rng, comm, guards):
                 x = np.broadcast_to(x, [m if n == flat else k for n, (m, k) in enumerate(zip(sizes, x.shape, strict=True))])
             theirs[public] = place(name, x, c, comm, guards, flat, kind if name == "bias" else None)
             ours[public] = x.astype(float) if x.dtype != bool else x
+    if c["ranges"]:
+        row, keys = np.arange(sizes[2]), sizes[3]
+        ours["key_ranges"] = np.minimum(np.stack([row // 5 * 4, row // 5 * 4 + 6], axis=-1), keys)
+        if c["ranges"] != "chunks":
+            ours["key_ranges"] = rng.integers(0, keys + 1, (*sizes[: c["ranges"] == "of batch"], sizes[2], 2))
     dense = dict(ours)
     if c["packed"]:
         for name, n, wanted in (
@@ -386,7 +397,9 @@ def attention(c, comm):
         flat = None if flat is None or c["packed"] else c["axes"][flat]
         mine[name] = place(name, of_this_rank(whole[name], name), c, comm, guards, flat)
     inputs = (decode(whole[x]).astype(float) for x in ("q", "k", "v", "dout"))
-    expected = oracle.attention(*inputs, unit=c["unit"], stored=UNIT[form], **dense)
+    dlse = rng.standard_normal((c["batch"], c["heads"], queries[0])).astype(c["of_lse"]) if c["dlse"] else None
+    bias_shape = np.shape(options["bias"]) if c["bias"] else None
+    expected = oracle.attention(*inputs, dlse=dlse, bias_shape=bias_shape, unit=c["unit"], stored=UNIT[form], **dense)
     options |= {"dtype": "bfloat16"} if form == "bits" else {}
     attn_type = USER if c["attn_type"] == "user" else getattr(library.AttnType, c["attn_type"])
     accept = "^NotImplementedError" if c["attn_type"] in ("TORCH", "INTEL_ONEDNN") else "^$"
@@ -399,26 +412,33 @@ def attention(c, comm):
         how = {"overlap": c["overlap"], "node_size": node_size, "exchange": c["exchange"], "comm": comm} | mesh
     more = {"attn_type": attn_type, "layout": c["layout"] if c["layout"].isalpha() else c["axes"]}
 
+    largest = {"return_max_logit": True} if c["max_logit"] and c["call"] != "decode" else {}
+
     def forward(**how):
         if c["call"] == "class":
             layer = library.UlyssesAttention(comm, c["axes"][2], c["axes"][1], attn_type=attn_type, **mesh)
-            return layer(q, k, v, return_attn_probs=True, **options)[:2]
+            out, lse, _, *rest = layer(q, k, v, return_attn_probs=True, **options, **largest)
+            return out, lse, *rest
         if c["call"] == "flash":
-            return library.ulysses_flash_attn_func(q, k, v, return_attn_probs=True, group=comm, **options, **mesh)[:2]
+            how = {"return_attn_probs": True, "group": comm} | options | mesh | largest
+            out, lse, _, *rest = library.ulysses_flash_attn_func(q, k, v, **how)
+            return out, lse, *rest
         if c["call"] == "decode":
             return library.decode_attention(q, k, v, comm=comm, return_lse=True, **options, **more)
         call = library.attention if local else library.ulysses_attention
-        return call(q, k, v, return_lse=True, **options, **more, **how, **({"return_ctx": True} if keep else {}))
+        how |= largest | ({"return_ctx": True} if keep else {})
+        return call(q, k, v, return_lse=True, **options, **more, **how)
 
     results = outcome(comm, lambda: forward(**how), accept)
     if results is None:
         return
     out, lse, *ctx = results
+    found = {"max_logit": (ctx.pop(0), c["of_lse"], q, expected["max_logit"])} if largest else {}
     lse_of_rank = tuple(x[:, :, held["q"]][0 if c["packed"] else ...] for x in expected["lse"])
     results = {
         "out": (out, form, q, tuple(of_this_rank(x, "out") for x in expected["out"])),
         "lse": (lse, c["of_lse"], q, lse_of_rank),
-    }
+    } | found
     compare(comm, results, guards)
     if c["overlap"] != "auto" and how and c["attn_type"] in ("INTEL_SYCL", "NUMPY"):
         again = outcome(comm, lambda: forward(comm=comm))[0]
@@ -431,10 +451,19 @@ def attention(c, comm):
     )
     backward = library.attention_backward if local else library.ulysses_attention_backward
     how |= {"ctx": ctx[0]} if keep else {}
-    grads = outcome(comm, lambda: backward(dout, q, k, v, out, lse, **options, **more, **how), accept)
+    wanted = {"slopes_grad": c["slopes_grad"] and bool(c["alibi"]), "bias_grad": c["bias_grad"] and bool(c["bias"])}
+    if dlse is not None:
+        wanted["dlse"] = place("lse", dlse[:, :, held["q"]][0 if c["packed"] else ...], c, comm, guards)
+    grads = outcome(comm, lambda: backward(dout, q, k, v, out, lse, **options, **more, **how, **wanted), accept)
     if grads is None:
         return
-    results = {"dsinks": (grads[3], c["of_lse"], q, expected["dsinks"])} if c["sinks"] else {}
+    grads, rest = grads[:3], list(grads[3:])
+    results = {"dsinks": (rest.pop(0), c["of_lse"], q, expected["dsinks"])} if c["sinks"] else {}
+    if wanted["slopes_grad"]:
+        of_slopes = (x[..., 0, 0] if c["alibi"] == "batch" else x[..., 0, 0].sum(0) for x in expected["dslopes"])
+        results["dslopes"] = rest.pop(0), c["of_lse"], q, tuple(of_slopes)
+    if wanted["bias_grad"]:
+        results["dbias"] = rest.pop(0), c["of_lse"], options["bias"], expected["dbias"]
     for name, x, given in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=False):
         results[name] = x, form, given, tuple(of_this_rank(y, name) for y in expected[name])
     compare(comm, results, guards)

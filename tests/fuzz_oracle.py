@@ -21,6 +21,9 @@ def attention(
     cu_seqlens_k=None,
     dropout_p=0.0,
     seed=0,
+    key_ranges=None,
+    dlse=None,
+    bias_shape=None,
     unit=2.0**-23,
     stored=0.0,
 ):
@@ -35,6 +38,9 @@ def attention(
     shape = batch, heads, seq_q, seq_k
     bias = np.broadcast_to(0.0 if bias is None else bias, shape)
     seen = np.broadcast_to(seen, shape) & (bias > -np.inf)
+    if key_ranges is not None:
+        first, end = (x[:, None, :, None] for x in np.moveaxis(np.reshape(key_ranges, (-1, seq_q, 2)), -1, 0))
+        seen = seen & (first <= np.arange(seq_k)) & (np.arange(seq_k) < end)
     if key_padding_mask is not None:
         seen = seen & key_padding_mask[:, None, None, :]
     # (batch, heads, seq, width), a kv head for every query head
@@ -85,6 +91,9 @@ def attention(
         "out": (out.swapaxes(1, 2), spoil(out_error, spoilt[..., None]).swapaxes(1, 2)),
         "lse": (lse, spoil(lse_error, spoilt)),
     }
+    largest = score.max((0, 2, 3), initial=-np.inf)
+    slack = np.where(seen, error + 4 * unit * abs(np.where(seen, score, 0)), 0).max((0, 2, 3), initial=0.0)
+    results["max_logit"] = largest, spoil(slack, spoilt.any((0, 2)))
     if dout is None:
         return results
     spoilt = spoilt | np.isnan(dout).any(-1)
@@ -94,7 +103,21 @@ def attention(
     delta, delta_size, delta_error = (
         (x * y).sum(-1)[..., None] for x, y in ((dout, out), (abs(dout), abs(out)), (abs(dout), out_error))
     )
-    ds = scale * bend * p * (dp - delta)
+    if dlse is not None:
+        of_lse = np.where(np.isneginf(lse), 0, dlse)[..., None]
+        delta, delta_size = delta - of_lse, delta_size + abs(of_lse)
+    of_score = p * (dp - delta)
+    of_score_error = times(abs(of_score), relative) + p * (8 * unit * (dp_size + delta_size) + delta_error)
+    of_score_error = np.where(seen & spoilt[..., None], np.inf, of_score_error)
+    for name, factor, shape_of in (("dslopes", -abs(ahead), (batch, heads, 1, 1)), ("dbias", 1, bias_shape)):
+        if shape_of is None:
+            continue
+        axes = tuple(axis for axis, (n, m) in enumerate(zip(shape_of, shape, strict=True)) if n == 1 != m)
+        terms = np.sqrt(np.prod([shape[axis] for axis in axes]))
+        value, size = ((x * factor).sum(axes, keepdims=True) for x in (of_score, abs(of_score)))
+        slack = np.multiply(of_score_error, abs(factor), out=np.zeros(shape), where=np.broadcast_to(factor, shape) != 0)
+        results[name] = value, 4 * slack.sum(axes, keepdims=True) + 8 * terms * unit * abs(size) + 1e-30
+    ds = scale * bend * of_score
     ds_error = times(abs(ds), relative) + abs(scale) * p * (8 * unit * (dp_size + delta_size) + delta_error)
     ds_error = ds_error + abs(scale) * p * abs(dp - delta) * bend_error
 

@@ -29,11 +29,13 @@ def dense_gradient(
     seqused_q=None,
     seqused_k=None,
     dlse=None,
+    of_scores=False,
 ):
     """Gradient of sum(dout * out) + sum(dlse * lse) for arrays and options as in `oracle.dense_attention`.
 
-    Returns dq, dk, dv and dsinks, which are zeros without sinks. The dlse of a query without keys and sink has no effect.
-    Nothing of a key reaches the gradients of a query that does not see it, or the reverse, not even nan.
+    Returns dq, dk, dv and dsinks, which are zeros without sinks; or `of_scores` the gradients by slopes of (batch, heads) and
+    by a bias of (batch, heads, seq_q, seq_k). The dlse of a query without keys and sink has no effect. Nothing of a key reaches
+    the gradients of a query that does not see it, or the reverse, not even nan.
     """
     dout, q, k, v = (np.asarray(x).astype(np.float64) for x in (dout, q, k, v))
     packed = cu_seqlens_q is not None
@@ -74,7 +76,10 @@ def dense_gradient(
         mean = (p * dp).sum(axis=-1, keepdims=True)
         if dlse is not None:
             mean = mean - np.where(blind, 0, np.asarray(dlse).astype(np.float64).reshape(mean.shape))
-        ds = np.where(seen, scale * slope_of_softcap * p * (dp - mean), 0)
+        ds = np.where(seen & (p != 0), p * (dp - mean), 0)
+        if of_scores:
+            return -(ds * abs(distance)).sum(axis=(2, 3)), ds
+        ds = scale * slope_of_softcap * ds
 
     group = (batch, kv_heads, heads // kv_heads if kv_heads else 1)
     dq = product(seen, ds, k)

@@ -26,10 +26,12 @@ def dense_attention(
     key_ranges=None,
     seqused_q=None,
     seqused_k=None,
+    max_logit=False,
 ):
     """Attention of (batch, seq, heads, head_dim) arrays; returns out and lse, (batch, heads, seq_q), in float64.
 
-    With cu_seqlens_q the arrays are packed sequences, (total, heads, head_dim), and lse is (heads, total_q).
+    With cu_seqlens_q the arrays are packed sequences, (total, heads, head_dim), and lse is (heads, total_q). With `max_logit`
+    also the largest score of every head.
 
     A key with score -inf has weight 0; a row without any other key has zeros and lse = -inf, or the sink. Nothing of a hidden
     key, not even nan, reaches the result.
@@ -51,7 +53,7 @@ def dense_attention(
     takes_part = np.broadcast_to(True if key_padding_mask is None else key_padding_mask, (batch, seq_k))
     sinks = np.broadcast_to(-np.inf if sinks is None else sinks, (heads,)).astype(np.float64)
 
-    out, lse = np.zeros(q.shape), np.full((batch, heads, seq_q), -np.inf)
+    out, lse, largest = np.zeros(q.shape), np.full((batch, heads, seq_q), -np.inf), np.full(heads, -np.inf)
     for b, h in np.ndindex(batch, heads):
         kv_head = h // (heads // kv_heads)
         with np.errstate(invalid="ignore"):  # of nan and inf in keys that may be hidden
@@ -63,6 +65,7 @@ def dense_attention(
         factor = dropout_factors(dropout_p, seed, b, h, seq_q, seq_k)
         for i in range(seq_q):
             row = score[i, seen[i]]
+            largest[h] = max(largest[h], row.max(initial=-np.inf))
             highest = max(row.max(initial=-np.inf), sinks[h])
             if highest == -np.inf:
                 continue
@@ -70,7 +73,8 @@ def dense_attention(
             total = weight.sum() + np.exp(sinks[h] - highest)
             out[b, i, h] = (factor[i, seen[i]] * weight / total) @ v[b, seen[i], kv_head]
             lse[b, h, i] = highest + np.log(total)
-    return (out[0], lse[0]) if packed else (out, lse)
+    results = (out[0], lse[0]) if packed else (out, lse)
+    return (*results, largest) if max_logit else results
 
 
 def positions(cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, seqused_q=None, seqused_k=None):

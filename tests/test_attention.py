@@ -95,7 +95,7 @@ def test_heads(comm, function, heads, kv_heads, causal, batch, seq):
     check(comm, random_qkv(seq, batch, seq, heads, kv_heads, 16), causal=causal, function=function)
 
 
-@pytest.mark.parametrize("head_dim", [1, 3, 16, 32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 32, 64, 80, 96, 128, 192, 256, 257, 576])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims(comm, function, head_dim, dtype):
     check(comm, random_qkv(head_dim, 1, 65, 4, 2, head_dim, dtype), causal=True, function=function)

@@ -270,7 +270,7 @@ def test_dtypes(comm, functions, form, names):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("head_dim", [1, 3, 40, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 3, 40, 64, 128, 256, 300, 576])
 def test_head_dims(comm, functions, form, head_dim):
     whole = random_qkv(head_dim, 1, 37, 4, 2, head_dim, dtype_of_options(form))
     check_gradient(comm, whole, form=form, causal=True, functions=functions)

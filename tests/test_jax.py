@@ -37,26 +37,28 @@ def test_gradients(comm, names, how):
     whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
     dout, dlse = (np.random.default_rng(1).standard_normal(shape) for shape in (whole[0].shape, (2, 4, 11)))
     given = as_traced(options)
-    sinks = {"sinks": given.pop("sinks")} if "sinks" in given else {}
+    of_options = {name: given.pop(name) for name in ("sinks", "alibi_slopes", "bias") if name in given}
     fixed = {name: x for name, x in given.items() if not isinstance(x, jax.Array)}
 
     @jax.jit
-    def run(q, k, v, sinks, traced, dout, dlse):
-        def attend(q, k, v, sinks):
-            return ulysses_attention(q, k, v, comm=comm, return_lse=True, **sinks, **traced, **fixed)
+    def run(q, k, v, of_options, traced, dout, dlse):
+        def attend(q, k, v, of_options):
+            return ulysses_attention(q, k, v, comm=comm, return_lse=True, **of_options, **traced, **fixed)
 
-        (out, lse), differentiate = jax.vjp(attend, q, k, v, sinks)
+        (out, lse), differentiate = jax.vjp(attend, q, k, v, of_options)
         return out, lse, differentiate((dout, dlse))
 
     traced = {name: x for name, x in given.items() if name not in fixed}
-    out, lse, (*grads, of_sinks) = run(
-        *rows_of(comm, whole, rows), sinks, traced, part(dout, rows, comm.rank), part(dlse, rows, comm.rank, 2)
+    out, lse, (*grads, found) = run(
+        *rows_of(comm, whole, rows), of_options, traced, part(dout, rows, comm.rank), part(dlse, rows, comm.rank, 2)
     )
     expected_out, expected_lse = dense_attention(*whole, **options)
     expected = dense_gradient(dout, *whole, dlse=dlse, **options)
     pairs = [(out, part(expected_out, rows, comm.rank)), (lse, part(expected_lse, rows, comm.rank, axis=2))]
     pairs += [(x, part(y, rows, comm.rank)) for x, y in zip(grads, expected, strict=False)]
-    pairs += [(x, expected[3]) for x in of_sinks.values()]
+    dslopes, dbias = dense_gradient(dout, *whole, dlse=dlse, of_scores=True, **options)
+    by_name = {"sinks": expected[3], "alibi_slopes": dslopes.sum(axis=0), "bias": dbias}
+    pairs += [(x, by_name[name]) for name, x in found.items()]
     for x, y in pairs:
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y[np.isfinite(y)]).max(initial=1))
 
@@ -88,10 +90,8 @@ def test_more_than_one_call(comm):
 
 
 def test_refused(comm):
-    """What has no gradient when the program is traced; the rest when it runs, on all ranks."""
+    """When the program runs, on all ranks."""
     q, k, v = rows_of(comm, random_qkv(5, 1, 9, 2, 2, 8), split(9, comm.size))
-    with pytest.raises(NotImplementedError, match="no gradient of bias"):
-        jax.grad(lambda bias: ulysses_attention(q, k, v, comm=comm, bias=bias).sum())(jnp.ones((1, 1, 1, 1)))
     last = comm.rank == comm.size - 1
     for bad in (k[..., :3], None):
         errors = outcomes(comm, lambda bad=bad: jax.block_until_ready(ulysses_attention(q, bad if last else k, v, comm=comm)))

@@ -417,7 +417,7 @@ GOOD = {"seq": 64, "heads": 8, "kv_heads": 2, "ranks": 4}
         ("seq", True, TypeError),
         ("seq", -5, ValueError),
         ("kv_heads", 3, ValueError),
-        ("head_dim", 257, ValueError),
+        ("head_dim", 577, ValueError),
         ("dtype", "int8", ValueError),
         ("dtype", np.float32, ValueError),
         ("causal", 1, TypeError),

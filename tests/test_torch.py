@@ -64,12 +64,15 @@ def test_gradients(comm, names, how):
     whole, options = random_qkv(0, 2, 11, 4, 2, 8, "float64"), some_options(names, 2, 4, 11, 11, dtype="float64")
     dout, dlse = (np.random.default_rng(1).standard_normal(shape) for shape in (whole[0].shape, (2, 4, 11)))
     arrays, given = rows_of(comm, whole, rows), as_tensors(options)
-    if "sinks" in given:
-        arrays.append(given["sinks"].requires_grad_())
+    of_options = [given[name].requires_grad_() for name in ("sinks", "alibi_slopes", "bias") if name in given]
     results = ulysses_attention(*arrays[:3], comm=comm, return_lse=True, **given)
     torch.autograd.backward(results, [torch.from_numpy(part(x, rows, comm.rank, axis)) for x, axis in ((dout, 1), (dlse, 2))])
-    for number, (x, expected) in enumerate(zip(arrays, dense_gradient(dout, *whole, dlse=dlse, **options), strict=False)):
-        expected = part(expected, rows, comm.rank) if number < 3 else expected
+    *grads, dsinks = dense_gradient(dout, *whole, dlse=dlse, **options)
+    dslopes, dbias = dense_gradient(dout, *whole, dlse=dlse, of_scores=True, **options)
+    by_name = {"sinks": dsinks, "alibi_slopes": dslopes.sum(axis=0), "bias": dbias}
+    expected_of_options = [x for name, x in by_name.items() if name in given]
+    pairs = [(x, part(y, rows, comm.rank)) for x, y in zip(arrays, grads, strict=True)]
+    for x, expected in pairs + list(zip(of_options, expected_of_options, strict=True)):
         np.testing.assert_allclose(x.grad, expected, rtol=0, atol=1e-12 * np.abs(expected).max(initial=1))
 
 
@@ -79,12 +82,12 @@ def test_gradcheck(comm, names):
     rows = split(3, comm.size, "uneven")
     whole = [torch.from_numpy(x).requires_grad_() for x in random_qkv(2, 1, 3, 2, 1, 2, "float64")]
     options = as_tensors(some_options(names, 1, 2, 3, 3, dtype="float64"))
-    if "sinks" in options:
-        whole.append(options.pop("sinks").requires_grad_())
+    names = [name for name in ("sinks", "alibi_slopes", "bias") if name in options]
+    whole += [options.pop(name).requires_grad_() for name in names]
 
-    def function(q, k, v, sinks=None):
+    def function(q, k, v, *others):
         mine = (OfRank.apply(x, rows) for x in (q, k, v))
-        return OfAll.apply(ulysses_attention(*mine, comm=comm, sinks=sinks, **options), rows)
+        return OfAll.apply(ulysses_attention(*mine, comm=comm, **dict(zip(names, others, strict=True)), **options), rows)
 
     assert outcomes(comm, lambda: torch.autograd.gradcheck(function, tuple(whole))) == [None] * comm.size
 
@@ -132,17 +135,22 @@ def test_without_a_gradient(comm):
 
 
 def test_what_has_no_gradient(comm):
-    """Of the gradient there is none, and of biases and slopes there is none: all ranks hear of one that wants it."""
+    """Of the gradient there is none."""
     q, k, v = rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))
-    last = comm.rank == comm.size - 1
-    for name, x in (("alibi_slopes", torch.ones(2)), ("bias", torch.ones(1, 2, 1, 1))):
-        x.requires_grad_(last)
-        errors = outcomes(comm, lambda name=name, x=x: ulysses_attention(q, k, v, comm=comm, **{name: x}))
-        assert {error for error, _ in errors} == {NotImplementedError}
-        assert all(name in message for _, message in errors)
     loss = ulysses_attention(q, k, v, comm=comm).sum()
     with pytest.raises(NotImplementedError, match="requires a gradient"):
         torch.autograd.grad(loss, q, create_graph=True)
+
+
+@needs_ranks
+def test_gradients_of_options_on_some_ranks_only(comm):
+    """All ranks hear of it."""
+    q, k, v = rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))
+    for name, x in (("alibi_slopes", torch.ones(2)), ("bias", torch.ones(1, 2, 1, 1))):
+        loss = ulysses_attention(q, k, v, comm=comm, **{name: x.requires_grad_(comm.rank == 0)}).sum()
+        for error, message in outcomes(comm, loss.backward):
+            assert error is ValueError
+            assert "_grad must be the same on all ranks" in message
 
 
 @needs_ranks
@@ -159,11 +167,11 @@ def test_what_is_no_tensor(comm):
     assert {error for error, _ in errors} == {TypeError}
 
 
-def both(q, k, v, sinks, mask, comm):
+def both(q, k, v, sinks, bias, slopes, mask, comm):
     """Two calls that depend on each other and one that does not, with some of everything between them."""
     first = ulysses_attention(q.sin(), k, v, comm=comm, causal=True, sinks=sinks, window_size=(5, -1))
     second = ulysses_attention(first, k.cos(), first, comm=comm, key_padding_mask=mask, dropout_p=0.25, seed=3)
-    other, lse = ulysses_attention(q * 2, k, v, comm=comm, layout="bshd", return_lse=True)
+    other, lse = ulysses_attention(q * 2, k, v, comm=comm, layout="bshd", return_lse=True, bias=bias, alibi_slopes=slopes)
     _, alone = ulysses_attention(q, k.exp(), v, comm=comm, causal=True, return_lse=True)
     return (second.square() + other.sin()).sum() + lse.square().sum() + alone.sum()
 
@@ -171,7 +179,8 @@ def both(q, k, v, sinks, mask, comm):
 def test_compiled(comm):
     """One graph, in which every call is an operator; the same numbers as without the compiler."""
     rows = split(9, comm.size, "uneven")
-    arrays = rows_of(comm, random_qkv(8, 2, 9, 4, 4, 8, "float64"), rows) + [torch.ones(4).double().requires_grad_()]
+    arrays = rows_of(comm, random_qkv(8, 2, 9, 4, 4, 8, "float64"), rows)
+    arrays += [torch.ones(shape).double().requires_grad_() for shape in (4, (1, 1, 9, 9), (2, 4))]
     mask = torch.from_numpy(np.random.default_rng(8).random((2, 9)) < 0.8)
     expected = [both(*arrays, mask, comm)]
     expected += torch.autograd.grad(expected[0], arrays)

@@ -74,8 +74,8 @@ BAD_ARRAYS = {
     "None": (lambda: {"v": None}, TypeError, "v must be an array .* not builtins.NoneType"),
     "matrix": (lambda: {"q": matrix(3, 4)}, TypeError, "q must be an array .* not numpy.*matrix"),
     "masked": (lambda: {"k": np.ma.array(arguments()["k"])}, TypeError, "k must be an array .* not numpy.ma.*MaskedArray"),
-    "head_dim 257": (lambda: qkv(lambda x: ones(*x.shape[:3], 257)), ValueError, "head_dim .* from 1 to 256, not 257"),
-    "head_dim 0": (lambda: qkv(lambda x: ones(*x.shape[:3], 0)), ValueError, "head_dim .* from 1 to 256, not 0"),
+    "head_dim 577": (lambda: qkv(lambda x: ones(*x.shape[:3], 577)), ValueError, "head_dim .* from 1 to 576, not 577"),
+    "head_dim 0": (lambda: qkv(lambda x: ones(*x.shape[:3], 0)), ValueError, "head_dim .* from 1 to 576, not 0"),
 }
 BAD_OPTIONS = [
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a real number or None, not str"),

@@ -144,6 +144,8 @@ def to_user(x: Any, layout: Layout, like: Array) -> Any:
 def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
     """Compute attention of USM arrays into `out`, which is dense in the last axis, and `lse`, if that is not None."""
     with stage("attention"):
+        if out.size and options.findings is not None:
+            options.findings.see((q, k), options, heads)
         if out.size and options.differ_by_batch:
             for b, mine in options.by_batch():
                 options.backend.forward(q[b], k[b], v[b], out[b], None if lse is None else lse[b], mine, heads)
@@ -154,6 +156,8 @@ def attend(q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: 
 def differentiate(arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
     """Compute gradients of USM arrays (dout, q, k, v, lse, delta) into `grads`: dq, dk, dv, dense in the last axis."""
     with stage("attention backward"):
+        if arrays[0].size and options.findings is not None:
+            options.findings.see(arrays, options, heads)
         if arrays[0].size and options.differ_by_batch:
             for b, mine in options.by_batch():
                 options.backend.backward([x[b] for x in arrays], [x[b] for x in grads], mine, heads)

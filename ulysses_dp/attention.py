@@ -11,10 +11,12 @@ import numpy as np
 from . import _local, _path
 from ._call.checks import NAMES, Geometry, Names, check_flag, check_inputs
 from ._call.definitions import parted, takes
+from ._device.arrays import from_host
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
 from ._device.trace import call
 from ._device.workspace import empty_like
+from ._findings import LargestScores
 from ._local import LocalOptions
 from ._mesh import MeshOptions, Placement, UlyssesOptions, Wish, check_mesh
 from ._path import Arrays, Description
@@ -62,6 +64,7 @@ def attention(
     /,
     *,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     **options: Unpack[LocalOptions],
 ) -> Any:
     r"""Attention of one rank, softmax(softmax_scale * q kᵀ) v, without the seq_q x seq_k matrix.
@@ -72,13 +75,15 @@ def attention(
     ----------
     q : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
         Queries, (batch, seq_q, heads, head_dim) or what `layout` says; float32, float64, float16 or bfloat16, any strides.
-        head_dim is at most 256.
+        head_dim is at most 576.
     k, v : same kind, dtype and device as q
         Keys and values, (batch, seq_k, kv_heads, head_dim). heads is a multiple of kv_heads: query head h reads kv head
         ``h // (heads // kv_heads)``.
     {options}
     return_lse : bool
         Also return the logarithm of the softmax denominators.
+    return_max_logit : bool
+        Also return the largest score of every head, for which q and k are multiplied once more.
 
     Returns
     -------
@@ -87,6 +92,9 @@ def attention(
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q), or (heads, total) with
         layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`: the largest of what the softmax of a head gets, after scale, soft cap, ALiBi and bias, of
+        all batches, without what is hidden and without sinks; (heads,), of the dtype of lse. -inf where nothing is seen.
 
     Raises
     ------
@@ -117,12 +125,17 @@ def attention(
     True
     """
     # Validate inputs.
-    arrays, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, **options)
+    more = _check_more(return_max_logit)
+    arrays, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, more=more, **options)
     settings.check_lengths("attention", *_local.rows_of(arrays, settings.layout))
     # Delegate.
     with call("attention"), device_turn:
+        largest, settings = _watched(settings, geometry, return_max_logit)
         out, lse = _local.attend_whole(_local.to_usm(arrays, settings.layout), geometry, settings)
-        return _local.alone_or_all(_local.results_to_user(out, lse, settings, arrays[0]))
+        results = _local.results_to_user(out, lse, settings, arrays[0])
+        if largest is not None:
+            results.append(arrays[0].give(from_host(largest.values, out.sycl_queue)))
+        return _local.alone_or_all(results)
 
 
 @takes(LocalOptions, MeshOptions)
@@ -134,6 +147,7 @@ def ulysses_attention(
     *,
     comm: Any = None,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     return_ctx: bool = False,
     replicated: tuple[Any, Any, Any] | None = None,
     replicated_at: Place = "start",
@@ -150,7 +164,7 @@ def ulysses_attention(
     q : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
         Queries of this rank, (batch, seq_local, heads, head_dim) or what `layout` says; float32, float64, float16 or bfloat16,
         any strides. The ranks hold consecutive rows in rank order; seq_local may differ between ranks and may be 0. head_dim is
-        at most 256.
+        at most 576.
     k, v : same kind, dtype and device as q
         Keys and values of this rank, (batch, seq_k_local, kv_heads, head_dim). heads is a multiple of kv_heads: query head h
         reads kv head ``h // (heads // kv_heads)``. If on any rank seq_k_local is not seq_local, k and v travel in a message
@@ -163,6 +177,8 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default. heads need not be a multiple of the number of ranks, nor be as many.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
+    return_max_logit : bool
+        Also return the largest score of every head, for which q and k are multiplied once more.
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
@@ -183,6 +199,10 @@ def ulysses_attention(
         with layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
     out_r, lse_r : arrays
         Only with `replicated`, after the others: out and lse of its tokens, the same on all ranks.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, after the others: the largest of what the softmax of a head gets, after scale, soft cap,
+        ALiBi and bias, of all rows of all ranks, without what is hidden and without sinks; (heads,), the same on all ranks, of
+        the dtype of lse. -inf where nothing is seen.
     ctx : Context
         Only with `return_ctx`, as the last result.
 
@@ -216,7 +236,7 @@ def ulysses_attention(
     >>> ulysses_attention(q, q, q, causal=True).shape
     (1, 16, 4, 8)
     """
-    wanted: dict[str, Any] = {"return_ctx": return_ctx, "return_lse": return_lse}
+    wanted: dict[str, Any] = {"return_ctx": return_ctx, "return_lse": return_lse, "return_max_logit": return_max_logit}
     wanted |= {"replicated": replicated, "replicated_at": replicated_at}
     return distributed("ulysses_attention", q, k, v, comm=comm, **wanted, **options)
 
@@ -228,6 +248,7 @@ def distributed(
     replicated: Any = None,
     replicated_at: Place = "start",
     return_ctx: bool = False,
+    return_max_logit: bool = False,
     names: Names = NAMES,
     unpack: Callable[..., tuple[Any, Any, Any]] | None = None,
     **options: Any,
@@ -239,7 +260,8 @@ def distributed(
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
         q, k, v = inputs if unpack is None else unpack(*inputs, of_attention.get("layout"))
-        given, geometry, settings = _local.check_attention(q, k, v, names, **of_attention)
+        more = _check_more(return_max_logit)
+        given, geometry, settings = _local.check_attention(q, k, v, names, more=more, **of_attention)
         check_flag("return_ctx", return_ctx)
         wish = check_mesh(of_mesh, replicated_at, ranks, geometry, settings)
         of_tokens: tuple[Array, ...] = ()
@@ -249,7 +271,7 @@ def distributed(
         counts = _local.rows_of(of_tokens, settings.layout) if of_tokens else (0, 0)
         tokens = Replicated.of(counts, ranks.size, wish, settings)
         arrays = tokens.brought(ranks.rank, "qkv", *(_local.to_usm(x, settings.layout) for x in (given, of_tokens)))
-        how = wish.common() | {"replicated": counts, "return_ctx": return_ctx}
+        how = wish.common() | {"replicated": counts, "return_ctx": return_ctx, "return_max_logit": bool(return_max_logit)}
         common = vars(geometry) | settings.common() | how
         as_given = {name: value for name, value in of_attention.items() if name != "return_lse"}
         context = Context(geometry, ranks.size, _local.rows_of(given, settings.layout), counts, as_given, wish)
@@ -263,6 +285,7 @@ def distributed(
         q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
         settings.check_lengths(function, sum(q_rows), sum(k_rows))
         # Delegate.
+        largest, settings = _watched(settings, geometry, return_max_logit)
         parts: list[Arrays] = []
         if ranks.size == 1:
             with device_turn:
@@ -291,9 +314,25 @@ def distributed(
         results = {"out": out, "lse": lse} if settings.return_lse else {"out": out}
         of_all = tokens.parted(function, ranks, results) if replicated is not None else (results,)
         to_user = [x for of in of_all for x in _local.results_to_user(of["out"], of.get("lse"), settings, like)]
+        if largest is not None:
+            to_user.append(like.give(from_host(largest.of_all(ranks), out.sycl_queue)))
     if return_ctx:
         to_user.append(replace(context, parts=tuple(parts)))
     return _local.alone_or_all(to_user)
+
+
+def _check_more(return_max_logit: Any) -> tuple[str, ...]:
+    """What more than out and lse is wanted."""
+    check_flag("return_max_logit", return_max_logit)
+    return ("return_max_logit",) if return_max_logit else ()
+
+
+def _watched(options: Options, geometry: Geometry, wanted: Any) -> tuple[LargestScores | None, Options]:
+    """What finds the largest scores, if that is wanted, and the options that carry it."""
+    if not wanted:
+        return None, options
+    largest = LargestScores(geometry.heads, geometry.compute_dtype)
+    return largest, replace(options, findings=largest)
 
 
 def _describe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ._call.checks import (
     NAMES,
     Geometry,
     check_array,
+    check_flag,
     check_inputs,
     check_same_device,
 )
@@ -21,6 +23,7 @@ from ._device.arrays import from_host, tensor, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
 from ._device.workspace import scratch
+from ._findings import ScoreGradients
 from ._local import LocalOptions
 from ._mesh import MeshOptions, Placement, UlyssesOptions, check_mesh
 from ._path import Arrays, Description
@@ -46,7 +49,8 @@ if TYPE_CHECKING:
     from ._ring import Ring
 
 ARRAYS = ("q", "k", "v")
-DIFFERENTIABLE = (*ARRAYS, "sinks")  # what has a gradient, in the order of the results
+ON_DEMAND = {"alibi_slopes": "slopes_grad", "bias": "bias_grad"}  # options whose gradient is computed if that is wanted
+DIFFERENTIABLE = (*ARRAYS, "sinks", *ON_DEMAND)  # what has a gradient, in the order of the results
 GRADIENTS = ("dq", "dk", "dv")
 GIVEN = ("dout", *ARRAYS, "out", "lse", "dlse")
 
@@ -62,6 +66,8 @@ def attention_backward(
     /,
     *,
     dlse: Any = None,
+    bias_grad: bool = False,
+    slopes_grad: bool = False,
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Gradient of `attention`: the vector-Jacobian product for cotangents of its results.
@@ -77,9 +83,11 @@ def attention_backward(
     out, lse : arrays
         What `attention` returned with ``return_lse=True``.
     {names}
-        What `attention` was given. `alibi_slopes` and `bias` get no gradient.
+        What `attention` was given.
     dlse : same kind, dtype, device and shape as lse, optional
         Cotangent of lse; of a query that sees nothing it has no effect. None: the loss does not depend on lse.
+    bias_grad, slopes_grad : bool
+        Also return the gradient by `bias`, or by `alibi_slopes`, for which all scores are computed again.
 
     Returns
     -------
@@ -87,6 +95,11 @@ def attention_backward(
         Gradients, of the kind, dtype, device and shape of q, k and v.
     dsinks : array
         Only if `sinks` is given: its gradient, (heads,), of the kind of q and the dtype of lse.
+    dslopes : array
+        Only with `slopes_grad`: the gradient by `alibi_slopes`, of its shape, of the kind of q and the dtype of lse.
+    dbias : array
+        Only with `bias_grad`: the gradient by `bias`, of its shape, kind and device, and of the dtype of lse. Where `bias` is
+        broadcast, it is the sum. Memory grows with seq_q x seq_k only if `bias` has such a shape.
 
     Raises
     ------
@@ -115,7 +128,8 @@ def attention_backward(
     True
     """
     # Validate inputs.
-    arrays, geometry, settings = _check(dout, q, k, v, out, lse, dlse, **options)
+    more = _check_more(dlse, bias_grad, slopes_grad)
+    arrays, geometry, settings = _check(dout, q, k, v, out, lse, dlse, more, **options)
     settings.check_lengths("attention_backward", *_local.rows_of(arrays[1:], settings.layout))
     # Delegate.
     with call("attention_backward"), device_turn:
@@ -134,6 +148,8 @@ def ulysses_attention_backward(
     /,
     *,
     dlse: Any = None,
+    bias_grad: bool = False,
+    slopes_grad: bool = False,
     comm: Any = None,
     ctx: Context | None = None,
     replicated: tuple[Any, ...] | None = None,
@@ -154,10 +170,12 @@ def ulysses_attention_backward(
     out, lse : arrays
         What `ulysses_attention` returned with ``return_lse=True``.
     {names}
-        What `ulysses_attention` was given. `alibi_slopes` and `bias` get no gradient. With `ctx`, an option that is given must
-        be that of `ctx`; of `bias`, shape and dtype are compared.
+        What `ulysses_attention` was given. With `ctx`, an option that is given must be that of `ctx`; of `bias`, shape and
+        dtype are compared.
     dlse : same kind, dtype, device and shape as lse, optional
         Cotangent of the rows of lse of this rank. None: the loss does not depend on these; other ranks may give theirs.
+    bias_grad, slopes_grad : bool
+        Also return the gradient by `bias`, or by `alibi_slopes`, for which all scores are computed again.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     ctx : Context, optional
@@ -179,6 +197,12 @@ def ulysses_attention_backward(
         Only with `replicated`: the gradients of its tokens by the rows of all ranks, the same on all ranks.
     dsinks : array
         Only if `sinks` is given: its gradient, (heads,), the same on all ranks, of the kind of q and the dtype of lse.
+    dslopes : array
+        Only with `slopes_grad`: the gradient by `alibi_slopes`, of its shape, the same on all ranks, of the kind of q and the
+        dtype of lse.
+    dbias : array
+        Only with `bias_grad`: the gradient by `bias`, of its shape, the same on all ranks, of the kind and device of `bias` and
+        the dtype of lse. Where `bias` is broadcast, it is the sum. The ranks add up theirs in their order, on the host.
 
     Raises
     ------
@@ -213,7 +237,8 @@ def ulysses_attention_backward(
     # Validate inputs.
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, Wish, Replicated]]:
         given = (ctx.options if isinstance(ctx, Context) else {}) | of_attention
-        inputs, geometry, settings = _check(dout, q, k, v, out, lse, dlse, **given)
+        more = _check_more(dlse, bias_grad, slopes_grad)
+        inputs, geometry, settings = _check(dout, q, k, v, out, lse, dlse, more, **given)
         of_tokens: tuple[Any, ...] = ()
         if replicated is not None:
             check_tokens = partial(_check_arrays, layout=settings.layout, dtype=given.get("dtype"))
@@ -221,7 +246,7 @@ def ulysses_attention_backward(
         counts = _local.rows_of(of_tokens[1:], settings.layout) if of_tokens else (0, 0)
         _check_context(ctx, geometry, ranks.size, _local.rows_of(inputs[1:], settings.layout), counts)
         if ctx and of_attention:
-            _, _, kept = _check(dout, q, k, v, out, lse, dlse, **ctx.options)
+            _, _, kept = _check(dout, q, k, v, out, lse, dlse, (), **ctx.options)
             _check_equal(settings.common(), kept.common())
         of_ctx = {name: getattr(ctx.wish, name) for name in ("ring", "order", "kv")} if ctx else {}
         wish = check_mesh(of_mesh | of_ctx, ctx.wish.place if ctx else replicated_at, ranks, geometry, settings)
@@ -234,6 +259,8 @@ def ulysses_attention_backward(
             "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
             **wish.common(),
             "replicated": counts,
+            "bias_grad": "bias_grad" in more,
+            "slopes_grad": "slopes_grad" in more,
             **vars(geometry),
             **settings.common(),
         }
@@ -282,6 +309,8 @@ def ulysses_attention_backward(
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
                 dsinks = mpi.join(ranks, np.concatenate(dsinks_of_parts)).reshape(placement.ring, geometry.heads).sum(axis=0)
+        if settings.findings is not None:
+            settings.findings.join(ranks, function)
         if replicated is not None:
             of_all = tokens.parted(function, ranks, dict(zip(GRADIENTS, grads, strict=True)))
             grads = [x for of in of_all for x in of.values()]
@@ -289,12 +318,22 @@ def ulysses_attention_backward(
 
 
 def _check(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, **options: Any
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, more: tuple[str, ...], **options: Any
 ) -> tuple[tuple[Any, ...], Geometry, Options]:
     """Check all arguments; returns what dout, q, k, v, out, lse and dlse are, the last of which may be None."""
-    more = () if dlse is None else ("dlse",)
     inputs, geometry, settings = _local.check_attention(q, k, v, return_lse=True, backward=True, more=more, **options)
+    if "bias_grad" in more or "slopes_grad" in more:
+        of_options = options.get("bias"), options.get("alibi_slopes")
+        settings = replace(settings, findings=ScoreGradients(settings, geometry.compute_dtype, more, *of_options))
     return _with_results(dout, inputs, out, lse, dlse, geometry, settings.layout), geometry, settings
+
+
+def _check_more(dlse: Any, bias_grad: Any, slopes_grad: Any) -> tuple[str, ...]:
+    """What more than dout and the gradients by arrays and sinks there is."""
+    check_flag("bias_grad", bias_grad)
+    check_flag("slopes_grad", slopes_grad)
+    wanted = {"dlse": dlse is not None, "bias_grad": bias_grad, "slopes_grad": slopes_grad}
+    return tuple(name for name, there in wanted.items() if there)
 
 
 def _names_of(replicated: Any) -> tuple[str, ...]:
@@ -373,10 +412,16 @@ def _check_equal(given: dict[str, str], kept: dict[str, str]) -> None:
 
 
 def _to_user(grads: Sequence[Any], dsinks: np.ndarray | None, options: Options, like: Array) -> tuple[Any, ...]:
-    results = tuple(_local.to_user(x, options.layout, like) for x in grads)
-    if dsinks is None:
-        return results
-    return (*results, like.give(from_host(dsinks, grads[0].sycl_queue)))
+    results, queue = [_local.to_user(x, options.layout, like) for x in grads], grads[0].sycl_queue
+    if dsinks is not None:
+        results.append(like.give(from_host(dsinks, queue)))
+    if options.findings is not None:
+        of_scores = options.findings.results()
+        results += [
+            (options.bias if name == "bias" and options.bias else like).give(from_host(x, queue))
+            for name, x in of_scores.items()
+        ]
+    return tuple(results)
 
 
 def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[list[Any], Any]:

@@ -42,6 +42,7 @@ def ulysses_flash_attn_func(
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_attention` with the signature of ``flash_attn_func`` (flash-attn 2.6 and later), plus the communicator.
@@ -69,7 +70,7 @@ def ulysses_flash_attn_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    ring, order, kv, dtype
+    ring, order, kv, dtype, return_max_logit
         As in `ulysses_attention`.
 
     Returns
@@ -78,6 +79,8 @@ def ulysses_flash_attn_func(
         (batch, seq_local, heads, head_dim).
     lse : same kind and device as q
         Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -102,6 +105,7 @@ def ulysses_flash_attn_func(
         order=order,
         kv=kv,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
@@ -138,6 +142,7 @@ def ulysses_flash_attn_varlen_func(
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_attention` of packed sequences with the signature of ``flash_attn_varlen_func`` (flash-attn 2.6 and later).
@@ -159,7 +164,7 @@ def ulysses_flash_attn_varlen_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    seqused_q, seqused_k, ring, order, kv, dtype
+    seqused_q, seqused_k, ring, order, kv, dtype, return_max_logit
         As in `ulysses_attention`.
 
     Returns
@@ -168,6 +173,8 @@ def ulysses_flash_attn_varlen_func(
         (rows, heads, head_dim).
     lse : same kind and device as q
         Only with `return_attn_probs`: (heads, rows), followed by None.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -194,6 +201,7 @@ def ulysses_flash_attn_varlen_func(
         order=order,
         kv=kv,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -226,6 +234,7 @@ def ulysses_flash_attn_qkvpacked_func(
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_flash_attn_func` with the signature of ``flash_attn_qkvpacked_func`` (flash-attn 2.6 and later).
@@ -242,7 +251,7 @@ def ulysses_flash_attn_qkvpacked_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    ring, order, kv, dtype
+    ring, order, kv, dtype, return_max_logit
         As in `ulysses_attention`.
 
     Returns
@@ -251,6 +260,8 @@ def ulysses_flash_attn_qkvpacked_func(
         (batch, seq_local, heads, head_dim).
     lse : same kind and device as qkv
         Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
+    max_logit : same kind and device as qkv
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -275,6 +286,7 @@ def ulysses_flash_attn_qkvpacked_func(
         order=order,
         kv=kv,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES_OF_QKV,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
@@ -303,6 +315,7 @@ def ulysses_flash_attn_kvpacked_func(
     ring: RingSize = 1,
     order: Order = "contiguous",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_flash_attn_func` with the signature of ``flash_attn_kvpacked_func`` (flash-attn 2.6 and later).
@@ -321,7 +334,7 @@ def ulysses_flash_attn_kvpacked_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    ring, order, dtype
+    ring, order, dtype, return_max_logit
         As in `ulysses_attention`. Keys get to other groups by ``kv='ring'``.
 
     Returns
@@ -330,6 +343,8 @@ def ulysses_flash_attn_kvpacked_func(
         (batch, seq_local, heads, head_dim).
     lse : same kind and device as q
         Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -353,6 +368,7 @@ def ulysses_flash_attn_kvpacked_func(
         ring=ring,
         order=order,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES_OF_KV,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
@@ -384,6 +400,7 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
     order: Order = "contiguous",
     kv: str = "ring",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_flash_attn_varlen_func` with the signature of ``flash_attn_varlen_qkvpacked_func`` (flash-attn 2.6 and later).
@@ -406,7 +423,7 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
         The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
     seqused : array or sequence of int, optional
         How many rows of each sequence count, as queries and as keys: `seqused_q` and `seqused_k` of `ulysses_attention`.
-    ring, order, kv, dtype
+    ring, order, kv, dtype, return_max_logit
         As in `ulysses_attention`.
 
     Returns
@@ -415,6 +432,8 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
         (rows, heads, head_dim).
     lse : same kind and device as qkv
         Only with `return_attn_probs`: (heads, rows), followed by None.
+    max_logit : same kind and device as qkv
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -441,6 +460,7 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
         order=order,
         kv=kv,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES_OF_QKV,
         cu_seqlens_q=cu_seqlens,
         seqused_q=seqused,
@@ -478,6 +498,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
     ring: RingSize = 1,
     order: Order = "contiguous",
     dtype: str | None = None,
+    return_max_logit: bool = False,
     **options: Unpack[MoreOptions],
 ) -> Any:
     """`ulysses_flash_attn_varlen_func` with the signature of ``flash_attn_varlen_kvpacked_func`` (flash-attn 2.6 and later).
@@ -500,7 +521,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
         As in `ulysses_attention`.
     group : mpi4py.MPI.Intracomm, optional
         The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    seqused_q, seqused_k, ring, order, dtype
+    seqused_q, seqused_k, ring, order, dtype, return_max_logit
         As in `ulysses_attention`. Keys get to other groups by ``kv='ring'``.
 
     Returns
@@ -509,6 +530,8 @@ def ulysses_flash_attn_varlen_kvpacked_func(
         (rows, heads, head_dim).
     lse : same kind and device as q
         Only with `return_attn_probs`: (heads, rows), followed by None.
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 
     Raises
     ------
@@ -535,6 +558,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
         ring=ring,
         order=order,
         dtype=dtype,
+        return_max_logit=return_max_logit,
         names=_NAMES_OF_KV,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -553,7 +577,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
 def flash_attn(function: str, arrays: tuple[Any, ...], return_attn_probs: bool, **options: Any) -> Any:
     """Call `ulysses_attention` under a public name, and return what flash-attn would."""
     result = distributed(function, *arrays, return_lse=return_attn_probs, **options)
-    return (*result, None) if return_attn_probs else result
+    return (*result[:2], None, *result[2:]) if return_attn_probs else result
 
 
 def _parts_of_qkv(qkv: Any, layout: str) -> tuple[Any, Any, Any]:

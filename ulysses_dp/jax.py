@@ -21,7 +21,7 @@ from ._local import LocalOptions
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
-from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
+from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, attention_backward, ulysses_attention_backward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ __all__ = ["attention", "ulysses_attention"]
 
 @takes(LocalOptions)
 def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
-    """`ulysses_dp.attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
+    """`ulysses_dp.attention` of JAX arrays, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Not collective. It may be under ``jax.jit``, ``jax.grad``, ``jax.vmap``, ``jax.checkpoint`` and the like.
 
@@ -43,7 +43,8 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     q, k, v : jax.Array
         As `ulysses_dp.attention` takes them.
     {names}
-        As in `ulysses_dp.attention`. Arrays may be traced; `sinks` may be differentiated by, others must not be.
+        As in `ulysses_dp.attention`. Arrays may be traced; of these, `sinks`, `alibi_slopes` and `bias` may be
+        differentiated by.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
 
@@ -95,8 +96,8 @@ def ulysses_attention(
     q, k, v : jax.Array
         The rows of this rank, as `ulysses_dp.ulysses_attention` takes them.
     {names}
-        As in `ulysses_dp.ulysses_attention`. Arrays may be traced; `sinks` may be differentiated by, which gives the gradient
-        of all ranks, the same on each; others must not be.
+        As in `ulysses_dp.ulysses_attention`. Arrays may be traced; of these, `sinks`, `alibi_slopes` and `bias` may be
+        differentiated by, which gives the gradient of all ranks, the same on each.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
@@ -161,12 +162,19 @@ class _Call:
         inputs, options = self._arguments(arrays)
         return _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
 
-    def backward(self, dout: Any, dlse: Any, arrays: Mapping[str, Any], *results: Any) -> dict[str, Any]:
-        """The gradients, by the names of the arrays that have one; without dlse the loss does not depend on lse."""
+    def backward(
+        self, dout: Any, dlse: Any, arrays: Mapping[str, Any], wanted: Mapping[str, Any], *results: Any
+    ) -> dict[str, Any]:
+        """The gradients, by the names of the arrays that have one; without dlse the loss does not depend on lse.
+
+        `wanted` has the names of the options whose gradient is computed on demand.
+        """
         inputs, options = self._arguments(arrays)
+        sinks = {} if options.get("sinks") is None else {"sinks": None}
+        options |= {ON_DEMAND[name]: True for name in wanted}
         options |= {} if dlse is None else {"dlse": np.asarray(dlse)}
         gradients = _FUNCTIONS[self.function][1](np.asarray(dout), *inputs, *map(np.asarray, results), **options)
-        by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
+        by_name = dict(zip((*ARRAYS, *sinks, *(name for name in ON_DEMAND if name in wanted)), gradients, strict=True))
         return {name: by_name[name].astype(x.dtype, copy=False) for name, x in arrays.items() if name in by_name}
 
     def _arguments(self, arrays: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -200,8 +208,9 @@ def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[A
         if x.perturbed and name not in DIFFERENTIABLE:
             raise NotImplementedError(f"there is no gradient of {name}; use jax.lax.stop_gradient({name})")
     values = {name: x.value for name, x in arrays.items()}
+    wanted = dict.fromkeys(name for name in ON_DEMAND if name in arrays and arrays[name].perturbed)
     results = _attend(call, values)
-    return results, (values, *results)
+    return results, (values, wanted, *results)
 
 
 def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
@@ -210,8 +219,9 @@ def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, An
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
-    arrays = kept[0]
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in DIFFERENTIABLE}
+    arrays, wanted, *_ = kept
+    names = {name for name in DIFFERENTIABLE if name not in ON_DEMAND or name in wanted}
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in names}
     return (dict.fromkeys(arrays) | call.run(call.backward, shapes, dout, dlse, *kept),)
 
 

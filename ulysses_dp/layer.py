@@ -95,6 +95,7 @@ class UlyssesAttention:
         return_attn_probs: bool = False,
         *,
         dtype: str | None = None,
+        return_max_logit: bool = False,
         **options: Unpack[LayerOptions],
     ) -> Any:
         """Attention of the rows of this rank. Collective over the group; see `ulysses_attention` for what is raised.
@@ -117,7 +118,7 @@ class UlyssesAttention:
             The result is bit-identical on repetition either way.
         return_attn_probs : bool
             Return ``(out, lse, None)``, as flash-attn does without dropout.
-        {names}, dtype
+        {names}, dtype, return_max_logit
             As in `ulysses_attention`.
 
         Returns
@@ -126,6 +127,8 @@ class UlyssesAttention:
             Shape of query.
         lse : same kind and device as query
             Only with `return_attn_probs`: (batch, heads, seq_local), or (heads, rows) with `cu_seqlens_q`; followed by None.
+        max_logit : same kind and device as query
+            Only with `return_max_logit`, as the last result; see `ulysses_attention`.
         """
         packed = options.get("cu_seqlens_q") is not None and self._axes == LAYOUTS["bshd"]
         return flash_attn(
@@ -135,6 +138,7 @@ class UlyssesAttention:
             comm=self.sequence_process_group,
             layout=PACKED if packed else self._axes,
             dtype=dtype,
+            return_max_logit=return_max_logit,
             names=_CLASS_NAMES,
             attn_type=self.attn_type,
             ring=self.ring,

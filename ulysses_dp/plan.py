@@ -96,7 +96,7 @@ def plan(
     kv_heads : int, optional
         Heads of k and v; `heads` by default.
     head_dim : int
-        From 1 to 256.
+        From 1 to 576.
     dtype : {"float32", "float64", "float16", "bfloat16"}
         Of q, k and v, which are on the device.
     ranks : int

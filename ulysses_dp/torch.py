@@ -16,7 +16,7 @@ from ._local import LocalOptions
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
-from .backward import ARRAYS, DIFFERENTIABLE, attention_backward, ulysses_attention_backward
+from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, attention_backward, ulysses_attention_backward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ __all__ = ["attention", "ulysses_attention"]
 
 @takes(LocalOptions)
 def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
-    """`ulysses_dp.attention` of tensors, with a gradient for q, k, v and `sinks`.
+    """`ulysses_dp.attention` of tensors, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Not collective.
 
@@ -38,7 +38,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     q, k, v : torch.Tensor
         As `ulysses_dp.attention` takes them, on the CPU or an XPU; they may require a gradient.
     {names}
-        As in `ulysses_dp.attention`. `sinks` may be a tensor that requires a gradient; other tensors must not.
+        As in `ulysses_dp.attention`. `sinks`, `alibi_slopes` and `bias` may be tensors that require a gradient.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
 
@@ -77,7 +77,7 @@ def ulysses_attention(
     return_lse: bool = False,
     **options: Unpack[UlyssesOptions],
 ) -> Any:
-    """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v and `sinks`.
+    """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Collective over `comm`, and so is its part of the backward pass: every rank has to come by there for the same calls in the
     same order. The gradient is that of the sum of the losses of all ranks. Tensors require gradients on all ranks alike.
@@ -87,8 +87,8 @@ def ulysses_attention(
     q, k, v : torch.Tensor
         The rows of this rank, as `ulysses_dp.ulysses_attention` takes them, on the CPU or an XPU; they may require a gradient.
     {names}
-        As in `ulysses_dp.ulysses_attention`. `sinks` may be a tensor that requires a gradient, which is that of all ranks, the
-        same on each; other tensors must not.
+        As in `ulysses_dp.ulysses_attention`. `sinks`, `alibi_slopes` and `bias` may be tensors that require a gradient, on all
+        ranks alike, which is that of all ranks, the same on each.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
@@ -135,6 +135,11 @@ class _Call:
     names: tuple[str, ...]  # of the tensors: q, k, v and options
     how: dict[str, Any]  # it is computed
     options: dict[str, Any]  # that are no tensors
+    wanted: tuple[str, ...]  # of the options whose gradient is computed on demand, those that have one
+
+    def differentiates(self, name: str) -> bool:
+        """Whether a tensor of this name gets a gradient."""
+        return name in DIFFERENTIABLE and (name not in ON_DEMAND or name in self.wanted)
 
     def forward(self, tensors: Sequence[Any], **wishes: Any) -> tuple[Any, ...]:
         """The results for these tensors, of which those that get a gradient have none that is recorded in here."""
@@ -150,14 +155,18 @@ class _Call:
         q, k, v, *others = tensors
         dout = torch.zeros_like(out) if dout is None else dout
         options = self._all_options(others)
+        sinks = options.get("sinks")
+        on_demand: dict[str, Any] = {ON_DEMAND[name]: True for name in self.wanted}
         if self.function == "ulysses_attention":
             options = self.how | ({"ctx": kept} if kept else options)
-            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
+            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **on_demand, **options)
         else:
-            gradients = attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options)
-        by_name = dict(zip(DIFFERENTIABLE, gradients, strict=False))
+            gradients = attention_backward(dout, q, k, v, out, lse, dlse=dlse, **on_demand, **options)
+        given = dict.fromkeys(ARRAYS) | ({} if sinks is None else {"sinks": None}) | dict.fromkeys(self.wanted)
+        by_name = dict(zip(given, gradients, strict=True))
         return [
-            by_name[name].to(x.dtype) if name in DIFFERENTIABLE else None for name, x in zip(self.names, tensors, strict=True)
+            by_name[name].to(x.dtype) if self.differentiates(name) else None
+            for name, x in zip(self.names, tensors, strict=True)
         ]
 
     def _all_options(self, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -169,10 +178,11 @@ def _run(function: str, arrays: tuple[Any, ...], how: dict[str, Any], options: M
     of_options = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     others = {name: x for name, x in options.items() if name not in of_options}
     names, tensors = (*ARRAYS, *of_options), [*arrays, *of_options.values()]
+    wanted = tuple(name for name in ON_DEMAND if name in of_options and of_options[name].requires_grad)
     if torch.compiler.is_compiling():
-        out, lse = _compiled_attention(tensors, _name_of(function, names, tuple(how), **how, **others))
+        out, lse = _compiled_attention(tensors, _name_of(function, names, tuple(how), wanted, **how, **others))
         return (out, lse) if return_lse else out
-    call = _Call(function, names, how, others)
+    call = _Call(function, names, how, others, wanted)
     if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
         return call.forward(tensors, return_lse=return_lse)
     out, lse, _ = _Attention.apply(call, *tensors)
@@ -208,16 +218,16 @@ _calls: dict[str, _Call] = {}
 
 
 @torch.compiler.assume_constant_result
-def _name_of(function: str, names: tuple[str, ...], how: tuple[str, ...], **values: Any) -> str:
+def _name_of(function: str, names: tuple[str, ...], how: tuple[str, ...], wanted: tuple[str, ...], **values: Any) -> str:
     """The name of a call; runs when the compiler traces the call.
 
     It says what the call is, for the compiler keeps what it compiled for other processes.
     """
-    call = _Call(function, names, {name: values.pop(name) for name in how}, values)
+    call = _Call(function, names, {name: values.pop(name) for name in how}, values, wanted)
     known = next((name for name, other in _calls.items() if other == call), None)
     if known is None:
         texts = {name: value for name, value in (call.how | call.options).items() if name != "comm"}
-        known = f"{len(_calls)} {function} {names} {texts}"
+        known = f"{len(_calls)} {function} {names} {texts} {wanted}"
         _calls[known] = call
     return known
 
@@ -254,7 +264,7 @@ def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
 @_compiled_backward.register_fake
 def _(dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
     named = zip(_calls[call].names, tensors, strict=True)
-    return [x.new_empty(x.shape) for name, x in named if name in DIFFERENTIABLE]
+    return [x.new_empty(x.shape) for name, x in named if _calls[call].differentiates(name)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
@@ -266,7 +276,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
 def _differentiate(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     gradients = iter(_compiled_backward(dout, dlse, tensors, out, lse, ctx.call))
-    return [next(gradients) if name in DIFFERENTIABLE else None for name in _calls[ctx.call].names], None
+    call = _calls[ctx.call]
+    return [next(gradients) if call.differentiates(name) else None for name in call.names], None
 
 
 _compiled_attention.register_autograd(_differentiate, setup_context=_keep)

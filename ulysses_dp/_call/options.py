@@ -351,6 +351,7 @@ class AttentionOptions(ScoreOptions, total=False):
 
 
 OPTIONS = options_of(ScoreOptions)
+ALL_MORE = "dlse", "return_max_logit", "bias_grad", "slopes_grad"  # that a call may take or give, if its backend does
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,6 +377,7 @@ class Options:
     seqused_k: tuple[int, ...] | None = None
     backend: Any = None  # who computes: known to those above, who know the backends
     block: Block | None = None  # what of the sequences is at hand; None: all
+    findings: Any = None  # what sees all that is computed, besides
 
     @cached_property
     def given(self) -> dict[str, Any]:
@@ -465,6 +467,8 @@ class Options:
         """What must be the same on all ranks, as text by name. Of the bias, which may be large, its shape and dtype."""
         texts = {}
         for field in fields(self):
+            if field.name == "findings":
+                continue
             value = getattr(self, field.name)
             name = {"backend": "attn_type"}.get(field.name, field.name)
             if name == "layout" and not isinstance(value, str):
@@ -507,8 +511,10 @@ class Options:
 
         The bias is of this dtype, that of q by default.
         """
-        if self.plain:
-            return None
+        return None if self.plain else self.all_extras(q, seq_k, first_head, dtype)
+
+    def all_extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions:
+        """The same, with spans for a plain kernel, too."""
         batch, seq_q, heads, _ = q.shape
         mine = slice(first_head, first_head + heads)
         block = self._block(seq_q, seq_k)

@@ -276,6 +276,23 @@ def join(ranks: Ranks, numbers: Any) -> np.ndarray:
     return np.concatenate(ranks.comm.allgather(numbers))
 
 
+def memory_for_sum(ranks: Ranks, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `sum_in_order` of such an array needs: about three times its memory."""
+    share = -(-x.size // ranks.size)
+    return tuple(np.zeros((ranks.size, share), x.dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def sum_in_order(ranks: Ranks, x: np.ndarray, memory: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """The sum of the arrays of all ranks, in the order of the ranks: the same bits on every rank and every time."""
+    sent, received, joined = memory
+    sent.reshape(-1)[: x.size] = x.reshape(-1)
+    ranks.comm.Alltoall(sent, received)
+    mine = sent[0]
+    mine[...] = received.sum(axis=0)
+    ranks.comm.Allgather(mine, joined)
+    return joined.reshape(-1)[: x.size].reshape(x.shape)
+
+
 def join_rows(ranks: Ranks, x: np.ndarray, counts: tuple[int, ...]) -> np.ndarray:
     """Arrays of so many rows of all ranks, one after the other."""
     mine = np.ascontiguousarray(x)

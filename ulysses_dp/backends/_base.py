@@ -71,6 +71,20 @@ class Backend:
         """Write `grads`, (dq, dk, dv), dense in the last axis; `arrays` are (dout, q, k, v, lse, delta)."""
         raise NotImplementedError
 
+    def largest_scores(self, q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:
+        """The largest score of every head that is at hand, -inf where there is none; on the host."""
+        raise NotImplementedError
+
+    def score_gradient(
+        self, arrays: Sequence[Any], options: Options, heads: HeadMap, *, keeps: Sequence[bool], by_slope: bool
+    ) -> np.ndarray:
+        """The gradient of what is added to scores, by the `arrays` of `backward`; on the host.
+
+        It is (batch, heads, seq_q, seq_k), of which the axes that are not kept are added up to one; `by_slope`, of it times
+        what a slope is multiplied with.
+        """
+        raise NotImplementedError
+
     def delta(self, dout: Any, out: Any, delta: Any) -> None:
         """Write the sum of dout * out of every query row."""
         dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)

@@ -6,10 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.arguments import Problem
-from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
+import numpy as np
 
-from .._call.options import OPTIONS
+from ulysses_dp.kernels.arguments import Problem
+from ulysses_dp.kernels.reference import largest_exact_lse
+from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
+from ulysses_dp.kernels.score_walk import Walk
+from ulysses_dp.kernels.score_walks import score_gradient, softmax_of_rows
+
+from .._call.options import ALL_MORE, OPTIONS
+from .._device.arrays import from_host, tensor, to_host
 from .._device.copies import copy_arrays, readable
 from .._device.workspace import scratch
 from ._base import Backend, compute_dtype
@@ -36,7 +42,7 @@ class IntelSycl(Backend):
 
     name = "INTEL_SYCL"
     in_blocks = True
-    has = (*OPTIONS, "dlse")
+    has = (*OPTIONS, *ALL_MORE)
 
     wishes: Wishes = NO_WISHES  # of the environment, which is read once in a call
 
@@ -109,15 +115,90 @@ class IntelSycl(Backend):
             copy_arrays(parts, sums, add=True)
         copy_arrays(sums, of_keys)
 
+    def largest_scores(self, q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:
+        largest, _ = _softmax_of_rows(q, k, options, heads)
+        result: np.ndarray = largest.max(axis=(0, 2), initial=-np.inf)
+        return result
 
-def _problem(q: Any, k: Any, options: Options, heads: HeadMap) -> Problem:
-    """The call as the kernels take it."""
+    def score_gradient(
+        self, arrays: Sequence[Any], options: Options, heads: HeadMap, *, keeps: Sequence[bool], by_slope: bool
+    ) -> np.ndarray:
+        dout, q, k, v, lse, delta = arrays
+        of_queries = _of_queries(q, k, lse, delta, options, heads)
+        dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
+        k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
+        (batch, seq_q, count, _), seq_k = q.shape, k.shape[1]
+        keeps_batch, keeps_heads, keeps_rows, keeps_keys = keeps
+        into_keys, keeps_pairs = keeps_keys and not keeps_rows, keeps_keys and keeps_rows
+        shape = batch if keeps_batch else 1, count if keeps_heads else 1, *((seq_k,) if keeps_pairs else ())
+        result = scratch(q.sycl_queue, "score gradient", (*shape, seq_k if into_keys else seq_q), lse.dtype)
+        result[...] = 0
+        rows, columns = ((k, v), (q, dout)) if into_keys else ((q, dout), (k, v))
+        panels = tuple(_panels(x, f"{n} of rows") for n, x in enumerate(rows))
+        walk = Walk(
+            batch=batch,
+            sum_batch=int(not keeps_batch),
+            sum_heads=int(not keeps_heads),
+            sum_columns=int(not keeps_pairs),
+            by_slope=int(by_slope),
+        )
+        problem = _problem(q, k, options, heads, walks=True)
+        score_gradient(q, k, panels, columns, of_queries, result, problem, walk, into_keys=into_keys)
+        found = to_host(result)
+        if keeps_pairs:
+            return found.swapaxes(2, 3)
+        if into_keys:
+            return found[:, :, None, :]
+        return found[..., None] if keeps_rows else found.sum(axis=2, dtype=np.float64)[..., None, None]
+
+
+def _softmax_of_rows(q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:
+    """The largest score of every query, and the sum of exp(score - that), each (batch, heads, seq_q)."""
+    (q,) = readable((q,), "q", compute_dtype(q), by_head=False)
+    (k,) = readable((k,), "k", q.dtype, by_head=False)
+    result = scratch(q.sycl_queue, "softmax of rows", (q.shape[0], q.shape[2], 2, q.shape[1]), q.dtype)
+    result[:, :, 0], result[:, :, 1] = -np.inf, 0
+    softmax_of_rows(q, k, _panels(q, "of rows"), result, _problem(q, k, options, heads, walks=True))
+    return to_host(result).swapaxes(0, 2).swapaxes(1, 2)
+
+
+def _of_queries(q: Any, k: Any, lse: Any, delta: Any, options: Options, heads: HeadMap) -> Any:
+    """Peak, rate and delta of every query, (batch, heads, seq_q, 3): p = exp(score - peak) rate, as in `flash_backward`."""
+    logs, deltas = to_host(lse), to_host(delta)
+    peak, rate = logs.astype(np.float64), np.ones(logs.shape)
+    large = np.isfinite(peak) & (abs(peak) > largest_exact_lse(lse.dtype))
+    if large.any():  # they may have lost the number of keys in rounding
+        highest, total = _softmax_of_rows(q, k, options, heads).astype(np.float64)
+        if options.sinks is not None:
+            sinks = options.for_heads("sinks", slice(heads.first, heads.first + q.shape[2]))[:, None]
+            top = np.maximum(highest, sinks)
+            highest, total = top, total * np.exp(highest - top) + np.exp(sinks - top)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            difference = highest + np.log(total) - peak  # lse may be that of more keys than these
+            share = np.where(difference < -4 * np.finfo(lse.dtype).eps * abs(peak), np.exp(difference), 1)
+            rate = np.where(large & (total > 0), share / total, rate)
+        peak = np.where(large & (total > 0), highest, peak)
+    return from_host(np.stack([peak, rate, deltas], axis=-1).astype(lse.dtype), q.sycl_queue)
+
+
+def _panels(x: Any, slot: str) -> Any:
+    """An array (batch, rows, heads, head_dim) as (batch, heads, head_dim, rows), in scratch memory."""
+    batch, rows, heads, width = x.shape
+    panels = scratch(x.sycl_queue, f"panels {slot}", (batch, heads, width, rows), x.dtype)
+    if x.size:
+        copy_arrays((tensor.permute_dims(x, (0, 3, 2, 1)),), (tensor.permute_dims(panels, (0, 2, 1, 3)),))
+    return panels
+
+
+def _problem(q: Any, k: Any, options: Options, heads: HeadMap, *, walks: bool = False) -> Problem:
+    """The call as the kernels take it; those that walk over scores always get options."""
+    extras = options.all_extras if walks else options.extras
     return Problem(
         scale=options.softmax_scale,
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
         group=heads.group,
         head_shift=heads.shift,
-        options=options.extras(q, k.shape[1], heads.first),
+        options=extras(q, k.shape[1], heads.first),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ulysses_dp.kernels import reference, row_dot
 
-from .._call.options import OPTIONS
+from .._call.options import ALL_MORE, OPTIONS
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
 from .._device.workspace import scratch
@@ -15,6 +16,8 @@ from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import numpy as np
 
     from .._call.options import Options
     from .._ranks.partition import HeadMap
@@ -25,7 +28,7 @@ class NumpyDense(Backend):
 
     name = "NUMPY"
     in_blocks = True
-    has = (*OPTIONS, "dlse")
+    has = (*OPTIONS, *ALL_MORE)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         compute = compute_dtype(q)
@@ -39,6 +42,21 @@ class NumpyDense(Backend):
         k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
         arrays = dout, q, k, v, lse, delta
         _compute(reference.backward, arrays, grads, options, q, k, heads)
+
+    def largest_scores(self, q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:
+        q, k = (readable((x,), name, compute_dtype(x), by_head=False)[0] for name, x in (("q", q), ("k", k)))
+        largest: np.ndarray = _dense(reference.largest_scores, (q, k), options, q, k, heads).max(axis=(0, 2))
+        return largest
+
+    def score_gradient(
+        self, arrays: Sequence[Any], options: Options, heads: HeadMap, *, keeps: Sequence[bool], by_slope: bool
+    ) -> np.ndarray:
+        dout, q, k, v, lse, delta = arrays
+        dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
+        k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
+        dense = partial(reference.score_gradient, keeps=keeps, by_slope=by_slope)
+        result: np.ndarray = _dense(dense, (dout, q, k, v, lse, delta), options, q, k, heads)
+        return result
 
     def delta(self, dout: Any, out: Any, delta: Any) -> None:
         dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
@@ -54,10 +72,17 @@ def _compute(
     k: Any,
     heads: HeadMap,
 ) -> None:
+    for target, result in zip(targets, _dense(dense, arrays, options, q, k, heads), strict=True):
+        if target is not None:
+            _write(target, result)
+
+
+def _dense(dense: Callable[..., Any], arrays: Sequence[Any], options: Options, q: Any, k: Any, heads: HeadMap) -> Any:
+    """What a reference makes of USM arrays."""
     extras = options.extras(q, k.shape[1], heads.first)
     if extras is not None and extras.bias is not None:
         extras = replace(extras, bias=tensor.asnumpy(extras.bias))
-    results = dense(
+    return dense(
         *(tensor.asnumpy(x) for x in arrays),
         scale=options.softmax_scale,
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
@@ -65,9 +90,6 @@ def _compute(
         head_shift=heads.shift,
         options=extras,
     )
-    for target, result in zip(targets, results, strict=True):
-        if target is not None:
-            _write(target, result)
 
 
 def _write(target: Any, dense: Any) -> None:

@@ -4,11 +4,16 @@
     mpiexec -n 2 python scripts/bench_ulysses.py --json ulysses.json --plot ulysses.png
 
     python scripts/bench_ulysses.py --scaling --json scaling.json --plot scaling.png
+    mpiexec -n 4 python scripts/bench_ulysses.py --meshes --json meshes.json
 
 Ours is what users call, on dpnp arrays: `ulysses_attention`, and for the gradient `ulysses_attention_backward` with the
 context of the forward call. Theirs is `yunchang.UlyssesAttention`, and its gradient by autograd. It has no local attention for
 CPUs: it gets PyTorch's `scaled_dot_product_attention`, and all the rest is yunchang's. Every rank runs both in one process, in
 turns (see timing.py), with as many threads as its SYCL device has. Before that, the results of both are compared.
+
+--meshes compares all meshes of these ranks, forward, with pure Ulysses, and if PyTorch and yunchang are installed with
+`yunchang.LongContextAttention` of the same degrees, whose local attention is PyTorch's flash attention for CPUs. With a causal
+mask the order is zigzag, for both, and ours is measured with contiguous rows, too. All of them take turns.
 
 --scaling starts runs on 1, 2 and 4 ranks, in turns, and compares ours with itself: strong scaling has --seq rows in all, weak
 scaling has them on every rank. Every rank computes on one core of its own as long as there are so many, and then several share
@@ -28,7 +33,8 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +42,7 @@ import numpy as np
 from timing import Results, in_turns, machine_line, median_ratio, row, side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from timing import Row
 
@@ -46,6 +52,8 @@ SEQS = (2048, 4096, 8192)  # on all ranks together
 PASSES = {False: "forward", True: "forward and backward"}
 STAGES = ("agree", "pack", "scatter", "attention", "gather", "unpack", "confirm")
 SCALING_SEQS = (1024, 4096)
+MESH_SEQS = (4096, 8192)
+MESH_PEERS = ("pure Ulysses", "contiguous", "yunchang")  # what a mesh is compared with
 RANKS = (1, 2, 4)
 TURN = {"seconds": 0.005, "most": 20}  # of one side
 TOLERANCE = 1e-4  # of the largest number: two float32 results, of which neither is exact
@@ -160,6 +168,143 @@ def compare_with_yunchang(arguments: argparse.Namespace) -> None:
         say(f"ratios {min(ratios):.2f} to {max(ratios):.2f}, geometric mean {statistics.geometric_mean(ratios):.2f}")
 
 
+# --- meshes -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Meshed:
+    """A call on a mesh."""
+
+    seq: int
+    causal: bool
+    ring: int
+    order: str
+
+    def arrays(self, comm: Any) -> list[np.ndarray]:
+        """q, k and v of this rank."""
+        import ulysses_dp
+
+        rows = ulysses_dp.row_positions(self.seq, comm, order=self.order, ring=self.ring)
+        rng = np.random.default_rng(0)
+        return [rng.standard_normal((1, self.seq, HEADS, HEAD_DIM), dtype=np.float32)[:, rows] for _ in range(3)]
+
+    def our_call(self, comm: Any) -> Callable[[], list[Any]]:
+        """Ours, on dpnp arrays."""
+        import dpnp
+
+        import ulysses_dp
+        from ulysses_dp._device.queue import default_queue
+
+        q, k, v = (dpnp.asarray(x, sycl_queue=default_queue()) for x in self.arrays(comm))
+        how = {"comm": comm, "causal": self.causal, "ring": self.ring, "order": self.order}
+        return lambda: [ulysses_dp.ulysses_attention(q, k, v, **how)]
+
+    def their_call(self, comm: Any) -> Callable[[], list[Any]]:
+        """Yunchang's; `gloo` must be running, and their ring must have a local attention."""
+        import torch
+        from yunchang import LongContextAttention, set_seq_parallel_pg
+        from yunchang.kernels import AttnType
+
+        set_seq_parallel_pg(comm.size // self.ring, self.ring, comm.rank, comm.size)
+        # their zigzag takes its rows to be two chunks, which those of one group are not
+        implementation = "zigzag" if self.order == "zigzag" and self.ring > 1 else "basic"
+        attention = LongContextAttention(ring_impl_type=implementation, attn_type=AttnType.TORCH_EFFICIENT)
+        q, k, v = map(torch.from_numpy, self.arrays(comm))
+
+        def call() -> list[Any]:
+            with torch.no_grad():
+                return [attention(q, k, v, causal=self.causal)]
+
+        return call
+
+
+@contextmanager
+def local_attention_for_cpus() -> Iterator[None]:
+    """Give the rings of yunchang PyTorch's flash attention for CPUs, with its lse: what they choose among is for GPUs."""
+    import torch
+    from yunchang.ring import ring_flash_attn, zigzag_ring_flash_attn
+
+    def attend(q: Any, k: Any, v: Any, dropout_p: float, softmax_scale: float, *, causal: bool, **_: Any) -> tuple[Any, Any]:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(*heads_first, dropout_p, causal, scale=softmax_scale)
+        return out.transpose(1, 2), lse
+
+    modules = ring_flash_attn, zigzag_ring_flash_attn
+    chosen = [module.select_flash_attn_impl for module in modules]
+    for module in modules:
+        module.select_flash_attn_impl = lambda *_, **__: attend
+    try:
+        yield
+    finally:
+        for module, choice in zip(modules, chosen, strict=True):
+            module.select_flash_attn_impl = choice
+
+
+def measure_meshes(seq: int, causal: bool, comm: Any, seconds: float, *, peer: bool) -> list[Row]:
+    """Check and time all meshes, in turns; a row for each, with what it is compared with."""
+    from bench_exchange import as_numpy, check
+
+    rings = [ring for ring in range(1, comm.size + 1) if comm.size % ring == 0 and HEADS % (comm.size // ring) == 0]
+    cases = [Meshed(seq, causal, ring, "zigzag" if causal else "contiguous") for ring in rings]
+    cases += [Meshed(seq, causal, ring, "contiguous") for ring in rings[1:] if causal]
+    calls = {(case, "ours"): case.our_call(comm) for case in cases}
+    if peer:
+        calls |= {(case, "yunchang"): case.their_call(comm) for case in cases if case.order == "zigzag" or not causal}
+    for case, whose in calls:
+        if whose == "yunchang":
+            ours, theirs = (as_numpy(calls[case, name]()[0]) for name in ("ours", "yunchang"))
+            check(str(case), close(ours, theirs), comm)
+    times = in_turns({key: side(call, comm, **TURN) for key, call in calls.items()}, seconds, comm, least=3)
+    rows = []
+    for case in cases:
+        of_case = {"ours": times[case, "ours"], "pure Ulysses": times[cases[0], "ours"]}
+        contiguous = replace(case, order="contiguous")
+        if contiguous in cases and contiguous != case:
+            of_case["contiguous"] = times[contiguous, "ours"]
+        if (case, "yunchang") in times:
+            of_case["yunchang"] = times[case, "yunchang"]
+        rows.append(row({"ranks": comm.size, **asdict(case)}, of_case))
+    return rows
+
+
+def mesh_line(result: Row) -> str:
+    """A row of the table."""
+    case, ratios = result["case"], result["times_as_fast_as"]
+    mesh = f"{case['ranks'] // case['ring']}x{case['ring']}"
+    problem = f"{case['seq']:6}  {'causal' if case['causal'] else '-':6}  {mesh:>5}  {case['order']:10}"
+    cells = "".join(f"{ratios[name]:13.2f}" if name in ratios else f"{'':13}" for name in MESH_PEERS)
+    return f"{problem} | {result['seconds']['ours']:8.4f} |{cells} {result['turns']:6}"
+
+
+def compare_meshes(arguments: argparse.Namespace) -> None:
+    """The table of all meshes of the ranks that run this."""
+    from bench_exchange import gloo, yunchang_missing
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    problem = yunchang_missing()
+    if any(seq % (2 * comm.size) for seq in arguments.seq):
+        raise SystemExit(f"bench_ulysses: every --seq must be a multiple of {2 * comm.size}" if comm.rank == 0 else 1)
+    say = print if comm.rank == 0 else lambda *_, **__: None
+    with ExitStack() as stack:
+        results = stack.enter_context(Results("bench_ulysses --meshes", arguments, comm))
+        say(machine_line(results.machine))
+        if problem:
+            say(f"without a peer: {problem}")
+        else:
+            stack.enter_context(gloo(comm))
+            stack.enter_context(local_attention_for_cpus())
+        say("   seq  mask     UxR  order      |   ours s |" + "".join(f"{name:>13}" for name in MESH_PEERS) + "  turns")
+        for seq in arguments.seq:
+            for causal in (False, True):
+                rows = measure_meshes(seq, causal, comm, arguments.seconds, peer=not problem)
+                results.rows.extend(rows)
+                for result in rows:
+                    say(mesh_line(result), flush=True)
+        say("the columns to the right: how many times as fast ours is as these")
+
+
 # --- scaling ------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,12 +394,18 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--seq", type=int, nargs="+", help="rows of all ranks together (2048 4096 8192; with --scaling 1024 4096)"
+        "--seq",
+        type=int,
+        nargs="+",
+        help="rows of all ranks together (2048 4096 8192; --scaling 1024 4096; --meshes 4096 8192)",
     )
     parser.add_argument(
-        "--seconds", type=float, help="time for each row; at least three turns (4; with --scaling 1 in every run)"
+        "--seconds",
+        type=float,
+        help="time for each row, of --meshes for all meshes; at least three turns (4; --scaling 1 in every run; --meshes 20)",
     )
     parser.add_argument("--scaling", action="store_true", help="ours on several numbers of ranks; not under mpiexec")
+    parser.add_argument("--meshes", action="store_true", help="all meshes of the ranks, beside yunchang's")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of --scaling (1 2 4)")
     parser.add_argument("--rounds", type=int, default=3, help="of --scaling (3)")
     parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)
@@ -262,8 +413,8 @@ def parse_arguments() -> argparse.Namespace:
     Results.add_options(parser, "the ratios, or the efficiency and the stages,")
     arguments = parser.parse_args()
     scales = arguments.scaling or arguments.one_run
-    arguments.seq = arguments.seq or list(SCALING_SEQS if scales else SEQS)
-    arguments.seconds = arguments.seconds or (1 if scales else 4)
+    arguments.seq = arguments.seq or list(SCALING_SEQS if scales else MESH_SEQS if arguments.meshes else SEQS)
+    arguments.seconds = arguments.seconds or (1 if scales else 20 if arguments.meshes else 4)
     if min(arguments.ranks) < 1 or min(arguments.seq) < 1 or arguments.rounds < 1 or arguments.seconds <= 0:
         parser.error("--seq, --seconds, --ranks and --rounds must be positive")
     return arguments
@@ -276,6 +427,8 @@ def main() -> None:
         one_run(arguments)
     elif arguments.scaling:
         scaling(arguments)
+    elif arguments.meshes:
+        compare_meshes(arguments)
     else:
         compare_with_yunchang(arguments)
 

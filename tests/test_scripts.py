@@ -324,6 +324,27 @@ def test_bench_ulysses(tmp_path):
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
+def test_bench_ulysses_of_meshes(tmp_path):
+    saved = "--json", tmp_path / "rows.json", "--plot", tmp_path / "rows.png"
+    text = mpiexec(2, ROOT / "scripts/bench_ulysses.py", "--meshes", "--seq", 64, "--seconds", 0.01, *saved)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    cases = [
+        (False, 1, "contiguous"),
+        (False, 2, "contiguous"),
+        (True, 1, "zigzag"),
+        (True, 2, "zigzag"),
+        (True, 2, "contiguous"),
+    ]
+    assert [(row["case"]["causal"], row["case"]["ring"], row["case"]["order"]) for row in rows] == cases
+    for row in rows:
+        assert row["times_as_fast_as"]["pure Ulysses"] > 0
+        assert ("contiguous" in row["times_as_fast_as"]) == (row["case"]["order"] == "zigzag" and row["case"]["ring"] > 1)
+        meshed_there = row["case"]["order"] == "zigzag" or not row["case"]["causal"]
+        assert ("yunchang" in row["times_as_fast_as"]) == (bool(PEERS) and meshed_there)
+    assert ("without a peer" in text) == (not PEERS)
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
 @pytest.mark.skipif(not PEERS, reason="needs torch and yunchang")
 def test_bench_attention(tmp_path):
     options = "--head-dim", 64, "--seq", 128, "--seconds", 0.01, "--backends", "--beside", sys.executable

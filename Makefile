@@ -22,7 +22,7 @@ test: .venv/installed
 	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,5) $(BIN)/python -m pytest -m "not single" tests/test_options.py tests/test_varlen.py
-	$(call MPIEXEC,900,6) $(BIN)/python -m pytest -m "not single" tests/test_ring.py tests/test_decode.py
+	$(call MPIEXEC,900,6) $(BIN)/python -m pytest -m "not single" tests/test_ring.py tests/test_replicated.py tests/test_mesh.py tests/test_decode.py
 
 # Random calls of everything against a dense oracle, on 1 to 5 ranks in turns, for as long as you like.
 fuzz: .venv/installed

@@ -65,8 +65,8 @@ def test_ring(comm, order):
     for name in ("random", "of batch"):
         options = some_options(("bias", "sinks"), 2, 4, SEQ, KEYS)
         whole = random_qkv(4, 2, SEQ, 4, 2, 8, seq_k=KEYS)
-        for ring in test_ring_module.rings(comm):
-            test_ring_module.check(comm, whole, ring, order, key_ranges=ranges(name), causal=name == "random", **options)
+        meshes = test_ring_module.rings(comm)
+        test_ring_module.check(comm, whole, meshes, order, key_ranges=ranges(name), causal=name == "random", **options)
 
 
 PACKED = {"equal": ([7, 1, 0, 12, 3], [7, 1, 0, 12, 3]), "other keys": ([7, 4, 0, 12, 3], [4, 6, 5, 17, 2])}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from checks import some_options
 from gradients import dense_gradient
-from helpers import outcomes, random_qkv, split
+from helpers import as_kind, as_numpy, outcomes, random_qkv, split
 from oracle import TOLERANCE, dense_attention, from_bfloat16, to_bfloat16
 
 from ulysses_dp import (
@@ -42,23 +42,25 @@ def run(comm, arrays, rows, keys, dout, dlse, *, context=False, **options):
     return out, lse, grads
 
 
-def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=False, dtype="float32", kv="ring", **options):
+def check(comm, arrays, sizes, order, *, q_counts=None, k_counts=None, context=False, dtype="float32", kv="ring", **options):
+    """A call and its gradient on meshes of so many groups, against the oracle, which is asked once for all."""
     q, k, v = arrays
-    rows = held(q.shape[1], comm, ring, order, q_counts)[comm.rank]
-    keys = held(k.shape[1], comm, ring, order, k_counts)[comm.rank]
     dout = np.random.default_rng(7).standard_normal(q.shape).astype(q.dtype)
     dlse = np.random.default_rng(8).standard_normal((q.shape[0], q.shape[2], q.shape[1])).astype(q.dtype)
-    out, lse, grads = run(comm, arrays, rows, keys, dout, dlse, context=context, ring=ring, order=order, kv=kv, **options)
     expected, expected_lse = dense_attention(q, k, v, **options)
-    tolerance = TOLERANCE[dtype] * 3
-    np.testing.assert_allclose(out, expected[:, rows], atol=tolerance, rtol=0)
-    np.testing.assert_allclose(lse, expected_lse[..., rows], atol=tolerance, rtol=1e-5)
     *dense, dsinks = dense_gradient(dout, q, k, v, dlse=dlse, **options)
-    for mine, whole, which in zip(grads, dense, (rows, keys, keys), strict=False):
-        scale = max(1.0, np.abs(whole).max(initial=0.0))
-        np.testing.assert_allclose(mine / scale, whole[:, which] / scale, atol=tolerance, rtol=0)
-    if options.get("sinks") is not None:
-        np.testing.assert_allclose(grads[3], dsinks, atol=10 * tolerance, rtol=1e-4)
+    tolerance = TOLERANCE[dtype] * 3
+    for ring in sizes:
+        rows = held(q.shape[1], comm, ring, order, q_counts)[comm.rank]
+        keys = held(k.shape[1], comm, ring, order, k_counts)[comm.rank]
+        out, lse, grads = run(comm, arrays, rows, keys, dout, dlse, context=context, ring=ring, order=order, kv=kv, **options)
+        np.testing.assert_allclose(out, expected[:, rows], atol=tolerance, rtol=0)
+        np.testing.assert_allclose(lse, expected_lse[..., rows], atol=tolerance, rtol=1e-5)
+        for mine, whole, which in zip(grads, dense, (rows, keys, keys), strict=False):
+            scale = max(1.0, np.abs(whole).max(initial=0.0))
+            np.testing.assert_allclose(mine / scale, whole[:, which] / scale, atol=tolerance, rtol=0)
+        if options.get("sinks") is not None:
+            np.testing.assert_allclose(grads[3], dsinks, atol=10 * tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -66,8 +68,7 @@ def check(comm, arrays, ring, order, *, q_counts=None, k_counts=None, context=Fa
 @pytest.mark.parametrize("kv", ["ring", "all_gather"])
 def test_every_mesh_and_order(comm, order, causal, kv):
     arrays = random_qkv(0, 2, 37, 6, 2, 16)
-    for ring in rings(comm):
-        check(comm, arrays, ring, order, kv=kv, causal=causal, context=causal == (kv == "ring"))
+    check(comm, arrays, rings(comm), order, kv=kv, causal=causal, context=causal == (kv == "ring"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -76,8 +77,7 @@ def test_every_mesh_and_order(comm, order, causal, kv):
 def test_every_option(comm, name, order, dtype):
     arrays = random_qkv(1, 1, 29, 4, 2, 8, dtype)
     options = some_options((name,), 1, 4, 29, 29, dtype=dtype)
-    for ring in rings(comm):
-        check(comm, arrays, ring, order, causal=name != "window", dtype=dtype, **options)
+    check(comm, arrays, rings(comm), order, causal=name != "window", dtype=dtype, **options)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -93,16 +93,16 @@ def test_all_options_at_once(comm, seed):
     kv = str(rng.choice(["ring", "all_gather", "auto"]))
     arrays = random_qkv(seed, batch, seq, heads, kv_heads, head_dim, seq_k=seq_k)
     causal, context = (bool(rng.random() < 0.5) for _ in range(2))
-    check(comm, arrays, ring, order, kv=kv, causal=causal, context=context, **options)
+    check(comm, arrays, [ring], order, kv=kv, causal=causal, context=context, **options)
 
 
 @pytest.mark.parametrize("how", ["uneven", "gaps", "first", "last"])
 def test_uneven_rows_and_ranks_without_any(comm, how):
     arrays = random_qkv(2, 1, 31, 4, 2, 8)
     counts = split(31, comm.size, how)
-    for ring in rings(comm):
-        kv = "all_gather" if ring > 2 else "ring"
-        check(comm, arrays, ring, "contiguous", q_counts=counts, k_counts=counts, kv=kv, causal=True, window_size=(9, 0))
+    for kv, sizes in (("ring", (1, 2)), ("all_gather", (3, 4, 5, 6))):
+        of_these = [ring for ring in rings(comm) if ring in sizes]
+        check(comm, arrays, of_these, "contiguous", q_counts=counts, k_counts=counts, kv=kv, causal=True, window_size=(9, 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -122,6 +122,48 @@ def test_packed_sequences(comm, order):
         dense = dense_gradient(dout, q, k, v, causal=True, cu_seqlens_q=ends)
         for x, whole in zip(grads, dense, strict=False):
             np.testing.assert_allclose(x, whole[rows], atol=6e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_packed_sequences_with_padding_at_the_end(comm, order):
+    """The rows of each that do not count lie behind those that do; masks are aligned to these."""
+    ends, used = (0, 9, 20, 32), {"seqused_q": (9, 7, 4), "seqused_k": (6, 11, 4)}
+    q, k, v = (x[0] for x in random_qkv(16, 1, 32, 4, 2, 8))
+    options = {"cu_seqlens_q": ends, "causal": True, "window_size": (5, 0)} | used
+    expected, expected_lse = dense_attention(q, k, v, **options)
+    dense = dense_gradient(q, q, k, v, **options)
+    for ring in rings(comm):
+        rows = held(32, comm, ring, order, None, None if order == "contiguous" else ends)[comm.rank]
+        how = {"layout": "thd", "ring": ring, "order": order, "comm": comm} | options
+        mine = [x[rows] for x in (q, k, v)]
+        out, lse = ulysses_attention(*mine, return_lse=True, **how)
+        np.testing.assert_allclose(out, expected[rows], atol=3e-5)
+        np.testing.assert_allclose(lse, expected_lse[:, rows], atol=3e-5)
+        for x, whole in zip(ulysses_attention_backward(mine[0], *mine, out, lse, **how), dense, strict=False):
+            np.testing.assert_allclose(x, whole[rows], atol=6e-5)
+
+
+@pytest.mark.parametrize("kv", ["ring", "all_gather"])
+def test_one_array_for_all_and_again(comm, kv):
+    """Keys that are queries and values, too, and a gradient that is taken twice: what travels is nobody's array."""
+    x = random_qkv(17, 1, 24, 2, 2, 8)[0]
+    dense = dense_gradient(x, x, x, x, causal=True)[:3]
+    for ring in rings(comm):
+        rows = held(24, comm, ring, "zigzag")[comm.rank]
+        how = {"comm": comm, "causal": True, "ring": ring, "order": "zigzag", "kv": kv}
+        mine = as_kind(x[:, rows], "dpnp")
+        out, lse, ctx = ulysses_attention(mine, mine, mine, return_lse=True, return_ctx=True, **how)
+        of_ctx = {"comm": comm, "ctx": ctx}
+        first, *others = (
+            list(map(as_numpy, ulysses_attention_backward(mine, mine, mine, mine, out, lse, **again)))
+            for again in (of_ctx, how, of_ctx)
+        )
+        for grads in others:
+            for a, b in zip(first, grads, strict=True):
+                np.testing.assert_array_equal(a, b)
+        for a, whole in zip(first, dense, strict=True):
+            np.testing.assert_allclose(a, whole[:, rows], atol=3e-5)
+        np.testing.assert_array_equal(as_numpy(mine), x[:, rows])
 
 
 def test_16_bits_are_rounded_once(comm):
@@ -322,7 +364,7 @@ def test_a_sequence_that_is_shorter_than_the_ring(comm, order):
     for seq in (1, max(comm.size - 1, 1)):
         arrays = random_qkv(14, 1, seq, 2, 1, 8)
         for kv in ("ring", "all_gather"):
-            check(comm, arrays, comm.size, order, kv=kv, causal=True)
+            check(comm, arrays, [comm.size], order, kv=kv, causal=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,13 +1,15 @@
-"""A gallery for scripts that run under mpiexec: sphinx-gallery's format of scripts, run on two ranks each.
+"""A gallery for scripts that run under mpiexec: sphinx-gallery's format of scripts, run on two ranks unless they ask for more.
 
 sphinx-gallery runs a script inside the process of Sphinx, which is one rank. Here its parser cuts the scripts into
-prose and code, and each is run as its reader would: ``mpiexec -n 2 python examples/NAME.py``, in a folder of its own.
+prose and code, and each is run as its reader would: ``mpiexec -n 2 python examples/NAME.py``, in a folder of its own. A script
+whose prose says ``mpiexec -n 4`` is run so.
 The picture that it saves and what it prints end its page. A script runs again only if it, or the package, has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -41,13 +43,19 @@ CARD = """   .. grid-item-card:: {title}
 """
 
 
+def ranks_of(script: Path) -> int:
+    """On how many ranks a script is run."""
+    asked = re.search(r"mpiexec -n (\d+)", script.read_text(encoding="utf-8"))
+    return int(asked[1]) if asked else RANKS
+
+
 def run(script: Path, folder: Path) -> str:
     """Run a script on its ranks in `folder`, unless it ran there as it is now, and return what it printed."""
     sources = [script, *sorted((ROOT / "ulysses_dp").rglob("*.py")), ROOT / "kernels/spirv/manifest.json"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     log, stamp = folder / f"{script.stem}.txt", folder / f"{script.stem}.sha256"
     if not stamp.is_file() or stamp.read_text() != digest:
-        command = ["mpiexec", "-n", str(RANKS), sys.executable, str(script)]
+        command = ["mpiexec", "-n", str(ranks_of(script)), sys.executable, str(script)]
         mpiexec = Path(sys.executable).with_name("mpiexec")
         command[0] = str(mpiexec) if mpiexec.exists() else command[0]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -74,7 +82,9 @@ def write_page(script: Path, output: str, target: Path) -> tuple[str, str]:
         if text.strip():
             parts.append(text.strip() if kind == "text" else f".. code-block:: python\n\n{indent(text)}")
     parts.append(
-        f"``mpiexec -n {RANKS} python examples/{script.name}`` printed::\n\n{indent(output)}" if output.strip() else ""
+        f"``mpiexec -n {ranks_of(script)} python examples/{script.name}`` printed::\n\n{indent(output)}"
+        if output.strip()
+        else ""
     )
     target.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return title, " ".join(prose.partition("\n\n")[0].split())

@@ -65,12 +65,18 @@ def backward(mine, comm, **options):
     return ulysses_attention_backward(out, q, k, v, out, lse, comm=comm, **options)
 
 
+TOKENS = np.ones((2, 3, 8, 16), np.float32)
 CALLS = {
     "forward": forward,
     "forward of 3 parts": lambda mine, comm: forward(mine, comm, overlap=3),
     "forward through the host": lambda mine, comm: forward(mine, comm, exchange="host"),
     "backward": backward,
     "backward of 2 parts": lambda mine, comm: backward(mine, comm, overlap=2),
+    "forward around a ring": lambda mine, comm: forward(mine, comm, ring=comm.size),
+    "forward of gathered keys": lambda mine, comm: forward(mine, comm, ring=comm.size, kv="all_gather"),
+    "forward with replicated tokens": lambda mine, comm: forward(mine, comm, replicated=[TOKENS[:, :, :n] for n in (8, 4, 4)]),
+    "backward around a ring": lambda mine, comm: backward(mine, comm, ring=comm.size),
+    "backward of gathered keys": lambda mine, comm: backward(mine, comm, ring=comm.size, kv="all_gather"),
     "scatter_heads": lambda mine, comm: scatter_heads(mine[0], comm=comm),
     "gather_heads": lambda mine, comm: gather_heads(mine[0].swapaxes(1, 2).copy().swapaxes(1, 2)[:, :2], comm=comm),
 }

@@ -69,6 +69,17 @@ def test_keys_are_with_those_who_see_them_and_their_gradients_come_home(ring, or
     }
 
 
+@pytest.mark.parametrize("order", ["zigzag", "zigzag_ranks"])
+@pytest.mark.parametrize("ring", [2, 3, 4])
+def test_in_every_hop_a_causal_mask_loads_all_groups_alike(ring, order):
+    """To the pair, of equal chunks; contiguous rows load them so without a mask."""
+    for of, mask in ((order, mask_of(causal=True)), ("contiguous", mask_of(causal=False))):
+        rows = rows_of_groups(rows_of_ranks(48, 2 * ring, ring, of), ring)
+        travels = Itinerary(rows, rows, mask, False)
+        for hop in range(ring):
+            assert len({travels.pairs(group, travels.owner(group, hop)) for group in range(ring)}) == 1
+
+
 def test_one_group_with_all_rows_in_their_order_needs_none():
     contiguous, striped = (rows_of_ranks(12, 4, 1, order) for order in ("contiguous", "zigzag_ranks"))
     assert itinerary(contiguous, contiguous, 1, mask_of(causal=True), gathers=False) is None

@@ -342,7 +342,7 @@ def test_bench_ulysses_of_meshes(tmp_path):
         meshed_there = row["case"]["order"] == "zigzag" or not row["case"]["causal"]
         assert ("yunchang" in row["times_as_fast_as"]) == (bool(PEERS) and meshed_there)
     assert ("without a peer" in text) == (not PEERS)
-    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    assert (tmp_path / "rows.png").stat().st_size > 5_000
 
 
 @pytest.mark.skipif(not PEERS, reason="needs torch and yunchang")

@@ -27,7 +27,7 @@ Gallery
 =======
 
 Each example is a short script that runs as it stands, ``mpiexec -n 2 python examples/NAME.py``, from a clone of the repository
-after ``make demo``. The pictures and the output on these pages are from such runs.
+after ``make demo``; some ask for more ranks. The pictures and the output on these pages are from such runs.
 
 .. grid:: 1 1 2 3
    :gutter: 3

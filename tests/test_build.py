@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command, cwd, code=0):
     """Run a command and return all that it printed."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -16,6 +16,7 @@ from ulysses_dp.kernels import (
     panel_copy,
     row_merge,
     row_product,
+    score_walk,
 )
 from ulysses_dp.kernels.launch import _kernel, check_headers, launch
 
@@ -39,7 +40,10 @@ def copied(tmp_path):
 def test_manifest_lists_every_variant():
     expected = {
         name
-        for kernel in (flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu, panel_copy, row_merge, row_product)
+        for kernel in (
+            *(flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu),
+            *(panel_copy, row_merge, row_product, score_walk),
+        )
         for name, *_ in kernel.variants()
     }
     assert set(manifest.read()) == expected

@@ -103,11 +103,11 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
 
     A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
     """
-    capability, entry_point, execution_mode = 17, 15, 16
+    capability, entry_point, execution_mode, function = 17, 15, 16, 54
     subgroup_dispatch, subgroup_size = 58, 35
     words = np.frombuffer(spirv, dtype=np.uint32)
     capabilities, modes, rest, position = [], [], [], 5
-    while position < len(words):
+    while words[position] & 0xFFFF != function:
         length, opcode = words[position] >> 16, words[position] & 0xFFFF
         instruction = words[position : position + length]
         position += length
@@ -119,7 +119,8 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
             modes.append(np.array([4 << 16 | execution_mode, instruction[2], subgroup_size, size], dtype=np.uint32))
     first_mode = next(i for i, instruction in enumerate(rest) if instruction[0] & 0xFFFF == execution_mode)
     needed = np.array([2 << 16 | capability, subgroup_dispatch], dtype=np.uint32)
-    return np.concatenate([words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]).tobytes()
+    head = [words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]
+    return np.concatenate([*head, words[position:]]).tobytes()
 
 
 def compile_variant(module, name, type_names, constants) -> tuple[dict[str, Any], bytes]:

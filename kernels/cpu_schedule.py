@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import flash_backward, flash_forward
 from .arguments import place_by_head, place_of
 from .flash_forward import LARGE_TILE, OPTIONS_TILE, TILES
 from .launch import launch, upload
-from .launch_arguments import option_arguments, sizes_of
+from .launch_arguments import DTYPES, option_arguments, sizes_of, spans_of_keys
 from .tile import WIDTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .arguments import Problem
-
-DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 
 
 def serves(tile: str, device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
@@ -94,13 +90,3 @@ def launch_backward(
             groups=batch * (kv_heads if into_keys else heads) * sizes.row_blocks,
             lanes=TILES[tile].lanes,
         )
-
-
-def spans_of_keys(spans: np.ndarray, seq_k: int) -> np.ndarray:
-    """For every key the first query that sees it and the end of these queries; (seq_k, 3), int64, the last column unused.
-
-    The first keys and the ends in `spans` never decrease, so the queries of a key follow each other.
-    """
-    key = np.arange(seq_k)
-    first, end = np.searchsorted(spans[:, 1], key, side="right"), np.searchsorted(spans[:, 0], key, side="right")
-    return np.stack([first, np.maximum(end, first), key], axis=-1).astype(np.int64).reshape(seq_k, 3)

@@ -3,11 +3,14 @@
 A work-group is one sub-group, with 16 query rows, one in each lane. There is no local memory and no barrier.
 
     q      head_dim registers, or for large head_dim read from a panel (head_dim, 16 rows) again in every step
-    total  the running output, `width` registers; above 128, two sub-groups share a head_dim and compute the scores twice
+    total  the running output, `width` numbers; where there are more, sub-groups share a head_dim, and each computes the scores
     K, V   one row of 16 numbers at a time in one register, read once for the sub-group and broadcast lane by lane
 
 A step takes `keys` keys: their dot products, the stages of score.py, one update of the running maximum, then their values. One
 module serves all options: what a call does not use, specialisation constants leave out before the driver compiles it.
+
+With the constant `peaks` it computes no output, but for the gradient what lse stands for: see flash_backward.py. `lse` is then
+read, and `out` takes peak and rate of every query, next to each other.
 """
 
 from __future__ import annotations
@@ -31,114 +34,78 @@ class Tile(NamedTuple):
     q_in_registers: bool
 
 
-# By the largest head_dim that they serve. A lane has 256 registers: q and total fit for head_dim 64, above that only total.
-# Half the keys would double the share of what is done once for a step, such as rescaling total.
+# By dtype and the largest head_dim that they serve. A lane has 256 registers: q and total fit for head_dim 64, above that only
+# total. Half the keys would double the share of what is done once for a step, such as rescaling total. A number of float64
+# takes two registers.
 GPU_TILES = {
-    16: Tile(keys=16, parts=1, q_in_registers=True),
-    32: Tile(keys=16, parts=1, q_in_registers=True),
-    64: Tile(keys=16, parts=1, q_in_registers=True),
-    80: Tile(keys=16, parts=1, q_in_registers=False),
-    96: Tile(keys=16, parts=1, q_in_registers=False),
-    128: Tile(keys=16, parts=1, q_in_registers=False),
-    192: Tile(keys=16, parts=2, q_in_registers=False),
-    256: Tile(keys=16, parts=2, q_in_registers=False),
+    "float32": {
+        16: Tile(keys=16, parts=1, q_in_registers=True),
+        32: Tile(keys=16, parts=1, q_in_registers=True),
+        64: Tile(keys=16, parts=1, q_in_registers=True),
+        80: Tile(keys=16, parts=1, q_in_registers=False),
+        96: Tile(keys=16, parts=1, q_in_registers=False),
+        128: Tile(keys=16, parts=1, q_in_registers=False),
+        192: Tile(keys=16, parts=2, q_in_registers=False),
+        256: Tile(keys=16, parts=2, q_in_registers=False),
+    },
+    "float64": {
+        16: Tile(keys=8, parts=1, q_in_registers=True),
+        64: Tile(keys=8, parts=1, q_in_registers=False),
+        128: Tile(keys=8, parts=2, q_in_registers=False),
+        256: Tile(keys=8, parts=4, q_in_registers=False),
+    },
 }
 SUB_GROUP = 16
 # 256 registers are twice the default; the option that asks for them, by backend
 BUILD_OPTIONS = {"level_zero": "-ze-opt-large-register-file", "opencl": "-cl-intel-256-GRF-per-thread"}
-# Specialisation constants by number; see register_tile.py for the first two. dropout is 1 where four keys share a draw of
-# random numbers, and 2 where their numbers do not follow each other from a multiple of 4.
-CONSTANTS = {
-    name: number
-    for number, name in enumerate(
-        ("two_dimensional", "exact", "spans", "softcap", "slopes", "bias", "padding", "dropout"), start=1
-    )
-}
+# Specialisation constants by number, of the gradient too; see register_tile.py for the first two. dropout is 1 where four keys
+# share a draw of random numbers, and 2 where their numbers do not follow each other from a multiple of 4.
+OPTIONS = ("spans", "softcap", "slopes", "bias", "padding", "dropout")
+CONSTANTS = {name: n for n, name in enumerate(("two_dimensional", "exact", *OPTIONS, "peaks"), start=1)}
 
 
-def tile_for(head_dim: int) -> int:
+def tile_for(dtype: str, head_dim: int) -> int:
     """The head_dim of the tile that serves this one."""
-    return min(size for size in GPU_TILES if size >= head_dim)
+    return min(size for size in GPU_TILES[dtype] if size >= head_dim)
 
 
-def name(head_dim: int) -> str:
+def name(dtype: str, head_dim: int) -> str:
     """Name of the compiled kernel."""
-    return f"flash_forward_gpu_float32_d{tile_for(head_dim)}"
+    return f"flash_forward_gpu_{dtype}_d{tile_for(dtype, head_dim)}"
 
 
 def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """What the build compiles: (kernel name, types by kind of argument, keyword arguments of `kernel`)."""
-    for head_dim, tile in GPU_TILES.items():
-        yield name(head_dim), {"pointer": "float32", "real": "float32"}, {"head_dim": head_dim, "tile": tile}
+    for dtype, tiles in GPU_TILES.items():
+        for head_dim, tile in tiles.items():
+            constants = {"dtype": dtype, "head_dim": head_dim, "tile": tile}
+            yield name(dtype, head_dim), {"pointer": dtype, "real": dtype}, constants
 
 
-def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
+def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
     """Make the numba-dpex kernel function for one tile."""
-    from numba.core.types import CPointer, float32, int32, int64
-
     from .intrinsics import element, group_index
-    from .register_tile import each_four_keys, each_key, specialisation, tile_operations
+    from .register_stages import register_stages
+    from .register_tile import specialisation, tile_operations
     from .score import stages
     from .subgroup import any_lane, divide, highest_lane, lane_index, lowest_lane
 
     keys, parts, q_in_registers = tile
     width = head_dim // parts
-    real = np.float32
+    real = np.dtype(dtype).type
     minus_infinity, one, log2e = real(-np.inf), real(1), real(math.log2(math.e))
     panel = SUB_GROUP * head_dim
-    numbers = CPointer(float32, addrspace=1)
-    has_spans, has_softcap, has_slopes, has_bias, has_padding, has_dropout = (
-        specialisation(CONSTANTS[name]) for name in ("spans", "softcap", "slopes", "bias", "padding", "dropout")
+    has_spans, has_softcap, has_slopes, has_bias, has_padding, has_dropout = (specialisation(CONSTANTS[x]) for x in OPTIONS)
+    has_peaks = specialisation(CONSTANTS["peaks"])
+    of_tile, stage = tile_operations(dtype, head_dim, width, keys, CONSTANTS), register_stages(dtype, keys, into_keys=False)
+    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store = (
+        *(of_tile.fill, of_tile.load_row, of_tile.dot if q_in_registers else of_tile.dot_panel, of_tile.lowest),
+        *(of_tile.softmax, of_tile.mark, of_tile.accumulate, of_tile.accumulate_unmarked, of_tile.store),
     )
-    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store = tile_operations(
-        head_dim, width, keys, q_in_registers, CONSTANTS
+    scale_all, cap_all, slope_all, bias_all, pad_all, hide_all, drop_fours, drop_each = (
+        *(stage.scale, stage.cap, stage.slope, stage.bias, stage.pad, stage.hide, stage.drop_fours, stage.drop_each),
     )
-    capped, sloped, biased, padded, in_span, kept, philox = (
-        getattr(stages("float32"), name) for name in ("capped", "sloped", "biased", "padded", "in_span", "kept", "philox")
-    )
-
-    # The stages of score.py for key t of a step. Their names must differ: numba tells them apart by these.
-    def scale_key(dot, t, scale):
-        return dot * scale
-
-    def cap_key(score, t, softcap, per_softcap):
-        return capped(score, softcap, per_softcap)
-
-    def slope_key(score, t, slope, centre, stride):
-        return sloped(score, slope, centre - stride * real(t))
-
-    def bias_key(score, t, bias, origin, stride, last):
-        return biased(score, bias[origin + min(t, last) * stride])
-
-    def pad_key(score, t, padding, origin, last):
-        return padded(score, padding[origin + min(t, last)])
-
-    def hide_key(score, t, first, last):
-        return in_span(score, t, first, last)
-
-    def drop_four(w0, w1, w2, w3, first, row, head, b, seed, threshold, keep_scale):
-        r0, r1, r2, r3 = philox(first >> 2, row, head, b, seed)
-        return (
-            kept(w0, r0, threshold, keep_scale),
-            kept(w1, r1, threshold, keep_scale),
-            kept(w2, r2, threshold, keep_scale),
-            kept(w3, r3, threshold, keep_scale),
-        )
-
-    def drop_key(weight, t, first, stride, row, head, b, seed, threshold, keep_scale):
-        number = first + stride * t
-        w0, w1, w2, w3 = philox(number >> 2, row, head, b, seed)
-        even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
-        return kept(weight, odd if number & 1 else even, threshold, keep_scale)
-
-    scale_all = each_key(keys, scale_key, float32)
-    cap_all = each_key(keys, cap_key, float32, float32)
-    slope_all = each_key(keys, slope_key, float32, float32, float32)
-    bias_all = each_key(keys, bias_key, numbers, int64, int64, int64)
-    pad_all = each_key(keys, pad_key, numbers, int64, int64)
-    hide_all = each_key(keys, hide_key, int32, int32)
-    drop_fours = each_four_keys(keys, drop_four, int64, int64, int64, int64, int64, float32)
-    drop_each = each_key(keys, drop_key, *[int64] * 7, float32, before=3)
+    is_large, share = stages(dtype).is_large, stages(dtype).share
 
     def forward_registers(
         item, no_array, q, k, v, out, lse, spans, per_head, bias, padding,
@@ -169,6 +136,12 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
         inner_begin = begin + divide(highest_lane(earliest) - begin + keys - 1, keys) * keys
         inner_end = inner_begin + divide(max(lowest_lane(end_row) - inner_begin, 0), keys) * keys
 
+        given_lse = element(lse_at, b, h, mine)
+        if has_peaks() != 0:
+            # no step at all where lse has kept the number of keys
+            steps = np.int64(1) if any_lane(is_large(lse[given_lse])) else np.int64(0)
+            begin, inner_begin, inner_end, end = begin * steps, inner_begin * steps, inner_end * steps, end * steps
+
         of_head = b * options.per_head_batch + 2 * h
         bias_start = options.bias_offset + b * options.bias_batch + h * options.bias_head + mine * options.bias_seq
         if q_in_registers:
@@ -186,19 +159,19 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
                 score = dot(query, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
             else:
                 # q_at.seq is 0 here, but the compiler does not know: it would load the panel once, before the loop, and spill
-                q_start = query_start + start * q_at.seq
+                q_start = query_start + (start & q_at.seq)
                 score = dot(q, q_start, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
             score = scale_all(score, (scale,))
             if has_softcap() != 0:
                 score = cap_all(score, (options.softcap, options.per_softcap))
             if has_slopes() != 0:
                 diagonal = real(centre - options.first_key - options.step * start)
-                score = slope_all(score, (per_head[of_head], diagonal, real(options.step)))
+                score = slope_all(score, (diagonal, zero, real(options.step), per_head[of_head]))
             if has_bias() != 0:
                 key = (bias, bias_start + start * options.bias_key, options.bias_key, sizes.seq_k - 1 - start)
                 score = bias_all(score, key)
             if has_padding() != 0:
-                score = pad_all(score, (padding, b * options.padding_batch + start, sizes.seq_k - 1 - start))
+                score = pad_all(score, (padding, b * options.padding_batch + start, 1, sizes.seq_k - 1 - start))
             if edge:
                 score = hide_all(score, (np.int32(earliest - start), np.int32(end_row - 1 - start)))
             hides = edge
@@ -212,7 +185,7 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
                 draw = (number, h + options.first_head, b, options.seed, options.threshold, options.keep_scale)
                 update = drop_fours(update, first_key, draw)
             if has_dropout() == 2:
-                pairs = (first_key, options.step, number, h + options.first_head, b, options.seed)
+                pairs = (first_key, options.step, number, 0, h + options.first_head, b, options.seed)
                 update = drop_each(update, (*pairs, options.threshold, options.keep_scale))
             if hides:
                 update = mark(update, score, minus_infinity)
@@ -236,10 +209,18 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
             start += keys
             start = inner_end if start == inner_begin else start
 
-        if row < sizes.seq_q:
+        target = element(out_at, b, h, row)
+        if has_peaks() != 0:
+            # lse may be that of more keys than these; a row that sees none keeps it, and so does one whose sum is nan
+            peak, rate = lse[given_lse], one
+            if end > 0 and maximum > minus_infinity and normaliser > zero:
+                peak, rate = maximum, share(maximum + math.log(normaliser), peak) / normaliser
+            if row < sizes.seq_q and part == 0:
+                out[target], out[target + 1] = peak, rate
+        elif row < sizes.seq_q:
             inverse = one / normaliser if normaliser != zero else zero
-            store(out, element(out_at, b, h, row) + part * width, v_size, total, inverse)
+            store(out, target + part * width, v_size, total, inverse)
             if part == 0:
-                lse[element(lse_at, b, h, row)] = maximum + math.log(normaliser)
+                lse[given_lse] = maximum + math.log(normaliser)
 
     return forward_registers

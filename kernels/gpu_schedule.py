@@ -10,10 +10,9 @@ import numpy as np
 
 from . import flash_backward_gpu, flash_forward_gpu
 from .arguments import Place, place_by_head, place_of
-from .flash_backward_gpu import COLUMNS
-from .flash_forward_gpu import CONSTANTS, GPU_TILES, SUB_GROUP, tile_for
+from .flash_forward_gpu import CONSTANTS, GPU_TILES, SUB_GROUP
 from .launch import launch, place, upload
-from .launch_arguments import option_arguments, sizes_of
+from .launch_arguments import DTYPES, option_arguments, sizes_of, spans_of_keys
 from .panel_copy import Panel
 from .relayout import relayout
 
@@ -21,36 +20,39 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .arguments import Problem
+    from .score import OptionNumbers
 
 
 def serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
-    """Whether there are kernels for this: forward for everything in float32, backward for a causal mask at most."""
-    if dtype != "float32" or SUB_GROUP not in device.sub_group_sizes:
-        return False
-    return not backward or (head_dim in COLUMNS and not options)
+    """Whether there are kernels for this: up to the largest tile for everything, where there are sub-groups of 16."""
+    return SUB_GROUP in device.sub_group_sizes and head_dim <= max(GPU_TILES[dtype])
 
 
 def launch_forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem, scratch: Callable[..., Any]) -> None:
     """Write `out` and `lse`; see `schedules.Schedule.forward`."""
-    if out.size == 0:
-        return
-    queue = out.sycl_queue
+    if out.size:
+        _launch_forward((q, k, v), (out.usm_data, place_of(out)), lse, problem, scratch)
+
+
+def _launch_forward(
+    inputs: tuple[Any, Any, Any],
+    target: tuple[Any, Place],
+    lse: Any,
+    problem: Problem,
+    scratch: Callable[..., Any],
+    *,
+    peaks: bool = False,
+) -> None:
+    """Run the forward kernel; `peaks`: for what lse stands for, which then is read."""
+    q, k, v = inputs
+    queue, dtype = q.sycl_queue, DTYPES[q.itemsize]
     batch, seq_q, heads, head_dim = q.shape
-    tile_size = tile_for(head_dim)
-    tile = GPU_TILES[tile_size]
+    tile_size = flash_forward_gpu.tile_for(dtype, head_dim)
+    tile = GPU_TILES[dtype][tile_size]
     sizes = sizes_of(q, k, problem, rows=seq_q, tile_rows=SUB_GROUP)
     tables, numbers = option_arguments(q, problem.options)
     spans = q.usm_data if problem.options is None else upload(queue, problem.options.spans)
-    set_constants = {
-        "two_dimensional": _has_block_loads(queue.sycl_device) and all(map(_block_loads_read, (k, v))),
-        "exact": head_dim == tile_size,
-        "spans": problem.options is not None,
-        "softcap": numbers.softcap != 0,
-        "slopes": numbers.use_slopes,
-        "bias": numbers.use_bias,
-        "padding": numbers.use_padding,
-        "dropout": numbers.threshold and (1 if numbers.step == 1 and numbers.first_key % 4 == 0 else 2),
-    }
+    constants = _constants((k, v), tile_size, problem, numbers, peaks=peaks)
     q_place = place_of(q)
     if not tile.q_in_registers:
         panels = scratch("panels of q", (batch * heads * sizes.row_blocks * SUB_GROUP * tile_size,))
@@ -58,16 +60,44 @@ def launch_forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem,
         q, q_place = panels, Place(place(panels)[0], 0, 0, 0)
     launch(
         queue,
-        flash_forward_gpu.name(head_dim),
-        [*(x.usm_data for x in (q, k, v, out, lse)), spans, *tables],
+        flash_forward_gpu.name(dtype, head_dim),
+        [*(x.usm_data for x in (q, k, v)), target[0], lse.usm_data, spans, *tables],
         (
-            *(*q_place, *place_of(k), *place_of(v), *place_of(out), *place_by_head(lse)),
+            *(*q_place, *place_of(k), *place_of(v), *target[1], *place_by_head(lse)),
             *(*sizes, problem.scale, 0.0, *numbers),
         ),
         groups=batch * heads * sizes.row_blocks * tile.parts,
         lanes=SUB_GROUP,
-        constants=tuple((CONSTANTS[name], int(value)) for name, value in set_constants.items() if value),
+        constants=constants,
     )
+
+
+def _constants(
+    columns: Sequence[Any],
+    tile_size: int,
+    problem: Problem,
+    numbers: OptionNumbers,
+    *,
+    fours: bool = True,
+    peaks: bool = False,
+) -> tuple[tuple[int, int], ...]:
+    """The specialisation constants of a launch that reads these arrays column by column.
+
+    fours: whether the columns are keys, of which four may share a draw of random numbers.
+    """
+    fours = fours and numbers.step == 1 and numbers.first_key % 4 == 0
+    values = {
+        "two_dimensional": _has_block_loads(columns[0].sycl_queue.sycl_device) and all(map(_block_loads_read, columns)),
+        "exact": columns[0].shape[3] == tile_size,
+        "spans": problem.options is not None,
+        "softcap": numbers.softcap != 0,
+        "slopes": numbers.use_slopes,
+        "bias": numbers.use_bias,
+        "padding": numbers.use_padding,
+        "dropout": numbers.threshold and (1 if fours else 2),
+        "peaks": peaks,
+    }
+    return tuple((CONSTANTS[name], int(value)) for name, value in values.items() if value)
 
 
 @cache
@@ -77,7 +107,9 @@ def _has_block_loads(device: Any) -> bool:
 
 
 def _block_loads_read(x: Any) -> bool:
-    """Whether such loads can read the rows of every head of an array (batch, seq, heads, head_dim) of float32."""
+    """Whether such loads can read the rows of every head of an array (batch, seq, heads, head_dim): of float32."""
+    if x.itemsize != 4:
+        return False
     batch, seq, head, _ = (4 * stride for stride in x.strides)
     starts = (x.usm_data._pointer + 4 * x._element_offset, batch, head)
     limit = 2**24  # of width, height and pitch
@@ -95,34 +127,44 @@ def launch_backward(
 ) -> None:
     """Write the gradients; see `schedules.Schedule.backward`."""
     dout, q, k, v = inputs
-    head_dim = q.shape[3]
-    of_queries, *of_keys = flash_backward_gpu.kernels_of(head_dim)
-    # the kernels for keys count rows and columns from the last one
-    pairs = [tuple(x[:, ::-1] for x in pair) for pair in ((k, v), (q, dout), grads[1:])]
-    numbers = tuple(x[:, :, ::-1] for x in (lse, delta))
-    for kernels, rows, columns, targets, of_rows in (
-        ([of_queries], (q, dout), (k, v), (grads[0], grads[0]), (lse, delta)),
-        (of_keys, *pairs, numbers),
+    dq, dk, dv = grads
+    queue, dtype, options = q.sycl_queue, DTYPES[q.itemsize], problem.options
+    batch, seq_q, heads, head_dim = q.shape
+    tile_size = flash_backward_gpu.tile_for(dtype, head_dim)
+    tile = flash_backward_gpu.GPU_TILES[dtype][tile_size]
+    tables, numbers = option_arguments(q, options)
+    spans, lse_memory, lse_place = [q.usm_data] * 2, lse.usm_data, place_by_head(lse)
+    if options is not None:
+        spans = [upload(queue, x) for x in (options.spans, spans_of_keys(options.spans, k.shape[1]))]
+    if options is not None and lse.size:
+        peaks = scratch("peaks and rates", (2 * lse.size,))
+        lse_memory, lse_place = peaks.usm_data, Place(place(peaks)[0], 2 * heads * seq_q, 2, 2 * seq_q)
+        _launch_forward((q, k, k), (lse_memory, lse_place), lse, problem, scratch, peaks=True)
+
+    of_queries, *of_keys = flash_backward_gpu.kernels_of(tile)
+    for into_keys, kernels, rows, columns, targets in (
+        (False, [of_queries], (q, dout), (k, v), (dq, dq)),
+        (True, of_keys, (k, v), (q, dout), (dk, dv)),
     ):
-        batch, row_count, row_heads, _ = rows[0].shape
         if targets[0].size == 0:
             continue
-        row_blocks = -(-row_count // SUB_GROUP)
-        panels = scratch("panels of rows", (batch * row_heads * row_blocks * 2 * SUB_GROUP * head_dim,))
-        _pack_rows(rows, panels, head_dim)
-        scalars = (
-            *(number for x in (*columns, *targets) for number in place_of(x)),
-            *(number for x in of_rows for number in place_by_head(x)),
-            *(place(panels)[0], *sizes_of(q, k, problem, rows=row_count, tile_rows=SUB_GROUP), 0, problem.scale, 0.0),
-        )
+        sizes = sizes_of(q, k, problem, rows=rows[0].shape[1], tile_rows=SUB_GROUP)
+        row_tiles = batch * rows[0].shape[2] * sizes.row_blocks
+        panels = scratch("panels of rows", (row_tiles * 2 * SUB_GROUP * tile_size,))
+        _pack_rows(rows, panels, tile_size)
+        memories = [x.usm_data for x in (panels, *columns, *targets)]
         for gradients in kernels:
             launch(
-                q.sycl_queue,
-                flash_backward_gpu.name(gradients, head_dim),
-                [x.usm_data for x in (panels, *columns, *targets, *of_rows)],
-                scalars,
-                groups=batch * row_heads * row_blocks,
+                queue,
+                flash_backward_gpu.name(gradients, dtype, head_dim),
+                [*memories, lse_memory, delta.usm_data, spans[into_keys], spans[0], *tables],
+                (
+                    *(number for x in (*columns, *targets) for number in place_of(x)),
+                    *(*lse_place, *place_by_head(delta), place(panels)[0], *sizes, 0, problem.scale, 0.0, *numbers),
+                ),
+                groups=row_tiles * tile.parts,
                 lanes=SUB_GROUP,
+                constants=_constants(columns, tile_size, problem, numbers, fours=not into_keys),
             )
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .score import ScoreOptions
 
 
+DTYPES = {4: "float32", 8: "float64"}  # by itemsize
+
+
 def sizes_of(q: Any, k: Any, problem: Problem, *, rows: int, tile_rows: int) -> Sizes:
     """The sizes of a call, of which so many rows are divided into tiles."""
     _, seq_q, heads, head_dim = q.shape
@@ -40,3 +43,13 @@ def option_arguments(q: Any, options: ScoreOptions | None) -> tuple[list[Any], O
     bias_place = (0,) * 5 if bias is None else place(bias)
     numbers = option_numbers(options, heads, bias_place, float(np.finfo(q.dtype).max))
     return [per_head, (q if bias is None else bias).usm_data, padding], numbers
+
+
+def spans_of_keys(spans: np.ndarray, seq_k: int) -> np.ndarray:
+    """For every key the first query that sees it and the end of these queries; (seq_k, 3), int64, the last column unused.
+
+    The first keys and the ends in `spans` never decrease, so the queries of a key follow each other.
+    """
+    key = np.arange(seq_k)
+    first, end = np.searchsorted(spans[:, 1], key, side="right"), np.searchsorted(spans[:, 0], key, side="right")
+    return np.stack([first, np.maximum(end, first), key], axis=-1).astype(np.int64).reshape(seq_k, 3)

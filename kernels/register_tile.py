@@ -1,21 +1,23 @@
-"""The tile of the GPU forward kernel, as numba intrinsics: one query in each of 16 lanes, keys in registers. Build time only.
+"""The tile of the GPU kernels, as numba intrinsics: one row in each of 16 lanes, columns in registers. Build time only.
 
-A tile is a tuple of floats that lives in registers: element i is one register of the sub-group, one number in each lane. The
-operations emit unrolled code, because a loop over a private array would become memory traffic. Rows of K and V are the same
-for all lanes: one register holds 16 consecutive numbers of a row, and a broadcast of a constant lane, which the compiler folds
-into the multiply-add, hands one of them to every lane.
+Rows are queries and columns are keys, or in the kernels for dk and dv the other way round. A tile is a tuple of numbers that
+lives in registers: element i is one register of the sub-group, one number in each lane. The operations emit unrolled code,
+because a loop over a private array would become memory traffic. Columns are the same for all lanes: one register holds 16
+consecutive numbers of a column, and a broadcast of a constant lane, which the compiler folds into the multiply-add, hands one
+of them to every lane.
 
 Such registers come from memory in one of two ways, a specialisation constant says which:
 
-    two_dimensional     block loads, up to 16 rows in one message; the hardware gives zeros outside of the array. Only GPUs have
-                        them, for arrays whose rows start at multiples of 64 bytes.
-    else                one load per row, a number for each lane; lanes beyond the head_dim get zeros.
+    two_dimensional     block loads, up to 16 columns in one message; the hardware gives zeros outside of the array. Only GPUs
+                        have them, for arrays of float32 whose columns start at multiples of 64 bytes.
+    else                one load per column, a number for each lane; lanes beyond the head_dim get zeros.
 
 Constants are numbers until the driver compiles the kernel: what they leave out costs nothing.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llvmlite import ir
@@ -29,9 +31,8 @@ from .subgroup import WIDTH, Emitter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_FLOAT = types.float32
-_ROWS = 16  # of one block load
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_AT_ONCE = 16  # columns of one block load
 
 
 def specialisation(number: int) -> Callable[[], int]:
@@ -51,6 +52,16 @@ def _constant(emitter, number):
     return emitter.call("_Z20__spirv_SpecConstantii", _I32, [ir.Constant(_I32, number), ir.Constant(_I32, 0)])
 
 
+@intrinsic
+def exp2(typing_context, x):
+    """2**x by the function of the hardware, where there is one."""
+
+    def generate(context, builder, signature, arguments):
+        return Emitter(context, builder, x).exp2(arguments[0])
+
+    return x(x), generate
+
+
 def _choose(emitter, condition, yes, no):
     """What `yes` or `no` emits, lists of as many numbers, by a condition."""
     builder = emitter.builder
@@ -68,75 +79,86 @@ def _choose(emitter, condition, yes, no):
     return chosen
 
 
-class Rows(NamedTuple):
-    """The rows of one head of K or V as the emitters take them."""
+class Columns(NamedTuple):
+    """The columns of one head as the emitters take them: rows of K or V, or of q or dout, in memory."""
 
     pointer: Any
-    origin: Any  # of the first row, in elements
+    origin: Any  # of the first column, in elements
     stride: Any
     count: Any
     width: Any  # head_dim
 
 
-def _read(emitter, rows, d, first, count, two_dimensional):
-    """`count` registers with numbers d to d + 15 of rows first, first + 1, …; nothing after the last row counts."""
+def _read_blocks(emitter, columns, d, first, count):
+    """`count` registers with numbers d to d + 15 of columns first, first + 1, …; zeros after the last column."""
     builder = emitter.builder
-
-    def by_block():
-        base = builder.ptrtoint(builder.gep(rows.pointer, [rows.origin]), _I64)
-        one, four = ir.Constant(_I32, 1), ir.Constant(_I32, 4)
-        width, height, pitch = (builder.trunc(x, _I32) for x in (rows.width, rows.count, rows.stride))
-        sizes = [builder.sub(x, one) for x in (builder.mul(width, four), height, builder.mul(pitch, four))]
-        corner = ir.Constant(ir.VectorType(_I32, 2), ir.Undefined)
-        corner = builder.insert_element(corner, ir.Constant(_I32, d), ir.Constant(_I32, 0))
-        corner = builder.insert_element(corner, builder.trunc(first, _I32), one)
-        name = f"__builtin_IB_subgroup_block_read_flat_u32_m{count}k16v1"
-        value = emitter.call(name, ir.VectorType(_I32, count), [base, *sizes, corner], convergent=True)
-        return [builder.bitcast(builder.extract_element(value, ir.Constant(_I32, t)), _F32) for t in range(count)]
-
-    def by_row():
-        lane = builder.zext(emitter.call("_Z22get_sub_group_local_idv", _I32, []), _I64)
-        column = builder.add(lane, ir.Constant(_I64, d))
-        inside = builder.icmp_signed("<", column, rows.width)
-        column = builder.select(inside, column, ir.Constant(_I64, 0))
-        last = builder.sub(rows.count, ir.Constant(_I64, 1))
-        numbers = []
-        for t in range(count):
-            row = builder.add(first, ir.Constant(_I64, t))
-            row = builder.select(builder.icmp_signed("<", row, last), row, last)
-            place = builder.add(builder.add(rows.origin, builder.mul(row, rows.stride)), column)
-            number = builder.load(builder.gep(rows.pointer, [place]), align=4)
-            numbers.append(builder.select(inside, number, ir.Constant(_F32, 0.0)))
-        return numbers
-
-    return _choose(emitter, two_dimensional, by_block, by_row)
+    base = builder.ptrtoint(builder.gep(columns.pointer, [columns.origin]), _I64)
+    one, four = ir.Constant(_I32, 1), ir.Constant(_I32, 4)
+    width, height, pitch = (builder.trunc(x, _I32) for x in (columns.width, columns.count, columns.stride))
+    sizes = [builder.sub(x, one) for x in (builder.mul(width, four), height, builder.mul(pitch, four))]
+    corner = ir.Constant(ir.VectorType(_I32, 2), ir.Undefined)
+    corner = builder.insert_element(corner, ir.Constant(_I32, d), ir.Constant(_I32, 0))
+    corner = builder.insert_element(corner, builder.trunc(first, _I32), one)
+    name = f"__builtin_IB_subgroup_block_read_flat_u32_m{count}k16v1"
+    value = emitter.call(name, ir.VectorType(_I32, count), [base, *sizes, corner], convergent=True)
+    return [builder.bitcast(builder.extract_element(value, ir.Constant(_I32, t)), emitter.real) for t in range(count)]
 
 
-def tile_operations(head_dim, width, keys, q_in_registers, constants):
-    """The operations on tiles of `head_dim` numbers of a query, `width` numbers of the result, and `keys` keys of a step.
+def _read_lanes(emitter, columns, d, first, count):
+    """The same, a number for each lane; the last column again after it."""
+    builder = emitter.builder
+    lane = builder.zext(emitter.call("_Z22get_sub_group_local_idv", _I32, []), _I64)
+    place_in = builder.add(lane, ir.Constant(_I64, d))
+    inside = builder.icmp_signed("<", place_in, columns.width)
+    place_in = builder.select(inside, place_in, ir.Constant(_I64, 0))
+    last = builder.sub(columns.count, ir.Constant(_I64, 1))
+    numbers = []
+    for t in range(count):
+        column = builder.add(first, ir.Constant(_I64, t))
+        column = builder.select(builder.icmp_signed("<", column, last), column, last)
+        place = builder.add(builder.add(columns.origin, builder.mul(column, columns.stride)), place_in)
+        number = builder.load(builder.gep(columns.pointer, [place]), align=emitter.size)
+        numbers.append(builder.select(inside, number, emitter.number(0)))
+    return numbers
+
+
+def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constants: dict[str, int]) -> SimpleNamespace:
+    """The operations on tiles of `head_dim` numbers of a row, `width` numbers of a result, and `columns` columns of a step.
 
     `constants` holds the numbers of the specialisation constants `two_dimensional` and `exact`: whether arrays have as many
     numbers in a row as the tile.
-
-    Returns
-    -------
-    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store : numba intrinsics
     """
-    query_type, total_type = UniTuple(_FLOAT, head_dim), UniTuple(_FLOAT, width)
-    scores = UniTuple(_FLOAT, keys)
-    step_type = UniTuple(_FLOAT, keys + 3)
-    rows_at_once = min(_ROWS, keys)
+    real = getattr(types, dtype)
+    row_type, total_type = UniTuple(real, head_dim), UniTuple(real, width)
+    scores = UniTuple(real, columns)
+    step_type = UniTuple(real, columns + 3)
+    at_once = min(_AT_ONCE, columns)
+
+    def emitter_of(context, builder):
+        return Emitter(context, builder, real)
 
     def is_set(emitter, name):
         return emitter.builder.icmp_signed("!=", _constant(emitter, constants[name]), ir.Constant(_I32, 0))
 
+    def read(emitter, source, d, first):
+        """Registers with numbers d to d + 15 of all columns of a step, `at_once` after another."""
+        for r in range(0, columns, at_once):
+            place = source, d, emitter.builder.add(first, ir.Constant(_I64, r)), at_once
+            if dtype == "float32":
+                blocks = is_set(emitter, "two_dimensional")
+                yield from _choose(
+                    emitter, blocks, lambda p=place: _read_blocks(emitter, *p), lambda p=place: _read_lanes(emitter, *p)
+                )
+            else:
+                yield from _read_lanes(emitter, *place)
+
     def beyond_as_zero(emitter, numbers, first, size):
         """The numbers, but zeros from number `size` on, which only arrays that are not exact have."""
-        builder, zero = emitter.builder, ir.Constant(_F32, 0.0)
+        builder = emitter.builder
 
         def cut():
             return [
-                builder.select(builder.icmp_signed("<", ir.Constant(_I64, first + e), size), x, zero)
+                builder.select(builder.icmp_signed("<", ir.Constant(_I64, first + e), size), x, emitter.number(0))
                 for e, x in enumerate(numbers)
             ]
 
@@ -147,91 +169,94 @@ def tile_operations(head_dim, width, keys, q_in_registers, constants):
         """A tile of equal numbers. The number is an argument: constants would be moved out of registers."""
 
         def generate(context, builder, signature, arguments):
-            return Emitter(context, builder).pack(total_type, [arguments[0]] * width)
+            return emitter_of(context, builder).pack(total_type, [arguments[0]] * width)
 
-        return total_type(_FLOAT), generate
+        return total_type(real), generate
 
     @intrinsic
-    def load_query(typing_context, q, offset, size):
-        """The query row of each lane: the only load in which lanes read different rows."""
+    def fill_scores(typing_context, value):
+        """The same for the columns of a step."""
 
         def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder)
-            q, offset, size = arguments
+            return emitter_of(context, builder).pack(scores, [arguments[0]] * columns)
+
+        return scores(real), generate
+
+    @intrinsic
+    def load_row(typing_context, x, offset, size):
+        """The row of each lane: the only load in which lanes read different rows."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = emitter_of(context, builder)
+            x, offset, size = arguments
             last = builder.sub(size, ir.Constant(_I64, 1))
             numbers = []
             for d in range(head_dim):
                 index = ir.Constant(_I64, d)
                 place = builder.add(offset, builder.select(builder.icmp_signed("<", index, last), index, last))
-                numbers.append(builder.load(builder.gep(q, [place]), align=4))
-            return emitter.pack(query_type, beyond_as_zero(emitter, numbers, 0, size))
+                numbers.append(builder.load(builder.gep(x, [place]), align=emitter.size))
+            return emitter.pack(row_type, beyond_as_zero(emitter, numbers, 0, size))
 
-        return query_type(q, types.int64, types.int64), generate
+        return row_type(x, types.int64, types.int64), generate
 
-    def emit_dot(emitter, query_part, rows, first):
-        two_dimensional = is_set(emitter, "two_dimensional")
-        sums = [ir.Constant(_F32, 0.0)] * keys
+    def emit_dot(emitter, row_part, source, first):
+        sums = [emitter.number(0)] * columns
         for d in range(0, head_dim, WIDTH):
-            query = query_part(d)
-            for r in range(0, keys, rows_at_once):
-                start = emitter.builder.add(first, ir.Constant(_I64, r))
-                for t, row in enumerate(_read(emitter, rows, d, start, rows_at_once, two_dimensional)):
-                    for e in range(WIDTH):
-                        sums[r + t] = emitter.mad(query[e], emitter.broadcast(row, e), sums[r + t])
+            row = row_part(d)
+            for t, column in enumerate(read(emitter, source, d, first)):
+                for e in range(WIDTH):
+                    sums[t] = emitter.mad(row[e], emitter.broadcast(column, e), sums[t])
         return emitter.pack(scores, sums)
 
-    if q_in_registers:
+    @intrinsic
+    def dot(typing_context, row, x, origin, stride, count, size, first):
+        """Products of the rows with the next columns."""
 
-        @intrinsic
-        def dot(typing_context, query, k, origin, stride, count, size, first):
-            """Products of the query rows with the next keys."""
+        def generate(context, builder, signature, arguments):
+            emitter = emitter_of(context, builder)
+            numbers = emitter.unpack(arguments[0], head_dim)
+            return emit_dot(emitter, lambda d: numbers[d : d + WIDTH], Columns(*arguments[1:6]), arguments[6])
 
-            def generate(context, builder, signature, arguments):
-                emitter = Emitter(context, builder)
-                numbers = emitter.unpack(arguments[0], head_dim)
-                return emit_dot(emitter, lambda d: numbers[d : d + WIDTH], Rows(*arguments[1:6]), arguments[6])
+        return scores(row_type, x, *[types.int64] * 5), generate
 
-            return scores(query_type, k, *[types.int64] * 5), generate
-    else:
+    @intrinsic
+    def dot_panel(typing_context, rows, rows_offset, x, origin, stride, count, size, first):
+        """The same with the rows read from a panel (head_dim, 16 rows) as they are needed."""
 
-        @intrinsic
-        def dot(typing_context, q, q_offset, k, origin, stride, count, size, first):
-            """The same with the query rows read from a panel (head_dim, 16 rows) as they are needed."""
+        def generate(context, builder, signature, arguments):
+            emitter = emitter_of(context, builder)
+            panel, start = arguments[:2]
 
-            def generate(context, builder, signature, arguments):
-                emitter = Emitter(context, builder)
-                panel, start = arguments[:2]
+            def row_part(d):
+                places = [builder.add(start, ir.Constant(_I64, (d + e) * WIDTH)) for e in range(0, WIDTH, 8)]
+                numbers = [x for place in places for x in emitter.block_read(panel, place, 8)]
+                return beyond_as_zero(emitter, numbers, d, arguments[6])
 
-                def query_part(d):
-                    places = [builder.add(start, ir.Constant(_I64, (d + e) * WIDTH)) for e in range(0, WIDTH, 8)]
-                    numbers = [x for place in places for x in emitter.block_read(panel, place, 8)]
-                    return beyond_as_zero(emitter, numbers, d, arguments[6])
+            return emit_dot(emitter, row_part, Columns(*arguments[2:7]), arguments[7])
 
-                return emit_dot(emitter, query_part, Rows(*arguments[2:7]), arguments[7])
-
-            return scores(q, types.int64, k, *[types.int64] * 5), generate
+        return scores(rows, types.int64, x, *[types.int64] * 5), generate
 
     @intrinsic
     def lowest(typing_context, score):
         """The lowest score of a step."""
 
         def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder)
-            return emitter.tree(emitter.minimum, emitter.unpack(arguments[0], keys))
+            emitter = emitter_of(context, builder)
+            return emitter.tree(emitter.minimum, emitter.unpack(arguments[0], columns))
 
-        return _FLOAT(scores), generate
+        return real(scores), generate
 
     @intrinsic
     def softmax(typing_context, score, maximum, normaliser, minus_infinity, log2e):
         """One step of the online softmax: new maximum and normaliser, the factor for what was summed before, weights."""
 
         def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder)
+            emitter = emitter_of(context, builder)
             score, maximum, normaliser, minus_infinity, log2e = arguments
-            score = emitter.unpack(score, keys)
+            score = emitter.unpack(score, columns)
             highest = emitter.maximum(maximum, emitter.tree(emitter.maximum, score))
             # -inf - -inf would be nan for a row that has seen no key yet
-            shift = builder.select(builder.fcmp_ordered(">", highest, minus_infinity), highest, ir.Constant(_F32, 0.0))
+            shift = builder.select(builder.fcmp_ordered(">", highest, minus_infinity), highest, emitter.number(0))
 
             def exp(x):
                 # the difference first: it is exact where scores are large and near each other
@@ -241,47 +266,51 @@ def tile_operations(head_dim, width, keys, q_in_registers, constants):
             normaliser = emitter.mad(normaliser, rescale, emitter.tree(builder.fadd, weights))
             return emitter.pack(step_type, [highest, normaliser, rescale, *weights])
 
-        return step_type(scores, _FLOAT, _FLOAT, _FLOAT, _FLOAT), generate
+        return step_type(scores, real, real, real, real), generate
 
     @intrinsic
     def mark(typing_context, step, score, minus_infinity):
         """Give keys that are hidden a weight of -1: one of 0 may come of underflow, and its value counts if it is nan."""
 
         def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder)
-            step, score = emitter.unpack(arguments[0], keys + 3), emitter.unpack(arguments[1], keys)
+            emitter = emitter_of(context, builder)
+            step, score = emitter.unpack(arguments[0], columns + 3), emitter.unpack(arguments[1], columns)
             hidden = [builder.fcmp_ordered("==", x, arguments[2]) for x in score]
-            weights = [builder.select(h, ir.Constant(_F32, -1.0), w) for h, w in zip(hidden, step[3:], strict=True)]
+            weights = [builder.select(h, emitter.number(-1), w) for h, w in zip(hidden, step[3:], strict=True)]
             return emitter.pack(step_type, [*step[:3], *weights])
 
-        return step_type(step_type, scores, _FLOAT), generate
+        return step_type(step_type, scores, real), generate
 
-    def accumulation(add):
+    def accumulation(sees):
         @intrinsic
-        def accumulate(typing_context, total, step, v, origin, stride, count, size, first):
-            """Rescale the sums and add the weighted values of a step."""
+        def accumulate(typing_context, total, step, x, origin, stride, count, size, first):
+            """Add the columns times their weights; of what `softmax` returns, rescale the sums first."""
+            rescales = step == step_type
 
             def generate(context, builder, signature, arguments):
-                emitter = Emitter(context, builder)
-                two_dimensional = is_set(emitter, "two_dimensional")
-                step, rows, first = emitter.unpack(arguments[1], keys + 3), Rows(*arguments[2:7]), arguments[7]
-                total = [builder.fmul(x, step[2]) for x in emitter.unpack(arguments[0], width)]
+                emitter = emitter_of(context, builder)
+                source, first = Columns(*arguments[2:7]), arguments[7]
+                total, weights = emitter.unpack(arguments[0], width), emitter.unpack(arguments[1], len(step))
+                if rescales:
+                    total = [builder.fmul(number, weights[2]) for number in total]
+                    weights = weights[3:]
                 for d in range(0, width, WIDTH):
-                    for r in range(0, keys, rows_at_once):
-                        start = builder.add(first, ir.Constant(_I64, r))
-                        for t, row in enumerate(_read(emitter, rows, d, start, rows_at_once, two_dimensional)):
-                            for e in range(WIDTH):
-                                total[d + e] = add(emitter, step[3 + r + t], emitter.broadcast(row, e), total[d + e])
+                    for weight, column in zip(weights, read(emitter, source, d, first), strict=True):
+                        for e in range(WIDTH):
+                            added = emitter.mad(weight, emitter.broadcast(column, e), total[d + e])
+                            total[d + e] = builder.select(sees(emitter, weight), added, total[d + e]) if sees else added
                 return emitter.pack(total_type, total)
 
-            return total_type(total_type, step_type, v, *[types.int64] * 5), generate
+            return total_type(total_type, step, x, *[types.int64] * 5), generate
 
         return accumulate
 
-    def add_seen(emitter, weight, value, total):
-        """0 · nan is nan: what is hidden must not reach the sum."""
-        seen = emitter.builder.fcmp_unordered(">=", weight, ir.Constant(_F32, 0.0))
-        return emitter.builder.select(seen, emitter.mad(weight, value, total), total)
+    # 0 · nan is nan: what is hidden must not reach the sum. A weight that is nan is seen.
+    def is_unmarked(emitter, weight):
+        return emitter.builder.fcmp_unordered(">=", weight, emitter.number(0))
+
+    def is_something(emitter, weight):
+        return emitter.builder.fcmp_unordered("!=", weight, emitter.number(0))
 
     @intrinsic
     def store(typing_context, out, offset, size, total, factor):
@@ -289,57 +318,78 @@ def tile_operations(head_dim, width, keys, q_in_registers, constants):
 
         def generate(context, builder, signature, arguments):
             out, offset, size, total, factor = arguments
-            emitter = Emitter(context, builder)
+            emitter = emitter_of(context, builder)
             for d, number in enumerate(emitter.unpack(total, width)):
                 with builder.if_then(builder.icmp_signed("<", ir.Constant(_I64, d), size)):
                     address = builder.gep(out, [builder.add(offset, ir.Constant(_I64, d))])
-                    builder.store(builder.fmul(number, factor), address, align=4)
+                    builder.store(builder.fmul(number, factor), address, align=emitter.size)
             return context.get_dummy_value()
 
-        return types.void(out, types.int64, types.int64, total_type, _FLOAT), generate
+        return types.void(out, types.int64, types.int64, total_type, real), generate
 
-    return fill, load_query, dot, lowest, softmax, mark, accumulation(Emitter.mad), accumulation(add_seen), store
+    return SimpleNamespace(
+        fill=fill, fill_scores=fill_scores, load_row=load_row, dot=dot, dot_panel=dot_panel, lowest=lowest, softmax=softmax,
+        mark=mark, store=store, accumulate=accumulation(None), accumulate_unmarked=accumulation(is_unmarked),
+        accumulate_nonzero=accumulation(is_something),
+    )  # fmt: skip
 
 
-def each_key(keys, stage, *argument_types, before=0):
+def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument_types: Any, across: int = 0):
     """A function for kernels that gives every score of a step to ``stage(score, t, *arguments)``, a function of numbers; t is
-    the number of the key in the step. So many numbers come before the scores, and stay."""
-    scores, rest_type = UniTuple(_FLOAT, before + keys), types.BaseTuple.from_types(argument_types)
-    call = signature(_FLOAT, _FLOAT, types.int32, *argument_types)
+    the number of the column in the step.
+
+    Of an argument that is a tuple of as many numbers, a stage gets that of the column; so it does of the first `across` ones,
+    registers that hold the numbers of the columns lane by lane. What the tuple has more than scores comes first, and stays.
+    """
+    real = getattr(types, dtype)
+    scores, rest_type = UniTuple(real, columns), types.BaseTuple.from_types(argument_types)
+    call = signature(real, real, types.int32, *(real if x == scores else x for x in argument_types))
 
     @intrinsic
-    def apply(typing_context, score, arguments):
-        def generate(context, builder, signature, values):
-            emitter = Emitter(context, builder)
-            given, rest = emitter.unpack(values[0], before + keys), emitter.unpack(values[1], len(argument_types))
-            changed = [
-                context.compile_internal(builder, stage, call, [x, ir.Constant(_I32, t), *rest])
-                for t, x in enumerate(given[before:])
-            ]
-            return emitter.pack(scores, given[:before] + changed)
+    def apply(typing_context, given, arguments):
+        before = len(given) - columns
 
-        return scores(scores, rest_type), generate
+        def generate(context, builder, signature, values):
+            emitter = Emitter(context, builder, real)
+            numbers, rest = emitter.unpack(values[0], len(given)), emitter.unpack(values[1], len(argument_types))
+
+            def argument(i, t):
+                if argument_types[i] == scores:
+                    return builder.extract_value(rest[i], t)
+                return emitter.broadcast(rest[i], t) if i < across else rest[i]
+
+            changed = [
+                context.compile_internal(
+                    builder, stage, call, [x, ir.Constant(_I32, t), *(argument(i, t) for i in range(len(rest)))]
+                )
+                for t, x in enumerate(numbers[before:])
+            ]
+            return emitter.pack(given, numbers[:before] + changed)
+
+        return given(given, rest_type), generate
 
     return apply
 
 
-def each_four_keys(keys, stage, *argument_types):
-    """The same for the weights of a step, with ``stage(*weights, key, *arguments)`` for four keys at once."""
-    step_type, rest_type = UniTuple(_FLOAT, keys + 3), types.BaseTuple.from_types(argument_types)
-    four = UniTuple(_FLOAT, 4)
-    call = signature(four, *[_FLOAT] * 4, types.int64, *argument_types)
+def each_four_columns(dtype: str, columns: int, stage: Callable[..., tuple[float, ...]], *argument_types: Any):
+    """The same with ``stage(*scores, first, *arguments)`` for four columns at once; `first` is the number of their first."""
+    real = getattr(types, dtype)
+    four, rest_type = UniTuple(real, 4), types.BaseTuple.from_types(argument_types)
+    call = signature(four, *[real] * 4, types.int64, *argument_types)
 
     @intrinsic
-    def apply(typing_context, step, first, arguments):
-        def generate(context, builder, signature, values):
-            emitter = Emitter(context, builder)
-            numbers, rest = emitter.unpack(values[0], keys + 3), emitter.unpack(values[2], len(argument_types))
-            for t in range(0, keys, 4):
-                key = builder.add(values[1], ir.Constant(_I64, t))
-                changed = context.compile_internal(builder, stage, call, [*numbers[3 + t : 7 + t], key, *rest])
-                numbers[3 + t : 7 + t] = emitter.unpack(changed, 4)
-            return emitter.pack(step_type, numbers)
+    def apply(typing_context, given, first, arguments):
+        before = len(given) - columns
 
-        return step_type(step_type, types.int64, rest_type), generate
+        def generate(context, builder, signature, values):
+            emitter = Emitter(context, builder, real)
+            numbers, rest = emitter.unpack(values[0], len(given)), emitter.unpack(values[2], len(argument_types))
+            for t in range(before, len(given), 4):
+                key = builder.add(values[1], ir.Constant(_I64, t - before))
+                changed = context.compile_internal(builder, stage, call, [*numbers[t : t + 4], key, *rest])
+                numbers[t : t + 4] = emitter.unpack(changed, 4)
+            return emitter.pack(given, numbers)
+
+        return given(given, types.int64, rest_type), generate
 
     return apply

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import cpu_schedule, gpu_schedule
 from .flash_forward import TILES
-from .flash_forward_gpu import GPU_TILES, SUB_GROUP
+from .flash_forward_gpu import SUB_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,10 +79,6 @@ def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
     return Schedule(tile, rows, FULL_PRECISION, serves, costs, by_head=True, forward=forward, backward=backward)
 
 
-def _gpu_serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: bool) -> bool:
-    return head_dim <= max(GPU_TILES) and gpu_schedule.serves(device, dtype, head_dim, options=options, backward=backward)
-
-
 # The costs of CPUs were measured by scripts/tune.py on a Zen 5 CPU, which for AVX2 was limited to that; those of GPUs only say
 # what is preferred.
 _ALL = (
@@ -93,7 +89,7 @@ _ALL = (
         name="gpu",
         rows=SUB_GROUP,
         operands=FULL_PRECISION,
-        serves=_gpu_serves,
+        serves=gpu_schedule.serves,
         costs={"gpu": 1.0},
         by_head=False,
         forward=gpu_schedule.launch_forward,

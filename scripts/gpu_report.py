@@ -17,7 +17,8 @@ the cycles that each pipe of the vector engine is busy in one turn:
 The pipes work at the same time, so the busiest one bounds the speed. The pipe that counts is xmx where there is a dpas, else
 float; "reach" is the share of these cycles in which it does dpas or mad: what the code allows of the peak if nothing stalls.
 
-Kernels of one module for all options are compiled without any, with all but dropout ("+options"), and with all ("+dropout").
+Kernels of one module for all options are compiled without any, with all but dropout ("+options"), with all ("+dropout"), and
+for rows that block loads cannot read ("+views"); those for the forward also as they find peaks for the gradient ("+peaks").
 
 A bar breaks where a kernel spills or uses private memory on pvc (Max) or bmg (Arc B), or where the hot loop of a float32 kernel
 on pvc has too few mad. The bars are for compilers from 2025 on. Ends with 1 if one breaks.
@@ -39,7 +40,6 @@ from pathlib import Path
 
 from ulysses_dp.kernels import manifest
 from ulysses_dp.kernels.constants import specialise
-from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from gpu import spirv
@@ -215,20 +215,8 @@ def listing(folder: Path, entry: str) -> Path | None:
 
 
 def forms(kernel: str) -> list[str]:
-    """A kernel with specialisation constants as it is without options, with all but dropout, and with all; any other once."""
-    return [kernel, f"{kernel}+options", f"{kernel}+dropout"] if kernel.startswith("flash_forward_gpu") else [kernel]
-
-
-def constants(kernel: str, form: str, device: str) -> tuple[tuple[int, int], ...]:
-    """The specialisation constants of a form."""
-    if len(forms(kernel)) == 1:
-        return ()
-    names = ["exact"] if device in WITHOUT_BLOCK_LOADS else ["exact", "two_dimensional"]
-    if form:
-        names += ["spans", "softcap", "slopes", "bias", "padding"]
-    if form == "dropout":
-        names.append("dropout")
-    return tuple((CONSTANTS[name], 1) for name in names)
+    """A kernel as it is without options, and its other forms; see `spirv.forms`."""
+    return [f"{kernel}+{form}" if form else kernel for form in spirv.forms(kernel)]
 
 
 def compile_kernel(ocloc: Path, kernel: str, device: str) -> Report:
@@ -240,7 +228,8 @@ def compile_kernel(ocloc: Path, kernel: str, device: str) -> Report:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "kernel.spv"
-        file.write_bytes(specialise((manifest.FOLDER / f"{module}.spv").read_bytes(), constants(module, form, device)))
+        constants = spirv.forms(module, two_dimensional=device not in WITHOUT_BLOCK_LOADS)[form]
+        file.write_bytes(specialise((manifest.FOLDER / f"{module}.spv").read_bytes(), constants))
         command = [ocloc, "compile", "-file", file, "-spirv_input", "-device", device]
         command += ["-out_dir", folder, *(["-options", options] if options else [])]
         environment = {**os.environ, "IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": name}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ulysses_dp.kernels.cpu_schedule import spans_of_keys
+from ulysses_dp.kernels.launch_arguments import spans_of_keys
 
 from ulysses_dp._call.spans import spans, trim
 

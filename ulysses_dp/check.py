@@ -93,7 +93,7 @@ def checks(device: Any) -> list[Check]:
     """All checks of the kernels that attention uses on a device."""
     full = [name for name in ("float32", "float64") if name == "float32" or device.has_aspect_fp64]
     found = [Check("product", dtype) for dtype in full]
-    backward = sorted({*flash_backward.HEAD_DIMS["float32"], *flash_backward_gpu.COLUMNS})
+    backward = flash_backward_gpu.GPU_TILES["float32"] if device.is_gpu else flash_backward.HEAD_DIMS["float32"]
     for what, own in (("forward", flash_forward.HEAD_DIMS), ("gradient", backward)):
         for options in (False, True):
             found += [Check(what, dtype, head_dim, options) for dtype in full for head_dim in (*own, ANY_HEAD_DIM)]

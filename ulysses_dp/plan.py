@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from ulysses_dp.kernels.flash_backward_gpu import COLUMNS
 from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from ._call.checks import check_flag, check_integer
@@ -277,8 +276,6 @@ def _notes(problem: Problem, machine: Machine, memory: int, largest_seq: int) ->
     best, direct, two_steps = best_node_size(problem, machine) if problem.travels is None else (1, 0.0, 0.0)
     if best > 1:
         notes.append(f"node_size={best} would take {two_steps:.2g} s for the forward exchanges instead of {direct:.2g} s")
-    if problem.gpu and problem.backward and problem.head_dim not in COLUMNS:
-        notes.append(f"head_dim {problem.head_dim} has no gradient made for GPUs: it takes longer than predicted")
     if not machine.measured:
         notes.append(f"{machine.name} is a model from published figures, not measured")
     return notes

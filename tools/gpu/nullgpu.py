@@ -149,9 +149,7 @@ def build_kernels() -> None:
     """Build all kernels of the manifest."""
     from ulysses_dp.kernels import manifest
     from ulysses_dp.kernels.constants import specialise
-    from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS
 
-    all_options = tuple((number, 1) for number in CONSTANTS.values())
     sys.path.insert(0, str(HERE.parent))
     from gpu import spirv
 
@@ -159,7 +157,8 @@ def build_kernels() -> None:
 
     def build(name: str) -> None:
         entry = manifest.read()[name]
-        module = specialise((manifest.FOLDER / f"{name}.spv").read_bytes(), all_options)
+        forms = spirv.forms(name)
+        module = specialise((manifest.FOLDER / f"{name}.spv").read_bytes(), forms.get("dropout", forms[""]))
         made = driver.build(module, entry["entry"], entry["build_options"].get("level_zero", ""))
         if made.arguments != len(entry["arguments"]):
             raise RuntimeError(f"it takes {made.arguments} arguments, the manifest lists {len(entry['arguments'])}")

@@ -23,3 +23,25 @@ def sub_group_size(name: str) -> int | None:
 def for_gpu(name: str) -> bool:
     """Whether a kernel is made for GPUs: only these are made of sub-groups."""
     return sub_group_size(name) is not None
+
+
+def forms(name: str, *, two_dimensional: bool = True) -> dict[str, tuple[tuple[int, int], ...]]:
+    """How a kernel for GPUs may be specialised, of rows that fill its tile, by the name of the form; others have one form.
+
+    Without options; with all but dropout, or all; of rows that block loads cannot read; and what finds peaks for the gradient.
+    """
+    from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS, OPTIONS
+
+    if "_gpu_" not in name:
+        return {"": ()}
+    # of keys only those that are columns can share a draw
+    with_dropout = dict.fromkeys(OPTIONS, 1) | {"dropout": 2 if "_dk" in name or "_dv" in name else 1}
+    without_dropout = with_dropout | {"dropout": 0}
+    blocks = {"two_dimensional": int(two_dimensional and "float32" in name)}
+    found = {"": blocks, "options": blocks | without_dropout, "dropout": blocks | with_dropout, "views": {}}
+    if "forward" in name:
+        found["peaks"] = blocks | without_dropout | {"peaks": 1}
+    return {
+        form: tuple((CONSTANTS[key], value) for key, value in ({"exact": 1} | values).items() if value)
+        for form, values in found.items()
+    }

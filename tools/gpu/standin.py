@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+KEPT_BYTES = 0  # of `upload`
 SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
 
 

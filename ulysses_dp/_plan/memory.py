@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from ulysses_dp.kernels.flash_backward_gpu import COLUMNS
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP, tile_for
+from ulysses_dp.kernels import flash_backward_gpu, flash_forward_gpu
+from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
 
 from .._device.dtypes import DTYPES
 from .._device.workspace import ALIGNMENT
@@ -94,8 +94,12 @@ class _Attended(NamedTuple):
         return width * self.rows * self.share.q_count, width * self.keys * self.share.kv_count
 
     @property
+    def _dtype(self) -> str:
+        return DTYPES[self.problem.dtype].compute
+
+    @property
     def _on_gpu(self) -> bool:
-        return self.problem.gpu and DTYPES[self.problem.dtype].compute == "float32"
+        return self.problem.gpu and self.problem.head_dim <= max(GPU_TILES[self._dtype])
 
     @property
     def _walks_far(self) -> bool:
@@ -114,8 +118,8 @@ class _Attended(NamedTuple):
                 slots.need("result before rounding", q_size, compute)
         if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
-        tile_size = tile_for(problem.head_dim)
-        if self._on_gpu and not GPU_TILES[tile_size].q_in_registers:
+        tile_size = flash_forward_gpu.tile_for(self._dtype, problem.head_dim) if self._on_gpu else 0
+        if tile_size and not GPU_TILES[self._dtype][tile_size].q_in_registers:
             panels = math.ceil(self.rows / SUB_GROUP) * SUB_GROUP * tile_size
             slots.need("panels of q", problem.batch * self.share.q_count * panels, compute)
 
@@ -124,14 +128,15 @@ class _Attended(NamedTuple):
         problem, (q_size, kv_size), compute = self.problem, self.sizes, self.problem.compute_itemsize
         if not q_size:
             return
-        on_gpu = self._on_gpu and problem.head_dim in COLUMNS
-        if problem.converts or (self._walks_far and not on_gpu and self.by_head):
+        if problem.converts or (self._walks_far and not self._on_gpu and self.by_head):
             slots.need("dout, q", 2 * q_size, compute)
-        if problem.converts or (self._walks_far and not on_gpu and self.kv_by_head and kv_size):
+        if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
-        if on_gpu:
-            most = 2 * max(size // n * math.ceil(n / SUB_GROUP) for size, n in ((q_size, self.rows), (kv_size, self.keys)) if n)
-            slots.need("panels of rows", most * SUB_GROUP, compute)
+        if self._on_gpu:
+            tile_size = flash_backward_gpu.tile_for(self._dtype, problem.head_dim)
+            heads = (self.share.q_count, self.rows), (self.share.kv_count, self.keys)
+            most = max(count * math.ceil(n / SUB_GROUP) for count, n in heads)
+            slots.need("panels of rows", 2 * problem.batch * most * SUB_GROUP * tile_size, compute)
         if itemsize != compute:
             for number, size in enumerate((q_size, kv_size, kv_size)):
                 slots.need(f"gradient {number}", size, compute)

@@ -1,0 +1,81 @@
+"""The stages of score.py for the columns of a step of the GPU kernels, in registers. Build time only.
+
+Rows are queries and columns are keys or, `into_keys`, the other way round. What differs is where a number comes from: that of
+a row is the lane's own, that of a column the same in all lanes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+from numba.core import types
+from numba.core.types import CPointer, int32, int64
+
+from .register_tile import each_column, each_four_columns
+from .score import stages
+
+
+def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNamespace:
+    """The stages as functions for kernels: ``stage(scores, arguments)``, arguments are a tuple."""
+    real, number = np.dtype(dtype).type, getattr(types, dtype)
+    pointer = CPointer(number, addrspace=1)
+    of = stages(dtype)
+    capped, sloped, biased, padded, in_span, kept, philox = (
+        of.capped,
+        of.sloped,
+        of.biased,
+        of.padded,
+        of.in_span,
+        of.kept,
+        of.philox,
+    )
+
+    # Their names must differ: numba tells them apart by these.
+    def scale_column(dot, t, scale):
+        return dot * scale
+
+    def cap_column(score, t, softcap, per_softcap):
+        return capped(score, softcap, per_softcap)
+
+    def slope_column(score, t, centre, key, step, slope):
+        return sloped(score, slope, centre - key - step * real(t))
+
+    def bias_column(score, t, bias, origin, stride, last):
+        return biased(score, bias[origin + min(t, last) * stride])
+
+    def pad_column(score, t, padding, origin, stride, last):
+        return padded(score, padding[origin + min(t, last) * stride])
+
+    def hide_column(score, t, first, last):
+        return in_span(score, t, first, last)
+
+    def drop_four(w0, w1, w2, w3, first, row, head, b, seed, threshold, keep_scale):
+        """The weights of four keys from a multiple of 4 on."""
+        r0, r1, r2, r3 = philox(first >> 2, row, head, b, seed)
+        return (
+            kept(w0, r0, threshold, keep_scale),
+            kept(w1, r1, threshold, keep_scale),
+            kept(w2, r2, threshold, keep_scale),
+            kept(w3, r3, threshold, keep_scale),
+        )
+
+    def drop_column(weight, t, key, key_step, row, row_step, head, b, seed, threshold, keep_scale):
+        number = key + key_step * t
+        w0, w1, w2, w3 = philox(number >> 2, row + row_step * t, head, b, seed)
+        even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
+        return kept(weight, odd if number & 1 else even, threshold, keep_scale)
+
+    def each(stage, *argument_types, across=0):
+        return each_column(dtype, columns, stage, *argument_types, across=across)
+
+    return SimpleNamespace(
+        scale=each(scale_column, number),
+        cap=each(cap_column, number, number),
+        slope=each(slope_column, number, number, number, number, across=int(into_keys)),  # of queries the centre
+        bias=each(bias_column, pointer, int64, int64, int64),
+        pad=each(pad_column, pointer, int64, int64, int64),
+        hide=each(hide_column, int32, int32),
+        drop_fours=each_four_columns(dtype, columns, drop_four, int64, int64, int64, int64, int64, number),
+        drop_each=each(drop_column, *[int64] * 8, number),
+    )

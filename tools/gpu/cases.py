@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Sizes that fill the tiles of the kernels, and others; each makes other specialisations, and not all can be translated.
 HEAD_DIMS = {"float32": (7, 16, 32, 40, 64, 80, 96, 100, 128, 192, 256), "float64": (7, 16, 64, 100, 250)}
-WITH_OPTIONS = {"float32": (7, 64, 100, 256), "float64": (7, 100)}  # all of them at once; on the smallest tile any
+# with all options at once; in float32 on the smallest tile also with each one alone
+WITH_OPTIONS = {"float32": (7, 64, 100, 256), "float64": (7, 100)}
 OPTIONS = ("window", "softcap", "slopes", "sinks", "bias", "padding", "dropout")
 GUARD = 7.0  # around results
 # Largest error that passes, relative to the largest number of the result, or to 1 where that is larger.
@@ -236,8 +237,8 @@ def random_case(seed: int, rows: int) -> Case:
     group, dtype = int(rng.integers(1, 5)), str(rng.choice(["float32", "float32", "float64"]))
     some, options = bool(rng.random() < 0.5), OPTIONS
     head_dim = int(rng.choice((WITH_OPTIONS if some else HEAD_DIMS)[dtype]))
-    if head_dim == min(HEAD_DIMS[dtype]):
-        options = tuple(name for name in OPTIONS if rng.random() < 0.4)
+    if (dtype, head_dim) == ("float32", min(HEAD_DIMS[dtype])):
+        options = (str(rng.choice(OPTIONS)),)
     case = Case(
         dtype=dtype,
         head_dim=head_dim,

@@ -58,7 +58,7 @@ def backward(
     )
     ds, by_key = found.ds * found.derivative, found.seen.swapaxes(2, 3)
     dq = scale * _product(found.seen, ds, found.k)
-    dk, dv = np.zeros((2, k.shape[0], k.shape[2], k.shape[1], k.shape[3]))
+    dk, dv = (np.zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3])) for x in (k, v))
     for total, weight, x in ((dk, scale * ds, found.q), (dv, found.weight, found.dout)):
         np.add.at(total, (slice(None), found.kv), _product(by_key, weight.swapaxes(2, 3), x))
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)

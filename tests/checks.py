@@ -136,9 +136,9 @@ def packed(lengths, heads=4, kv_heads=2, head_dim=16, dtype="float32", seed=0):
     return tuple(x[0] for x in whole), options
 
 
-def random_dout(q, seed=99):
+def random_dout(q, seed=99, width=None):
     """What comes from the loss, the same on every rank."""
-    return np.random.default_rng(seed).standard_normal(q.shape)
+    return np.random.default_rng(seed).standard_normal((*q.shape[:-1], width or q.shape[-1]))
 
 
 # ---- what is drawn by hypothesis
@@ -291,7 +291,7 @@ def check(comm, whole, *, functions=distributed, return_lse=True, **how):
 
 def check_gradient(comm, whole, *, functions=distributed, dout=None, context=False, **how):
     """Every rank passes its rows of the whole q, k, v and dout, and perhaps dlse, and gets its rows of the dense gradient."""
-    passed = Passed(comm, (*whole, random_dout(whole[0]) if dout is None else dout), **how)
+    passed = Passed(comm, (*whole, random_dout(whole[0], width=whole[2].shape[-1]) if dout is None else dout), **how)
     results = functions.gradient(*passed.arrays, comm, context=context, restride=passed.restride, **passed.options)
     *numbers, dout = passed.numbers
     *expected, expected_dsinks = gradients.dense_gradient(dout, *numbers, **passed.options_of_oracle)

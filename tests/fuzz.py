@@ -57,6 +57,7 @@ SPACE = {
     "kv_heads": (0.8, (1, 2, 3, 4, 5, 7)),
     "group": (0.6, (1, 2, 3, 4, 5, 0)),
     "head_dim": (0.95, (*WIDTHS, *WIDTHS[:14])),
+    "head_dim_v": (0.2, (None, *WIDTHS)),
     "seq": (0.97, TOTALS),
     "split": (0.9, SPLITS),
     "seq_k": (0.4, (None, *TOTALS)),
@@ -172,6 +173,7 @@ def mended(case):
     if c["schedule"] == "gpu":  # half a minute of compiling for each head_dim, in every process
         plain = [x for x in SPACE if x[:3] in ("lef", "rig", "sof", "ali", "mas", "sin", "dro", "bia", "nan", "ran")]
         c |= {x: SPACE[x][1][0] for x in plain} | {"form": "float32", "head_dim": (64, 128, 32, 96, 80)[c["seed"] // 500 % 5]}
+        c["head_dim_v"] = None
     forms = {"array_api_strict": ("float32", "float64"), "torch": UNIT}
     if c["form"] not in forms.get(c["kind"], UNIT) or c["kind"] not in (*forms, *kinds_of(c["form"])):
         c["form"] = "float32"
@@ -388,7 +390,8 @@ def attention(c, comm):
         return by_user_axes(x[:, held["q" if name in ("q", "dq", "dout", "out") else "k"]])
 
     for name, (seq, heads) in {"q": queries, "k": keys, "v": keys, "dout": queries}.items():
-        x, flat = rng.standard_normal((c["batch"], seq, heads, c["head_dim"])), c[f"flat {name}"]
+        width = c["head_dim"] if name in ("q", "k") or c["head_dim_v"] is None else c["head_dim_v"]
+        x, flat = rng.standard_normal((c["batch"], seq, heads, width)), c[f"flat {name}"]
         if flat is not None and x.size:
             x = np.broadcast_to(x.take([0], flat), x.shape)
         elif c[f"nan {name}"]:

@@ -131,7 +131,7 @@ def attention(
     results["dq"] = dq.swapaxes(1, 2), spoil(dq_error + stored * abs(dq), spoilt[..., None]).swapaxes(1, 2)
     for name, x, x_error in (("dk", dk, dk_error), ("dv", dv, dv_error)):
         if not heads:
-            results[name] = (np.zeros((batch, seq_k, kv_heads, width)),) * 2
+            results[name] = (np.zeros((batch, seq_k, kv_heads, q.shape[-1] if name == "dk" else dout.shape[-1])),) * 2
             continue
         # rounded once per head where a backend adds up what is stored
         results[name] = by_key(x), by_key(spoil(x_error + stored * abs(x), of_key[..., None]))

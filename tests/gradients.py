@@ -84,7 +84,7 @@ def dense_gradient(
     group = (batch, kv_heads, heads // kv_heads if kv_heads else 1)
     dq = product(seen, ds, k)
     dk = product(seen.swapaxes(2, 3), ds.swapaxes(2, 3), q).reshape(*group, seq_k, head_dim).sum(axis=2)
-    dv = product(seen.swapaxes(2, 3), (p * keep).swapaxes(2, 3), dout).reshape(*group, seq_k, head_dim).sum(axis=2)
+    dv = product(seen.swapaxes(2, 3), (p * keep).swapaxes(2, 3), dout).reshape(*group, seq_k, v.shape[3]).sum(axis=2)
     dq, dk, dv = (x.swapaxes(1, 2) for x in (dq, dk, dv))
     dsinks = -(p_sink * mean).sum(axis=(0, 2, 3))
     return (*((x[0] for x in (dq, dk, dv)) if packed else (dq, dk, dv)), dsinks)

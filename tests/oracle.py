@@ -53,7 +53,7 @@ def dense_attention(
     takes_part = np.broadcast_to(True if key_padding_mask is None else key_padding_mask, (batch, seq_k))
     sinks = np.broadcast_to(-np.inf if sinks is None else sinks, (heads,)).astype(np.float64)
 
-    out, lse, largest = np.zeros(q.shape), np.full((batch, heads, seq_q), -np.inf), np.full(heads, -np.inf)
+    out, lse, largest = np.zeros((*q.shape[:3], v.shape[3])), np.full((batch, heads, seq_q), -np.inf), np.full(heads, -np.inf)
     for b, h in np.ndindex(batch, heads):
         kv_head = h // (heads // kv_heads)
         with np.errstate(invalid="ignore"):  # of nan and inf in keys that may be hidden

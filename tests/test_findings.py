@@ -60,7 +60,7 @@ def check(
     rows = split(whole[0].shape[axis], size, "uneven") if rows is None else rows
     rows_k = split(whole[1].shape[axis], size) if rows_k is None else rows_k
     rng = np.random.default_rng(9)
-    stored = [encode(x, form) for x in (*whole, rng.standard_normal(whole[0].shape))]
+    stored = [encode(x, form) for x in (*whole, rng.standard_normal((*whole[0].shape[:-1], whole[2].shape[-1])))]
     shape = (*whole[0].shape[:-3], whole[0].shape[-2], whole[0].shape[-3])
     dlse = rng.standard_normal(shape).astype(dtype_of_options(form))
 

@@ -57,11 +57,13 @@ def dtype_of(form):
     return "bfloat16" if form == "bits" else form
 
 
-def run(comm, sizes, form, backward, **options):
+def run(comm, sizes, form, backward, head_dim_v=None, **options):
     """Make the calls that a plan is about; returns their traces and the bytes that scratch memory then has, by slot."""
     batch, seq, heads, kv_heads, head_dim = sizes
     rows = row_positions(seq, comm, order=options.get("order", "contiguous"), ring=options.get("ring", 1))
-    whole = random_qkv(0, batch, seq, heads, kv_heads, head_dim)
+    whole = [*random_qkv(0, batch, seq, heads, kv_heads, head_dim)]
+    if head_dim_v is not None:
+        whole[2] = random_qkv(1, batch, seq, heads, kv_heads, head_dim_v)[2]
     q, k, v = (encode(x[:, rows], form) for x in whole)
     how = {"comm": comm} | options | dtype_option(form)
     free_workspace()

@@ -45,7 +45,7 @@ def run(comm, arrays, rows, keys, dout, dlse, *, context=False, **options):
 def check(comm, arrays, sizes, order, *, q_counts=None, k_counts=None, context=False, dtype="float32", kv="ring", **options):
     """A call and its gradient on meshes of so many groups, against the oracle, which is asked once for all."""
     q, k, v = arrays
-    dout = np.random.default_rng(7).standard_normal(q.shape).astype(q.dtype)
+    dout = np.random.default_rng(7).standard_normal((*q.shape[:3], v.shape[3])).astype(q.dtype)
     dlse = np.random.default_rng(8).standard_normal((q.shape[0], q.shape[2], q.shape[1])).astype(q.dtype)
     expected, expected_lse = dense_attention(q, k, v, **options)
     *dense, dsinks = dense_gradient(dout, q, k, v, dlse=dlse, **options)

@@ -88,7 +88,7 @@ def _plain_options(
 def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) -> tuple[Any, Any]:
     """Attention of USM arrays with all rows and all heads, into new arrays; out is C-contiguous in the order of the layout."""
     q, k, v = arrays
-    out = empty_out(q, options.layout)
+    out = empty_out(q, options.layout, geometry.head_dim_v)
     lse = None
     if options.return_lse:
         lse = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), geometry.compute_dtype)
@@ -96,17 +96,17 @@ def attend_whole(arrays: Sequence[Any], geometry: Geometry, options: Options) ->
     return out, lse
 
 
-def empty_out(q: Any, layout: Layout) -> Any:
-    """A new USM array for the result, (batch, seq, heads, head_dim), that is C-contiguous in the order of the layout.
+def empty_out(q: Any, layout: Layout, width: int) -> Any:
+    """A new USM array like q, (batch, seq, heads, width), that is C-contiguous in the order of the layout.
 
     Only where head_dim, which the kernels write densely, is not the last axis of the layout, it is so in the order bshd, and
     `to_user` copies it.
     """
-    axes = axes_of(layout)
+    axes, shape = axes_of(layout), (*q.shape[:3], width)
     if axes[3] != 3 or axes == (0, 1, 2, 3):
-        return empty_like(q, q.shape)
+        return empty_like(q, shape)
     order = inverse(axes)
-    return tensor.permute_dims(empty_like(q, tuple(q.shape[axis] for axis in order)), axes)
+    return tensor.permute_dims(empty_like(q, tuple(shape[axis] for axis in order)), axes)
 
 
 def rows_of(arrays: Sequence[Array], layout: Layout) -> tuple[int, int]:

@@ -47,10 +47,14 @@ def forward_lists(
     lse: bool,
 ) -> Lists:
     """What attention moves for these heads of every rank, in arrays of this dtype: q, k and v; out, and lse if it is wanted."""
-    of_q, of_kv, width = query_shares(heads), kv_shares(heads), geometry.head_dim
-    out = Item("out", of_q, q_rows, width, dtype)
+    of_q, of_kv, width, width_v = query_shares(heads), kv_shares(heads), geometry.head_dim, geometry.head_dim_v
+    out = Item("out", of_q, q_rows, width_v, dtype)
     return Lists(
-        (Item("q", of_q, q_rows, width, dtype), *(Item(name, of_kv, k_rows, width, dtype) for name in "kv")),
+        (
+            Item("q", of_q, q_rows, width, dtype),
+            Item("k", of_kv, k_rows, width, dtype),
+            Item("v", of_kv, k_rows, width_v, dtype),
+        ),
         (out, Item("lse", of_q, q_rows, None, np.dtype(geometry.compute_dtype))) if lse else (out,),
     )
 
@@ -69,17 +73,22 @@ def gradient_lists(
 
     Gradients of kv heads that several ranks read are added up, and travel in the dtype of the computation.
     """
-    of_q, of_kv, width = query_shares(heads), kv_shares(heads), geometry.head_dim
+    of_q, of_kv, width, width_v = query_shares(heads), kv_shares(heads), geometry.head_dim, geometry.head_dim_v
     compute = np.dtype(geometry.compute_dtype)
     of_sum = compute if kv_heads_are_shared(heads) else dtype
     kept = (
         Item("q", of_q, q_rows, width, dtype),
         Item("lse", of_q, q_rows, None, compute),
-        *(Item(name, of_kv, k_rows, width, dtype) for name in "kv"),
+        Item("k", of_kv, k_rows, width, dtype),
+        Item("v", of_kv, k_rows, width_v, dtype),
     )
     return Lists(
-        (Item("dout", of_q, q_rows, width, dtype), Item("delta", of_q, q_rows, None, compute), *(() if context else kept)),
-        (Item("dq", of_q, q_rows, width, of_sum), *(Item(name, of_kv, k_rows, width, of_sum) for name in ("dk", "dv"))),
+        (Item("dout", of_q, q_rows, width_v, dtype), Item("delta", of_q, q_rows, None, compute), *(() if context else kept)),
+        (
+            Item("dq", of_q, q_rows, width, of_sum),
+            Item("dk", of_kv, k_rows, width, of_sum),
+            Item("dv", of_kv, k_rows, width_v, of_sum),
+        ),
     )
 
 

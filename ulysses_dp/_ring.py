@@ -223,7 +223,11 @@ class Ring:
 
     def _numbers(self, owner: int) -> int:
         """How many numbers k and v of a group are."""
-        return 2 * self.geometry.batch * self.kv_heads * self.geometry.head_dim * count(self._travels.keys[owner])
+        return sum(self._sizes(owner))
+
+    def _sizes(self, owner: int) -> list[int]:
+        widths, rows = (self.geometry.head_dim, self.geometry.head_dim_v), count(self._travels.keys[owner])
+        return [self.geometry.batch * self.kv_heads * width * rows for width in widths]
 
     def _memory(self, name: str, size: int, dtype: Any) -> Memory:
         def flat(prefix: str, usm_type: str) -> Any:
@@ -233,10 +237,12 @@ class Ring:
 
     def _views(self, flat: Any, owner: int) -> list[Any]:
         """k and v of a group, or their gradients, in flat memory. The rows of a head follow each other, as kernels like it."""
-        rows, batch, width = count(self._travels.keys[owner]), self.geometry.batch, self.geometry.head_dim
-        strides = self.kv_heads * rows * width, width, rows * width, 1
-        size = self._numbers(owner) // 2
-        return [view(flat, number * size, (batch, rows, self.kv_heads, width), strides) for number in range(2)]
+        rows, batch, heads = count(self._travels.keys[owner]), self.geometry.batch, self.kv_heads
+        starts, views = (0, self._sizes(owner)[0]), []
+        for start, width in zip(starts, (self.geometry.head_dim, self.geometry.head_dim_v), strict=True):
+            strides = heads * rows * width, width, rows * width, 1
+            views.append(view(flat, start, (batch, rows, heads, width), strides))
+        return views
 
     def _at_hand(self, memories: list[Memory], hop: int) -> list[Any]:
         return self._views(memories[hop % len(memories)][0], self._owner(hop))
@@ -318,7 +324,7 @@ class _Forward:
             turn = self._merges[rows.start] % 2
             old, new = self._lse[turn][..., rows], self._lse[1 - turn][..., rows]
             first = not self._merges[rows.start] and ring.options.sinks is None  # there is nothing to merge with
-            part = out if first else ring.temporary("part", q_rows.shape)
+            part = out if first else ring.temporary("part", out.shape)
             part_lse = new if first else ring.temporary("part lse", new.shape)
             _local.attend(q_rows, k[:, keys], v[:, keys], part, part_lse, options, ring.heads)
             if not first:

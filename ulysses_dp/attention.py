@@ -78,7 +78,7 @@ def attention(
         head_dim is at most 576.
     k, v : same kind, dtype and device as q
         Keys and values, (batch, seq_k, kv_heads, head_dim). heads is a multiple of kv_heads: query head h reads kv head
-        ``h // (heads // kv_heads)``.
+        ``h // (heads // kv_heads)``. The head_dim of v, which out has, too, may be another than that of q and k.
     {options}
     return_lse : bool
         Also return the logarithm of the softmax denominators.
@@ -88,7 +88,7 @@ def attention(
     Returns
     -------
     out : same kind, dtype and device as q
-        The axes of q, C-contiguous. Zeros for a query that sees no key.
+        The axes of q, with the head_dim of v; C-contiguous. Zeros for a query that sees no key.
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q), or (heads, total) with
         layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
@@ -167,8 +167,8 @@ def ulysses_attention(
         at most 576.
     k, v : same kind, dtype and device as q
         Keys and values of this rank, (batch, seq_k_local, kv_heads, head_dim). heads is a multiple of kv_heads: query head h
-        reads kv head ``h // (heads // kv_heads)``. If on any rank seq_k_local is not seq_local, k and v travel in a message
-        of their own.
+        reads kv head ``h // (heads // kv_heads)``. The head_dim of v, which out has, too, may be another than that of q and k.
+        If on any rank seq_k_local is not seq_local, k and v travel in a message of their own.
     {names}
         As in `attention`, in rows of the whole sequences: the result does not depend on the number of ranks. Arrays are for all
         heads and for the rows of all ranks, and the same on every rank, which uses the part for its heads. `cu_seqlens_q`
@@ -193,7 +193,7 @@ def ulysses_attention(
     Returns
     -------
     out : same kind, dtype and device as q
-        The shape of q, C-contiguous. Zeros for a query that sees no key.
+        The shape of q, but for the head_dim, which is that of v; C-contiguous. Zeros for a query that sees no key.
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_local), or (heads, total_local)
         with layout "thd"; float64 if q is, else float32. -inf for a query that sees no key and has no sink.
@@ -352,7 +352,7 @@ def _describe(
     lse_dtype = np.dtype(geometry.compute_dtype)
 
     def begin() -> tuple[Arrays, Arrays]:
-        results = {"out": _local.empty_out(q, options.layout)}
+        results = {"out": _local.empty_out(q, options.layout, geometry.head_dim_v)}
         if options.return_lse:
             results["lse"] = empty_like(q, (geometry.batch, geometry.heads, q.shape[1]), lse_dtype)
         return {"q": q, "k": k, "v": v}, results

@@ -18,7 +18,7 @@ from ._call.checks import (
     check_same_device,
 )
 from ._call.definitions import parted, takes
-from ._call.layout import PACKED, lse_shape
+from ._call.layout import PACKED, lse_shape, with_width
 from ._device.arrays import from_host, tensor, to_host
 from ._device.queue import device_turn
 from ._device.trace import call, stage
@@ -76,7 +76,7 @@ def attention_backward(
 
     Parameters
     ----------
-    dout : same kind, dtype, device and shape as q
+    dout : same kind, dtype, device and shape as out
         Cotangent of out: the gradient of a loss with respect to it.
     q, k, v : arrays
         What `attention` was given.
@@ -163,7 +163,7 @@ def ulysses_attention_backward(
 
     Parameters
     ----------
-    dout : same kind, dtype, device and shape as q
+    dout : same kind, dtype, device and shape as out
         Cotangent of out: the gradient of a loss, the same one on all ranks, with respect to the rows of this rank.
     q, k, v : arrays
         What `ulysses_attention` was given.
@@ -355,10 +355,11 @@ def _with_results(
 ) -> tuple[Any, ...]:
     of_q = inputs[0]
     compute, shape = geometry.compute_dtype, lse_shape(of_q.shape, layout)
+    out_shape = with_width(of_q.shape, geometry.head_dim_v, layout)
     return (
-        _check_like_q("dout", dout, of_q, of_q.dtype, of_q.shape),
+        _check_like_q("dout", dout, of_q, of_q.dtype, out_shape),
         *inputs,
-        _check_like_q("out", out, of_q, of_q.dtype, of_q.shape),
+        _check_like_q("out", out, of_q, of_q.dtype, out_shape),
         _check_like_q("lse", lse, of_q, compute, shape),
         None if dlse is None else _check_like_q("dlse", dlse, of_q, compute, shape),
     )
@@ -428,7 +429,7 @@ def _differentiate_whole(arrays: Sequence[Any], geometry: Geometry, options: Opt
     """The gradients of USM arrays (dout, q, k, v, out, lse, dlse) with all rows and all heads, and that of the sinks."""
     dout, q, k, v, out, lse, dlse = arrays
     delta = _delta(dout, out, lse, dlse, options)
-    grads = [_local.empty_out(x, options.layout) for x in (q, k, v)]
+    grads = [_local.empty_out(x, options.layout, x.shape[3]) for x in (q, k, v)]
     _local.differentiate((dout, q, k, v, lse, delta), grads, options, HeadMap(geometry.group))
     return grads, _of_sinks(lse, delta, options.sinks)
 
@@ -481,7 +482,7 @@ def _describe(
 
     def begin() -> tuple[Arrays, Arrays]:
         delta = _delta(dout, out, lse, dlse, options)
-        results = {name: _local.empty_out(x, options.layout) for name, x in zip(GRADIENTS, (q, k, v), strict=True)}
+        results = {name: _local.empty_out(x, options.layout, x.shape[3]) for name, x in zip(GRADIENTS, (q, k, v), strict=True)}
         return {"dout": dout, "delta": delta, "q": q, "lse": lse, "k": k, "v": v}, results
 
     def differentiate(number: int, at_hand: Arrays) -> np.ndarray | None:

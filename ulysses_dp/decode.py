@@ -70,7 +70,7 @@ def decode_attention(
     Returns
     -------
     out : same kind, dtype and device as q
-        The shape of q, C-contiguous, the same on all ranks.
+        The shape of q, but for the head_dim, which is that of v_cache; C-contiguous, the same on all ranks.
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q).
 
@@ -135,7 +135,7 @@ def decode_attention(
             blocks.append(Block(Segment(0, seq_q), keys, seq_q, sum(of_batch)))
         part = collective.local(_attend, arrays, geometry, settings, blocks)
         if part is None:  # the others wait for this rank
-            part = np.zeros((*arrays[0].shape[:3], geometry.head_dim + 1), geometry.compute_dtype)
+            part = np.zeros((*arrays[0].shape[:3], geometry.head_dim_v + 1), geometry.compute_dtype)
         with stage("merge", bytes_sent=part.nbytes * (ranks.size - 1), messages=ranks.size - 1, exchange=True):
             parts = mpi.join_rows(ranks, part[None], (1,) * ranks.size)
         collective.confirm()
@@ -169,7 +169,7 @@ def _attend(arrays: list[Any], geometry: Geometry, options: Options, blocks: lis
     """
     q, k, v = arrays
     compute = np.dtype(geometry.compute_dtype)
-    out = scratch(q.sycl_queue, "decode out", q.shape, compute)
+    out = scratch(q.sycl_queue, "decode out", (*q.shape[:3], geometry.head_dim_v), compute)
     lse = scratch(q.sycl_queue, "decode lse", (geometry.batch, geometry.heads, q.shape[1]), compute)
     for number, block in enumerate(blocks):
         batch, of_batch = (slice(None), options) if len(blocks) == 1 else (slice(number, number + 1), options.of_batch(number))
@@ -196,7 +196,7 @@ def _merge(parts: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.
 
 def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Array, *, return_lse: bool) -> Any:
     """As the user wants them."""
-    result, near = _local.empty_out(usm_q, options.layout), from_host(out, usm_q.sycl_queue)
+    result, near = _local.empty_out(usm_q, options.layout, out.shape[3]), from_host(out, usm_q.sycl_queue)
     copy_arrays((near,), (result,))
     user_out = _local.to_user(result, options.layout, like)
     return (user_out, like.give(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue))) if return_lse else user_out

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import io_callback
 
 from ._call.definitions import parted, takes
-from ._call.layout import lse_shape
+from ._call.layout import lse_shape, out_shape
 from ._local import LocalOptions
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
@@ -195,11 +195,9 @@ def _run(function: str, inputs: Sequence[Any], how: Mapping[str, Any], options: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    q = arrays["q"]
-    lse = jax.ShapeDtypeStruct(
-        lse_shape(q.shape, call.options.get("layout", "bshd")), np.float64 if q.dtype == np.float64 else np.float32
-    )
-    return call.run(call.forward, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), arrays)
+    q, layout = arrays["q"], call.options.get("layout", "bshd")
+    lse = jax.ShapeDtypeStruct(lse_shape(q.shape, layout), np.float64 if q.dtype == np.float64 else np.float32)
+    return call.run(call.forward, (jax.ShapeDtypeStruct(out_shape(q.shape, arrays["v"].shape, layout), q.dtype), lse), arrays)
 
 
 def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:

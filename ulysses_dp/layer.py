@@ -124,7 +124,7 @@ class UlyssesAttention:
         Returns
         -------
         out : same kind, dtype and device as query
-            Shape of query.
+            Shape of query, but for the head_dim, which is that of value.
         lse : same kind and device as query
             Only with `return_attn_probs`: (batch, heads, seq_local), or (heads, rows) with `cu_seqlens_q`; followed by None.
         max_logit : same kind and device as query

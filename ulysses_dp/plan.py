@@ -80,6 +80,7 @@ def plan(
     ring: SupportsIndex | str = 1,
     order: Order = "contiguous",
     kv: str = "ring",
+    head_dim_v: int | None = None,
     machine: Any = "cpu-2-cores",
 ) -> Plan:
     """Predict `ulysses_attention` on any number of ranks: memory, messages, bytes and time of the busiest rank.
@@ -114,6 +115,8 @@ def plan(
         Which rows every rank holds, as in `ulysses_attention`.
     kv : {"ring", "all_gather", "auto"}
         How keys get to other groups, as in `ulysses_attention`.
+    head_dim_v : int, optional
+        That of v and out; `head_dim` by default.
     machine : str, path or Machine
         "cpu-2-cores" (measured), "aurora-node" or "aurora" (models from published figures), a file that
         ``scripts/plan.py --measure`` wrote, or a description.
@@ -151,8 +154,11 @@ def plan(
         check_integer(name, n)
         if n < 1:
             raise ValueError(f"{name} must be at least 1, not {n}")
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
+    if head_dim_v is not None:
+        check_integer("head_dim_v", head_dim_v)
+    for name, width in (("head_dim", head_dim), ("head_dim_v", 1 if head_dim_v is None else head_dim_v)):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be from 1 to {MAX_HEAD_DIM}, not {width}")
     if heads % sizes["kv_heads"]:
         raise ValueError(f"heads must be a multiple of kv_heads, not {heads} and {kv_heads}")
     if dtype not in DTYPES:
@@ -181,6 +187,7 @@ def plan(
         order=order,
         kv=kv,
         key_ranges=ranges,
+        head_dim_v=head_dim_v,
     )
     return _predict(problem, machine)
 

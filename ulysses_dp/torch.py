@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._call.definitions import parted, takes
-from ._call.layout import lse_shape
+from ._call.definitions import options_of, takes
+from ._call.layout import lse_shape, out_shape
 from ._local import LocalOptions
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 __all__ = ["attention", "ulysses_attention"]
+
+_WAYS = tuple(options_of(MeshOptions))  # how ranks work together; the compiler warns of what is cached, as that function is
 
 
 @takes(LocalOptions)
@@ -123,7 +125,8 @@ def ulysses_attention(
     >>> q.grad.shape
     torch.Size([1, 16, 4, 8])
     """
-    ways, of_attention = parted(options, MeshOptions)
+    ways = {name: x for name, x in options.items() if name in _WAYS}
+    of_attention = {name: x for name, x in options.items() if name not in _WAYS}
     return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse)
 
 
@@ -258,7 +261,7 @@ def _compiled_backward(
 def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
     q, layout = tensors[0], _calls[call].options.get("layout", "bshd")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(lse_shape(q.shape, layout), dtype=dtype)
+    return q.new_empty(out_shape(q.shape, tensors[2].shape, layout)), q.new_empty(lse_shape(q.shape, layout), dtype=dtype)
 
 
 @_compiled_backward.register_fake

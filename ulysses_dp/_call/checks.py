@@ -32,6 +32,7 @@ class Geometry:
     heads: int
     kv_heads: int
     head_dim: int
+    head_dim_v: int  # of v and out
     dtype: str
 
     @property
@@ -162,18 +163,19 @@ def _check_shapes(
     if len(set(dtypes)) > 1:
         raise TypeError(f"{q}, {k} and {v} must have one dtype, not {_each(names[:3], dtypes)}")
     given = _each(names[:3], shapes)
-    (batch, _, heads, head_dim), (k_batch, _, kv_heads, k_head_dim), _ = shapes
-    if shapes[1] != shapes[2]:
-        raise ValueError(f"{k} and {v} must have the same shape, not {given}")
+    (batch, _, heads, head_dim), (k_batch, _, kv_heads, k_head_dim), (*_, head_dim_v) = shapes
+    if shapes[1][:3] != shapes[2][:3]:
+        raise ValueError(f"{k} and {v} must have the same shape, but for head_dim, not {given}")
     if k_batch != batch:
         raise ValueError(f"{q}, {k} and {v} must have the same batch, not {given}")
     if k_head_dim != head_dim:
-        raise ValueError(f"{q}, {k} and {v} must have the same head_dim, not {given}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be from 1 to {MAX_HEAD_DIM}, not {head_dim}")
+        raise ValueError(f"{q} and {k} must have the same head_dim, not {given}")
+    for name, width in (("head_dim", head_dim), (f"head_dim of {v}", head_dim_v)):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be from 1 to {MAX_HEAD_DIM}, not {width}")
     if (heads % kv_heads) if kv_heads else heads:
         raise ValueError(f"the heads of {q} must be a multiple of those of {k} and {v}, not {heads} and {kv_heads}")
-    return Geometry(batch, heads, kv_heads, head_dim, dtypes[0])
+    return Geometry(batch, heads, kv_heads, head_dim, head_dim_v, dtypes[0])
 
 
 def check_exchange(exchange: Any) -> str:

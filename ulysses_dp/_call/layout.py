@@ -47,6 +47,19 @@ def lse_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     return (heads, seq) if layout == PACKED else (batch, heads, seq)
 
 
+def with_width(shape: Sequence[int], width: int, layout: Layout) -> tuple[int, ...]:
+    """The shape of an array like one of this shape and layout, but of another head_dim."""
+    last = 2 if layout == PACKED else axes_of(layout)[3]
+    return (*shape[:last], width, *shape[last + 1 :])
+
+
+def out_shape(q: Sequence[int], v: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """The shape of out for q and v of these shapes and layout; that of q if these have another number of axes."""
+    if not len(q) == len(v) == (3 if layout == PACKED else 4):
+        return tuple(q)
+    return with_width(q, bshd_shape(tuple(v), layout)[3], layout)
+
+
 def axes_of(layout: Layout) -> tuple[int, ...]:
     """Which axes of an array of this layout are batch, seq, heads and head_dim; packed sequences have these as they are."""
     return LAYOUTS.get(layout, LAYOUTS["bshd"]) if isinstance(layout, str) else layout

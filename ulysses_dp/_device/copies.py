@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def copy_arrays(sources: Sequence[Any], targets: Sequence[Any], *, add: bool = False) -> None:
-    """Copy arrays of one shape in one launch, and convert them; the targets are dense in the last axis.
+    """Copy arrays in one launch, and convert them; of one batch and as many rows, the targets dense in the last axis.
 
     With `add` they are added to what the targets hold: all are float32, or all float64.
     """
-    batch, seq, heads, width = sources[0].shape
+    batch, seq, _, _ = sources[0].shape
     pairs = enumerate(zip(sources, targets, strict=True))
-    panels = [Panel(*source_of(n, x), *target_of(n, y), heads, width, add=int(add)) for n, (x, y) in pairs]
+    panels = [Panel(*source_of(n, x), *target_of(n, y), *x.shape[2:], add=int(add)) for n, (x, y) in pairs]
     relayout(sources, targets, panels, rows=seq, batch=batch)
     note(passes=1)
 
 
 def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -> Sequence[Any]:
-    """Arrays of one shape as the kernels read them: the arrays themselves, or copies in the scratch memory of this name.
+    """Arrays of one batch and as many rows as the kernels read them: themselves, or copies in the scratch memory of this name.
 
     They have this dtype and are dense in the last axis; `by_head`, the rows of a head follow each other.
     """
@@ -38,12 +38,13 @@ def readable(arrays: tuple[Any, ...], slot: str, dtype: Any, *, by_head: bool) -
 
 
 def _head_major(arrays: tuple[Any, ...], slot: str, dtype: Any) -> list[Any]:
-    """Copies of arrays of one shape in scratch memory, in which the rows of a head follow each other."""
-    shape, size = arrays[0].shape, arrays[0].size
-    _, seq, heads, width = shape
-    memory = scratch(arrays[0].sycl_queue, slot, (len(arrays) * size,), dtype)
-    strides = (heads * seq * width, width, seq * width, 1)
-    copies = [view(memory, number * size, shape, strides) for number in range(len(arrays))]
+    """Copies of arrays in scratch memory, in which the rows of a head follow each other."""
+    memory = scratch(arrays[0].sycl_queue, slot, (sum(x.size for x in arrays),), dtype)
+    copies, start = [], 0
+    for x in arrays:
+        _, seq, heads, width = x.shape
+        copies.append(view(memory, start, x.shape, (heads * seq * width, width, seq * width, 1)))
+        start += x.size
     copy_arrays(arrays, copies)
     return copies
 

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def memory_of(problem: Problem, rank: int) -> dict[str, int]:
     """Bytes on the device of a rank after the calls: the user's arrays, the results, and every slot of scratch memory."""
     rows = problem.rows[rank]
-    row_of_q, row_of_kv = (problem.batch * n * problem.head_dim * problem.itemsize for n in (problem.heads, problem.kv_heads))
+    width, width_v = problem.widths
+    row_of_q, row_of_out = (problem.batch * problem.heads * n * problem.itemsize for n in (width, width_v))
+    row_of_kv = problem.batch * problem.kv_heads * (width + width_v) * problem.itemsize
     lse = problem.batch * problem.heads * rows * problem.compute_itemsize
-    uses = {"inputs": rows * (row_of_q + 2 * row_of_kv), "results": rows * row_of_q}
+    uses = {"inputs": rows * (row_of_q + row_of_kv), "results": rows * row_of_out}
     if problem.backward:
-        gradients = rows * (row_of_q + 2 * row_of_kv)
-        uses["inputs"] += rows * row_of_q
+        gradients = rows * (row_of_q + row_of_kv)
+        uses["inputs"] += rows * row_of_out
         uses["results"] += lse + gradients
         if problem.ranks > 1:
             _, back = problem.messages(gradient=True)
@@ -59,7 +61,7 @@ def _scratch(problem: Problem, rank: int) -> dict[str, int]:
     if not problem.backward:
         return slots
     if problem.converts:
-        slots.need("dout, out", 2 * rows_size * problem.head_dim, problem.compute_itemsize)
+        slots.need("dout, out", 2 * rows_size * problem.widths[1], problem.compute_itemsize)
     slots.need("delta", rows_size, problem.compute_itemsize)
     travel(*problem.messages(gradient=True))
     if ring:
@@ -89,8 +91,8 @@ class _Attended(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers of q, and of k."""
-        width = self.problem.batch * self.problem.head_dim
+        """Numbers of q, and of k, as wide as the kernels read them."""
+        width = self.problem.batch * max(self.problem.widths)
         return width * self.rows * self.share.q_count, width * self.keys * self.share.kv_count
 
     @property
@@ -99,17 +101,29 @@ class _Attended(NamedTuple):
 
     @property
     def _on_gpu(self) -> bool:
-        return self.problem.gpu and self.problem.head_dim <= max(GPU_TILES[self._dtype])
+        return self.problem.gpu and max(self.problem.widths) <= max(GPU_TILES[self._dtype])
 
     @property
     def _walks_far(self) -> bool:
-        return self.rows * self.problem.head_dim >= HEAD_MAJOR_FROM
+        return self.rows * max(self.problem.widths) >= HEAD_MAJOR_FROM
+
+    def _widened(self, slots: _Slots, arrays: str, results: str, itemsize: int) -> None:
+        """What arrays of q and out (q), of k and v (k), get where q and v have two widths: the narrow ones, and all results."""
+        sizes, (width, width_v) = dict(zip("qk", self.sizes, strict=True)), self.problem.widths
+        if width == width_v:
+            return
+        for number, name in enumerate(arrays):
+            if (width_v if name in "ov" else width) < max(width, width_v):
+                slots.need(f"wide {number}", sizes["q" if name in "oq" else "k"], self.problem.itemsize)
+        for number, name in enumerate(results):
+            slots.need(f"wide result {number}", sizes[name], itemsize)
 
     def forward(self, slots: _Slots, *, lse: bool) -> None:
         """What the kernels need for the result, which is not rounded by them in a ring; and for lse, if that is not wanted."""
         problem, (q_size, kv_size), compute = self.problem, self.sizes, self.problem.compute_itemsize
         if not q_size:
             return
+        self._widened(slots, "qkv", "q", compute if problem.travels is not None else problem.itemsize)
         if not lse:  # the kernels write it whether it is wanted or not
             slots.need("lse", problem.batch * self.rows * self.share.q_count, compute)
         if problem.converts:
@@ -118,7 +132,7 @@ class _Attended(NamedTuple):
                 slots.need("result before rounding", q_size, compute)
         if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
-        tile_size = flash_forward_gpu.tile_for(self._dtype, problem.head_dim) if self._on_gpu else 0
+        tile_size = flash_forward_gpu.tile_for(self._dtype, max(problem.widths)) if self._on_gpu else 0
         if tile_size and not GPU_TILES[self._dtype][tile_size].q_in_registers:
             panels = math.ceil(self.rows / SUB_GROUP) * SUB_GROUP * tile_size
             slots.need("panels of q", problem.batch * self.share.q_count * panels, compute)
@@ -128,12 +142,13 @@ class _Attended(NamedTuple):
         problem, (q_size, kv_size), compute = self.problem, self.sizes, self.problem.compute_itemsize
         if not q_size:
             return
+        self._widened(slots, "oqkv", "qkk", itemsize)
         if problem.converts or (self._walks_far and not self._on_gpu and self.by_head):
             slots.need("dout, q", 2 * q_size, compute)
         if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
         if self._on_gpu:
-            tile_size = flash_backward_gpu.tile_for(self._dtype, problem.head_dim)
+            tile_size = flash_backward_gpu.tile_for(self._dtype, max(problem.widths))
             heads = (self.share.q_count, self.rows), (self.share.kv_count, self.keys)
             most = max(count * math.ceil(n / SUB_GROUP) for count, n in heads)
             slots.need("panels of rows", 2 * problem.batch * most * SUB_GROUP * tile_size, compute)
@@ -147,9 +162,9 @@ class _RingMemory:
 
     def __init__(self, problem: Problem, travels: Itinerary, rank: int) -> None:
         self._problem, self._share = problem, problem.share(rank)
-        self._group, self._size = rank // problem.group, problem.batch * problem.head_dim
+        self._group, self._widths = rank // problem.group, [problem.batch * width for width in problem.widths]
         self._travels, self._rows = travels, sum(problem.rows_of_group(rank))
-        numbers = [2 * self._size * self._share.kv_count * count(keys) for keys in travels.keys]
+        numbers = [sum(self._widths) * self._share.kv_count * count(keys) for keys in travels.keys]
         self._most, self._own = max(numbers), numbers[self._group]
         self._places = range(problem.ring if travels.gathers else 2)
 
@@ -159,14 +174,14 @@ class _RingMemory:
         for place in self._places:
             slots.need(f"ring keys {place}", self._most, problem.itemsize)
         if problem.converts:
-            slots.need("ring out", self._size * self._rows * heads, compute)
+            slots.need("ring out", self._widths[1] * self._rows * heads, compute)
         for number in range(2):
             slots.need(f"ring lse {number}", problem.batch * self._rows * heads, compute)
         met = set()
         for owner in self._met():
             for rows, keys in self._segments(owner):
                 if rows.start in met:
-                    slots.need("ring part", self._size * (rows.stop - rows.start) * heads, compute)
+                    slots.need("ring part", self._widths[1] * (rows.stop - rows.start) * heads, compute)
                     slots.need("ring part lse", problem.batch * (rows.stop - rows.start) * heads, compute)
                 met.add(rows.start)
                 self._attended(rows, keys).forward(slots, lse=True)
@@ -181,12 +196,13 @@ class _RingMemory:
         for hop in self._places[1:] if self._travels.gathers else ():
             slots.need(f"ring sums of {hop}", self._own, compute)
         if problem.messages(gradient=True)[1].itemsize != compute:
-            slots.need("ring dq", self._size * self._rows * share.q_count, compute)
+            slots.need("ring dq", self._widths[0] * self._rows * share.q_count, compute)
         for owner in self._met():
             for rows, keys in self._segments(owner):
                 attended = self._attended(rows, keys)
-                q_size, kv_size = attended.sizes
-                for number, size in enumerate((q_size, kv_size, kv_size)):
+                of_q, of_kv = attended.rows * share.q_count, attended.keys * share.kv_count
+                width, width_v = self._widths
+                for number, size in enumerate((of_q * width, of_kv * width, of_kv * width_v)):
                     slots.need(f"ring gradient {number}", size, compute)
                 attended.backward(slots, compute)
 

@@ -39,6 +39,12 @@ class Problem:
     order: Order = "contiguous"
     kv: str = "ring"
     key_ranges: bytes | None = None
+    head_dim_v: int | None = None  # of v and out; None: as that of q and k
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """head_dim of q and k, and of v and out."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def itemsize(self) -> int:
@@ -130,7 +136,7 @@ class Message(NamedTuple):
 @lru_cache(maxsize=64)
 def _messages(problem: Problem, *, gradient: bool) -> list[Message]:
     """The messages of a call, from its lists of items."""
-    geometry = Geometry(problem.batch, problem.heads, problem.kv_heads, problem.head_dim, problem.dtype)
+    geometry = Geometry(problem.batch, problem.heads, problem.kv_heads, *problem.widths, problem.dtype)
     dtype = np.dtype(DTYPES[problem.dtype].stored)
     rows = (0,) * problem.group
     where = geometry, dtype, problem.shares, rows, rows

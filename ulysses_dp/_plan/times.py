@@ -69,7 +69,7 @@ def _backward(problem: Problem, machine: Machine, rank: int) -> list[Stage]:
     if not problem.backward:
         return []
     rows = problem.batch * problem.rows[rank] * problem.heads
-    delta = _copy(problem, machine, "delta", 2 * rows * problem.head_dim * problem.itemsize)
+    delta = _copy(problem, machine, "delta", 2 * rows * problem.widths[1] * problem.itemsize)
     inside = [_attention(problem, machine, rank, gradient=True), *_shifts(problem, rank, gradient=True)]
     if problem.ranks == 1:
         return [delta, *inside]
@@ -100,8 +100,9 @@ def _attention(problem: Problem, machine: Machine, rank: int, *, gradient: bool)
 
 def _attention_seconds(problem: Problem, machine: Machine, heads: int, pairs: int, launches: int, *, gradient: bool) -> float:
     """So many operations for an element of head_dim and a pair of a query and a key it sees, and a constant for a launch."""
-    operations, speeds = (10, machine.backward_flops) if gradient else (4, machine.flops)
-    flops = operations * problem.batch * heads * problem.head_dim * pairs
+    of_qk, of_v, speeds = (6, 4, machine.backward_flops) if gradient else (2, 2, machine.flops)
+    width, width_v = problem.widths
+    flops = (of_qk * width + of_v * width_v) * problem.batch * heads * pairs
     return launches * machine.stage_seconds + flops * parts(machine, problem.ranks) / speeds[problem.dtype]
 
 
@@ -116,7 +117,7 @@ def _shifts(problem: Problem, rank: int, *, gradient: bool) -> list[Stage]:
 
 def _trips(problem: Problem, group: int, kv_heads: int, *, gradient: bool) -> list[list[tuple[int, int]]]:
     """What a rank of a group with so many kv heads sends in every hop: so many groups ahead, so many bytes."""
-    travels, numbers = problem.travels, 2 * problem.batch * kv_heads * problem.head_dim
+    travels, numbers = problem.travels, problem.batch * kv_heads * sum(problem.widths)
     assert travels is not None
     trips = []
     for hop in range(problem.ring):

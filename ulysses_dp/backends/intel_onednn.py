@@ -57,6 +57,8 @@ class IntelOneDnn(Backend):
         super().check(device, geometry, options, backward=backward, more=more)
         if geometry.dtype not in DTYPES:
             self.refuse(geometry.dtype)
+        if geometry.head_dim_v != geometry.head_dim:
+            self.refuse("another head_dim of v")
         if backward and geometry.head_dim == 1:  # the library would end the process
             self.refuse("the gradient for head_dim 1")
         mask = None if options.plain else geometry.dtype if _only_hides(options) else "float32"

@@ -57,9 +57,15 @@ class IntelSycl(Backend):
     def check(self, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()) -> None:
         super().check(device, geometry, options, backward=backward, more=more)
         # a bad environment variable of this rank, or a device without kernels
-        self._choose(device, geometry.compute_dtype, geometry.head_dim, 1, options, backward=backward)
+        self._choose(device, geometry.compute_dtype, max(geometry.head_dim, geometry.head_dim_v), 1, options, backward=backward)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        if q.shape[3] != v.shape[3]:
+            (wide,) = _like_wide((out,), q.shape[3], v.shape[3])
+            q, k, v = _of_one_width(q, k, v)
+            self.forward(q, k, v, wide, lse, options, heads)
+            copy_arrays((wide[..., : out.shape[3]],), (out,))
+            return
         queue, compute = q.sycl_queue, compute_dtype(q)
         schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options)
         if lse is None:  # the kernels write it either way
@@ -74,6 +80,12 @@ class IntelSycl(Backend):
 
     def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
+        if q.shape[3] != v.shape[3]:
+            wide = _like_wide(grads, q.shape[3], v.shape[3])
+            self.backward((*_of_one_width(dout, q, k, v), lse, delta), wide, options, heads)
+            for x, grad in zip(wide, grads, strict=True):
+                copy_arrays((x[..., : grad.shape[3]],), (grad,))
+            return
         runs = options.runs(q.shape[1], k.shape[1])
         if len(runs) > 1:
             self._backward_by_runs(arrays, grads, runs, heads)
@@ -125,6 +137,8 @@ class IntelSycl(Backend):
     ) -> np.ndarray:
         dout, q, k, v, lse, delta = arrays
         of_queries = _of_queries(q, k, lse, delta, options, heads)
+        if q.shape[3] != v.shape[3]:
+            dout, q, k, v = _of_one_width(dout, q, k, v)
         dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
         k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
         (batch, seq_q, count, _), seq_k = q.shape, k.shape[1]
@@ -150,6 +164,23 @@ class IntelSycl(Backend):
         if into_keys:
             return found[:, :, None, :]
         return found[..., None] if keeps_rows else found.sum(axis=2, dtype=np.float64)[..., None, None]
+
+
+def _of_one_width(*arrays: Any) -> list[Any]:
+    """Arrays whose head_dim is as large as the largest, in scratch memory where they got zeros for that: no kernel has two."""
+    width, found = max(x.shape[3] for x in arrays), []
+    for n, x in enumerate(arrays):
+        if x.shape[3] < width:
+            x, narrow = scratch(x.sycl_queue, f"wide {n}", (*x.shape[:3], width), x.dtype), x
+            x[...] = 0
+            copy_arrays((narrow,), (x[..., : narrow.shape[3]],))
+        found.append(x)
+    return found
+
+
+def _like_wide(arrays: Sequence[Any], *widths: int) -> list[Any]:
+    """Scratch memory for results like these, but of the largest head_dim."""
+    return [scratch(x.sycl_queue, f"wide result {n}", (*x.shape[:3], max(widths)), x.dtype) for n, x in enumerate(arrays)]
 
 
 def _softmax_of_rows(q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:

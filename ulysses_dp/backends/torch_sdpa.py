@@ -64,7 +64,9 @@ class TorchSdpa(Backend):
         mask, targets = _mask(q, k, options, heads), list(grads)
         if not heads.uniform(q.shape[2], k.shape[2]):
             k, v = for_query_heads(k, v, q, heads)
-            targets[1:] = [scratch(q.sycl_queue, f"PyTorch {name} of query heads", k.shape, k.dtype) for name in ("dk", "dv")]
+            targets[1:] = [
+                scratch(q.sycl_queue, f"PyTorch d{name} of query heads", x.shape, x.dtype) for name, x in (("k", k), ("v", v))
+            ]
         # the fused kernels keep lse, too, to compute the weights again
         kernels = sdpa_kernel(SDPBackend.MATH) if is_coarse(lse, COARSE) else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), kernels:  # whatever the caller has set

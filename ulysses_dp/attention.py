@@ -83,7 +83,7 @@ def attention(
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     return_max_logit : bool
-        Also return the largest score of every head, for which q and k are multiplied once more.
+        Also return the largest score of every head, which takes several times as long as attention alone.
 
     Returns
     -------
@@ -178,7 +178,7 @@ def ulysses_attention(
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     return_max_logit : bool
-        Also return the largest score of every head, for which q and k are multiplied once more.
+        Also return the largest score of every head, which takes several times as long as attention alone.
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.

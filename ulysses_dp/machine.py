@@ -152,8 +152,8 @@ _GPU_LEVEL = Level(2, 10e-6, 269e9 / 2)
 _NODE_LEVEL = Level(12, 10e-6, 143e9 / 12)
 _GROUP_LEVEL = Level(64 * 12, 10e-6, 8 * 25e9 / 12)
 _SYSTEM_LEVEL = Level(10624 * 12, 10e-6, 165 * 2 * 25e9 / 2 / (64 * 12))
-# shares of multiply-adds in hot loops; that of float64 is a guess
-_FLOAT64_ON_GPU, _GRADIENT_ON_GPU = 0.5, 0.85
+# shares of multiply-adds in hot loops
+_FLOAT64_ON_GPU, _GRADIENT_ON_GPU = 0.4, 0.85
 _AURORA: dict[str, Any] = {
     "device": "gpu",
     "shared": False,

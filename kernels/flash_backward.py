@@ -5,7 +5,7 @@ With p = exp(score - lse), delta = sum(dout * out) of every query row, and both 
     dv = pᵀ dout        dp = dout vᵀ        ds = p (dp - delta)        dq = scale · ds k        dk = scale · dsᵀ q
 
 (Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2). Two kernels of one source, each without atomic additions, so that every
-sum has one order: the one for queries keeps rows of q and dout in its lanes and walks over keys, the one `into_keys` keeps
+sum has one order. The one for queries keeps rows of q and dout in its lanes and walks over keys. The one `into_keys` keeps
 rows of k and v and walks over the queries of all heads that read its kv head.
 
               block of columns                           queries            into_keys
@@ -96,7 +96,7 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, into_key
         tile, width=width, any_head_dim=any_head_dim, hides=inlined(lambda weight, _, __: weight == 0)
     )
     hide, softmax = softmax_operations(tile, dtype, both_ends=True, marks=False)
-    cap, differentiate_cap, change, draw = option_operations(tile, dtype, into_keys=into_keys)
+    _, change_and_differentiate, _, may_hide, draw = option_operations(tile, dtype, into_keys=into_keys)
 
     @inlined
     def multiply_block(products, dot, vectors, x, origin, stride, start, columns, size, zero):
@@ -106,14 +106,6 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, into_key
             for r in range(rows):
                 for t in range(keys):
                     products[r * block + j + t] = dot[r * keys + t] + zero
-
-    @inlined
-    def cap_and_differentiate(p, derivative, options, zero):
-        for t in range(scores_size):
-            derivative[t] = one
-        if options.softcap > zero:
-            cap(p, options)
-            differentiate_cap(derivative, p, options)
 
     @inlined
     def hide_outside(score, start, earliest, last):
@@ -227,7 +219,7 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, into_key
         part = PrivateArray(sums_size, real)
         p = PrivateArray(scores_size, real)  # the score, then p
         ds = PrivateArray(scores_size, real)  # dp, then ds
-        derivative = PrivateArray(factors_size, real)  # of the soft cap
+        derivative = PrivateArray(factors_size, real)  # of the score by the dot product
         keep = PrivateArray(factors_size, real)
         rows_at = PrivateArray(rows, np.int64)
         earliest = PrivateArray(rows, np.int64)
@@ -297,9 +289,10 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, into_key
                     edge = start < inner_begin or start + block > inner_end
                     multiply_block(p, dot, vector_a, cols_a, a_start, cols_a_at.seq, start, columns, size, zero)
                     if with_options:
-                        cap_and_differentiate(p, derivative, options, zero)
-                        change(p, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options)
-                        edge = edge or options.use_bias + options.use_padding != 0
+                        change_and_differentiate(
+                            p, derivative, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options
+                        )
+                        edge = edge or may_hide(options)
                     if finds_peaks and walk == 0:
                         hide(p, highest, maximum, start, earliest, last)
                         softmax(p, normaliser, maximum, highest, shift, rescale, block_sum, edge, zero)

@@ -1,8 +1,8 @@
 """Attention forward on one device: softmax(scale * q kᵀ) v by blocks of keys, without the seq_q × seq_k matrix.
 
 For each query row the kernel keeps the running maximum m of its scores, the running sum l of exp(score - m) and the running
-output, and rescales the last two when a block of keys raises the maximum (the online softmax of Milakov and Gimelshein,
-arXiv:1805.02867; tiled as in FlashAttention-2 by Dao, arXiv:2307.08691). The tile is that of tile.py, its rows are queries.
+output. When a block of keys raises the maximum, it rescales the last two (the online softmax of Milakov and Gimelshein,
+arXiv:1805.02867, tiled as in FlashAttention-2 by Dao, arXiv:2307.08691). The tile is that of tile.py, its rows are queries.
 
 Two kernels come of one source. The plain one has a causal mask at most. The one with `options` reads the keys of every query
 row from a table of spans, which serves windows and packed sequences alike, and has all stages of score.py.
@@ -89,7 +89,7 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, options:
     hides = inlined((lambda weight, _, __: weight < 0) if options else (lambda _, key, last: key > last))
     multiply, accumulate, common_columns = tile_operations(tile, width=width, any_head_dim=any_head_dim, hides=hides)
     hide, softmax = softmax_operations(tile, dtype, both_ends=options, marks=options)
-    cap, _, change, draw = option_operations(tile, dtype, into_keys=False)
+    change, _, may_change, may_hide, draw = option_operations(tile, dtype, into_keys=False)
 
     @inlined
     def score_block(score, highest, dot, query, k, origin, stride, start, seq_k, size, zero):
@@ -173,11 +173,9 @@ def kernel(*, dtype: str, head_dim: int | None, width: int, tile: Tile, options:
             edge = start < inner_begin or start + block > inner_end
             changed = edge
             if with_options:
-                if options.softcap > zero:
-                    cap(score, options)
                 change(score, per_head, bias, padding, rows_at, centre, spans, b, h, start, sizes.seq_k, options)
-                edge = edge or options.use_bias + options.use_padding != 0
-                changed = edge or options.use_slopes != 0 or options.softcap > zero
+                edge = edge or may_hide(options)
+                changed = edge or may_change(options)
             if changed:
                 hide(score, highest, maximum, start, earliest, last)
             softmax(score, normaliser, maximum, highest, shift, rescale, block_sum, edge, zero)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .score import dense_distance, dense_kept, dense_scores
+from .score import dense_distance, dense_kept, dense_scores, largest_exact_lse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,11 +144,6 @@ def _product(seen: np.ndarray, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     for j in np.flatnonzero(special):
         result += np.where(seen[..., j, None], weight[..., j, None] * x[:, :, j, None], 0)
     return result
-
-
-def largest_exact_lse(dtype: np.dtype) -> float:
-    """The size of an lse from which on it may have lost the number of keys in rounding; `score.stages` has it for kernels."""
-    return float(0.5**11 / np.finfo(dtype).eps)
 
 
 def _softmax(score: np.ndarray, options: ScoreOptions) -> tuple[np.ndarray, np.ndarray]:

@@ -75,12 +75,28 @@ OPTION_ARGUMENTS = (("per_head", "pointer"), ("bias", "pointer"), ("padding", "p
 def option_numbers(options: ScoreOptions, heads: int, bias_place: tuple[int, ...], largest: float) -> OptionNumbers:
     """The numbers for these many query heads; of the bias offset and strides, of the dtype of the scores the largest number."""
     slopes, padding, softcap = options.slopes, options.padding, options.softcap
+    bias_offset, bias_batch, bias_head, bias_seq, bias_key = bias_place
     return OptionNumbers(
-        *(0 if slopes is None or slopes.shape[0] == 1 else 2 * heads, slopes is not None, options.sinks is not None),
-        *(options.bias is not None, padding is not None, *bias_place),
-        *(0 if padding is None or padding.shape[0] == 1 else padding.shape[1], threshold(options.dropout_p)),
-        *(options.seed, options.first_head, options.first_row, options.first_key, options.step),
-        *(softcap, min(1 / softcap, largest) if softcap else 0.0, 1 / (1 - options.dropout_p)),
+        per_head_batch=0 if slopes is None or slopes.shape[0] == 1 else 2 * heads,
+        use_slopes=int(slopes is not None),
+        use_sinks=int(options.sinks is not None),
+        use_bias=int(options.bias is not None),
+        use_padding=int(padding is not None),
+        bias_offset=bias_offset,
+        bias_batch=bias_batch,
+        bias_head=bias_head,
+        bias_seq=bias_seq,
+        bias_key=bias_key,
+        padding_batch=0 if padding is None or padding.shape[0] == 1 else padding.shape[1],
+        threshold=threshold(options.dropout_p),
+        seed=options.seed,
+        first_head=options.first_head,
+        first_row=options.first_row,
+        first_key=options.first_key,
+        step=options.step,
+        softcap=softcap,
+        per_softcap=min(1 / softcap, largest) if softcap else 0.0,
+        keep_scale=1 / (1 - options.dropout_p),
     )
 
 
@@ -97,6 +113,11 @@ def threshold(dropout_p: float) -> int:
     return int(dropout_p * 2**32)
 
 
+def largest_exact_lse(dtype: np.dtype) -> float:
+    """The size of an lse beyond which it may have lost the number of keys in rounding."""
+    return float(0.5**11 / np.finfo(dtype).eps)
+
+
 # --- in the kernels: build time only -----------------------------------------------------------------------------------------
 
 
@@ -106,8 +127,7 @@ def stages(dtype: str) -> SimpleNamespace:
 
     real = np.dtype(dtype).type
     zero, one, minus_infinity, lowest = real(0), real(1), real(-np.inf), np.finfo(real).min
-    # of a logarithm above it, one of the number of keys would be lost in rounding
-    large = real(0.5**11 / np.finfo(real).eps)
+    large = real(largest_exact_lse(np.dtype(real)))
     tolerance, word = real(4 * np.finfo(real).eps), 0xFFFFFFFF
 
     @inlined
@@ -137,6 +157,20 @@ def stages(dtype: str) -> SimpleNamespace:
     def padded(score, part):
         """The score, or -inf for a key that takes no part."""
         return minus_infinity if part == zero else score
+
+    @inlined
+    def changed(score, per_head, bias, padding, b, h, query, key, distance, options):
+        """The score of one pair after all of these stages; `tile.option_operations` has them for a block."""
+        if options.softcap > zero:
+            score = capped(score, options.softcap, options.per_softcap)
+        if options.use_slopes != 0:
+            score = sloped(score, per_head[b * options.per_head_batch + 2 * h], distance)
+        if options.use_bias != 0:
+            origin = options.bias_offset + b * options.bias_batch + h * options.bias_head
+            score = biased(score, bias[origin + query * options.bias_seq + key * options.bias_key])
+        if options.use_padding != 0:
+            score = padded(score, padding[b * options.padding_batch + key])
+        return score
 
     @inlined
     def in_span(score, column, first, last):
@@ -176,7 +210,8 @@ def stages(dtype: str) -> SimpleNamespace:
         return weight * keep_scale if word >= threshold else zero
 
     return SimpleNamespace(
-        capped=capped, cap_derivative=cap_derivative, sloped=sloped, biased=biased, padded=padded, in_span=in_span,
+        capped=capped, cap_derivative=cap_derivative, sloped=sloped, biased=biased, padded=padded, changed=changed,
+        in_span=in_span,
         probability=probability, is_large=is_large, share=share, philox=philox, kept=kept,
     )  # fmt: skip
 

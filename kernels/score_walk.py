@@ -65,26 +65,12 @@ def kernel(*, dtype: str, kind: str, lanes: int) -> Callable[..., None]:
     from .score import stages
 
     stage = stages(dtype)
-    capped, sloped, biased, padded, in_span, probability, philox, kept = (
-        getattr(stage, x) for x in ("capped", "sloped", "biased", "padded", "in_span", "probability", "philox", "kept")
+    changed, in_span, probability, philox, kept = (
+        getattr(stage, x) for x in ("changed", "in_span", "probability", "philox", "kept")
     )
     real = np.dtype(dtype).type
     one, minus_infinity = real(1), real(-np.inf)
     differentiates, into_keys = kind != "softmax", kind == "keys"
-
-    @inlined
-    def changed(score, per_head, bias, padding, b, h, query, key, distance, options, zero):
-        """The score after all that changes the product with the scale."""
-        if options.softcap > zero:
-            score = capped(score, options.softcap, options.per_softcap)
-        if options.use_slopes != 0:
-            score = sloped(score, per_head[b * options.per_head_batch + 2 * h], distance)
-        if options.use_bias != 0:
-            origin = options.bias_offset + b * options.bias_batch + h * options.bias_head
-            score = biased(score, bias[origin + query * options.bias_seq + key * options.bias_key])
-        if options.use_padding != 0:
-            score = padded(score, padding[b * options.padding_batch + key])
-        return score
 
     @inlined
     def keep_of(query, key, h, b, options):
@@ -148,7 +134,7 @@ def kernel(*, dtype: str, kind: str, lanes: int) -> Callable[..., None]:
                         dot = mad(rows_a[of_row + d * row_count], cols_a[of_a + d], dot)
                         if differentiates:
                             dp = mad(rows_b[of_row + d * row_count], cols_b[of_b + d], dp)
-                    score = changed(dot * scale, per_head, bias, padding, b, h, query, key, distance, options, zero)
+                    score = changed(dot * scale, per_head, bias, padding, b, h, query, key, distance, options)
                     score = in_span(score, key, earliest, last)
                     if differentiates:
                         number = 3 * ((b * sizes.heads + h) * sizes.seq_q + query)

@@ -160,7 +160,7 @@ def softmax_operations(tile: Tile, dtype: str, *, both_ends: bool, marks: bool) 
 
 
 def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Callable[..., Any], ...]:
-    """The stages of score.py for the scores of a block: ``cap, differentiate_cap, change, draw``.
+    """The stages of score.py for the scores of a block: ``change, change_and_differentiate, may_change, may_hide, draw``.
 
     `rows_at` holds the number of every row, `centre` the key on its diagonal, or `into_keys` that of every column lies in the
     third column of `centres`.
@@ -170,7 +170,8 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
 
     rows, _, _, block, _ = tile
     stage = stages(dtype)
-    one = np.dtype(dtype).type(1)
+    real = np.dtype(dtype).type
+    none, one = real(0), real(1)
     capped, cap_derivative, sloped, biased, padded, philox, kept = (
         getattr(stage, name) for name in ("capped", "cap_derivative", "sloped", "biased", "padded", "philox", "kept")
     )
@@ -250,8 +251,8 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
                 keep_of_pairs(keep, r, rows_at[r], start, head, b, options)
 
     @inlined
-    def change(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options):
-        """All that changes a score after the soft cap."""
+    def change_capped(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options):
+        """All that changes a score after the soft cap; its derivative is 1."""
         if options.use_slopes != 0:
             slope = per_head[b * options.per_head_batch + 2 * h]
             add_slopes(score, slope, rows_at, centre, centres, options, start, columns)
@@ -261,4 +262,33 @@ def option_operations(tile: Tile, dtype: str, *, into_keys: bool) -> tuple[Calla
         if options.use_padding != 0:
             hide_padding(score, padding, b * options.padding_batch, rows_at, start, columns)
 
-    return cap, differentiate_cap, change, draw
+    @inlined
+    def change(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options):
+        """From dot products to scores."""
+        if options.softcap > none:
+            cap(score, options)
+        change_capped(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options)
+
+    @inlined
+    def change_and_differentiate(
+        score, derivative, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options
+    ):
+        """The same, and their derivatives by the dot products."""
+        for t in range(rows * block):
+            derivative[t] = one
+        if options.softcap > none:
+            cap(score, options)
+            differentiate_cap(derivative, score, options)
+        change_capped(score, per_head, bias, padding, rows_at, centre, centres, b, h, start, columns, options)
+
+    @inlined
+    def may_hide(options):
+        """Whether these options may hide a key inside of the spans."""
+        return options.use_bias + options.use_padding != 0
+
+    @inlined
+    def may_change(options):
+        """Whether they change scores in any other way."""
+        return options.use_slopes != 0 or options.softcap > none
+
+    return change, change_and_differentiate, may_change, may_hide, draw

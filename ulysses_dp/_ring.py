@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ulysses_dp.kernels.merge_rows import merge_rows
-from ulysses_dp.kernels.reference import largest_exact_lse
+from ulysses_dp.kernels.score import largest_exact_lse
 
 from . import _local
 from ._device.arrays import tensor, view

@@ -21,7 +21,7 @@ from .flash_forward import TILES
 from .flash_forward_gpu import SUB_GROUP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from .arguments import Problem
 
@@ -33,6 +33,25 @@ FULL_PRECISION = {
     np.dtype(array): np.dtype(operand)
     for array, operand in (("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("uint16", "float32"))
 }
+
+# of the score, that the kernels for GPUs have: a new one is computed by those for CPUs until it is among these
+GPU_OPTIONS = frozenset(
+    [
+        "window_size",
+        "softcap",
+        "alibi_slopes",
+        "bias",
+        "key_padding_mask",
+        "key_ranges",
+        "sinks",
+        "dropout_p",
+        "seed",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "seqused_q",
+        "seqused_k",
+    ]
+)
 
 Costs = dict[int, dict[str, float]]  # by head_dim and schedule; head_dim 0 stands for all that are not listed
 
@@ -53,16 +72,19 @@ class Schedule:
     name: str
     rows: int  # query rows of a tile
     operands: Mapping[np.dtype, np.dtype]  # in which dtype it reads arrays of a dtype
-    serves: Callable[..., bool]  # (device, operand dtype, head_dim, options=, backward=)
+    serves: Callable[..., bool]  # (device, operand dtype, head_dim, options=, backward=); options: whether there are any
     costs: Mapping[str, float]  # time per query row by kind of device, relative to each other; not listed: only if asked for
+    options: frozenset[str] | None  # of the score, by their public names, that its kernels have; None: all that there are
     by_head: bool  # whether it runs faster where the rows of a head follow each other
     forward: Callable[..., None] = field(repr=False)
     backward: Callable[..., None] = field(repr=False)
 
-    def can(self, device: Any, dtype: Any, head_dim: int, *, options: bool, backward: bool) -> bool:
-        """Whether it can compute attention of arrays of this dtype on this device."""
+    def can(self, device: Any, dtype: Any, head_dim: int, *, options: Collection[str], backward: bool) -> bool:
+        """Whether it can compute attention of arrays of this dtype on this device, with options of these names."""
         operand = self.operands.get(np.dtype(dtype))
-        return operand is not None and self.serves(device, str(operand), head_dim, options=options, backward=backward)
+        if operand is None or not (self.options is None or self.options.issuperset(options)):
+            return False
+        return self.serves(device, str(operand), head_dim, options=bool(options), backward=backward)
 
 
 def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
@@ -76,7 +98,8 @@ def _of_tile(tile: str, costs: Mapping[str, float]) -> Schedule:
 
     rows = TILES[tile].rows * TILES[tile].lanes
     backward = partial(cpu_schedule.launch_backward, tile)
-    return Schedule(tile, rows, FULL_PRECISION, serves, costs, by_head=True, forward=forward, backward=backward)
+    how = {"options": None, "by_head": True, "forward": forward, "backward": backward}
+    return Schedule(tile, rows, FULL_PRECISION, serves, costs, **how)
 
 
 # The costs of CPUs were measured by scripts/tune.py on a Zen 5 CPU, which for AVX2 was limited to that; those of GPUs only say
@@ -91,6 +114,7 @@ _ALL = (
         operands=FULL_PRECISION,
         serves=gpu_schedule.serves,
         costs={"gpu": 1.0},
+        options=GPU_OPTIONS,
         by_head=False,
         forward=gpu_schedule.launch_forward,
         backward=gpu_schedule.launch_backward,
@@ -100,7 +124,7 @@ SCHEDULES = {schedule.name: schedule for schedule in _ALL}
 
 
 def candidates(
-    device: Any, dtype: Any, head_dim: int, *, options: bool = False, backward: bool = False
+    device: Any, dtype: Any, head_dim: int, *, options: Collection[str] = (), backward: bool = False
 ) -> tuple[Schedule, ...]:
     """The schedules that can compute this on a device."""
     return tuple(x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
@@ -127,7 +151,7 @@ def choose(
     head_dim: int,
     seq_q: int,
     *,
-    options: bool = False,
+    options: Collection[str] = (),
     backward: bool = False,
     wishes: Wishes | None = None,
 ) -> Schedule:
@@ -141,8 +165,8 @@ def choose(
         Of the arrays: float32, float64, float16, or uint16 for bfloat16.
     head_dim, seq_q : int
         Sizes of the problem.
-    options : bool
-        Whether there are any of `score.ScoreOptions`.
+    options : collection of str
+        The public names of those that the plain kernels do not have.
     backward : bool
         Whether for the gradient.
     wishes : Wishes, optional
@@ -153,11 +177,13 @@ def choose(
     The environment variable ULYSSES_DP_TUNING names a file with costs that `scripts/tune.py` measured on this device, and
     ULYSSES_DP_SCHEDULE names one schedule to use wherever it can run.
     """
-    return _choose(device, dtype, head_dim, seq_q, options, backward, Wishes.read() if wishes is None else wishes)
+    return _choose(device, dtype, head_dim, seq_q, frozenset(options), backward, Wishes.read() if wishes is None else wishes)
 
 
 @lru_cache(maxsize=1024)
-def _choose(device: Any, dtype: Any, head_dim: int, seq_q: int, options: bool, backward: bool, wishes: Wishes) -> Schedule:
+def _choose(
+    device: Any, dtype: Any, head_dim: int, seq_q: int, options: frozenset[str], backward: bool, wishes: Wishes
+) -> Schedule:
     wish, tuning = wishes
     possible = candidates(device, dtype, head_dim, options=options, backward=backward)
     if wish is not None and wish not in SCHEDULES:

@@ -148,7 +148,7 @@ def far(machine: nvidia.Nvidia, dtype: str, head_dim: int) -> None:
         return standin.empty(machine, shape, dtype)
 
     def choose(*, backward: bool) -> Any:
-        return schedules.choose(standin.Gpu(), np.dtype(dtype), head_dim, seq, options=False, backward=backward)
+        return schedules.choose(standin.Gpu(), np.dtype(dtype), head_dim, seq, backward=backward)
 
     lse = standin.empty(machine, (1, heads, seq), dtype)
     choose(backward=False).forward(*arrays[:3], arrays[4], lse, Problem(**problem, options=None), scratch)

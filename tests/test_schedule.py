@@ -15,6 +15,7 @@ from ulysses_dp.kernels import schedules
 from ulysses_dp.kernels.flash_forward import TILES
 
 from ulysses_dp import attention
+from ulysses_dp._call.options import OPTIONS
 from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
@@ -64,7 +65,9 @@ def test_short_sequences_get_tiles_that_fit():
 def test_gpu_gets_no_kernel_for_cpus():
     """Not for any dtype, option or head_dim up to the largest tile, forward or gradient."""
     gpu = Device(is_gpu=True)
-    space = product(("float32", "float64", "float16", "uint16"), range(1, 257), (False, True), (False, True), (1, 100))
+    space = product(
+        ("float32", "float64", "float16", "uint16"), range(1, 257), ((), schedules.GPU_OPTIONS), (False, True), (1, 100)
+    )
     for dtype, head_dim, options, backward, seq in space:
         assert schedules.choose(gpu, dtype, head_dim, seq, options=options, backward=backward).name == "gpu"
         assert (
@@ -73,7 +76,7 @@ def test_gpu_gets_no_kernel_for_cpus():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint16"])
-@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("options", [(), schedules.GPU_OPTIONS, ("an option of later",)], ids=["none", "all", "new"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("properties", [{}, {"is_gpu": True}])
 def test_something_computes_everything(dtype, options, backward, properties):
@@ -91,8 +94,19 @@ def test_a_schedule_for_16_bits_can_be_chosen(monkeypatch):
     reads = replace(reads, serves=lambda *_, options, backward: not options)
     monkeypatch.setitem(schedules.SCHEDULES, "matrix", reads)
     assert schedules.choose(Device(), "float16", 64, 100) is reads
-    assert schedules.choose(Device(), "float16", 64, 100, options=True) is not reads
+    assert schedules.choose(Device(), "float16", 64, 100, options=["softcap"]) is not reads
     assert schedules.choose(Device(), "uint16", 64, 100) is not reads
+
+
+def test_an_option_that_the_kernels_for_gpus_do_not_have():
+    """It is computed, by kernels that have it, and never left out."""
+    gpu = Device(is_gpu=True)
+    assert schedules.choose(gpu, F32, 64, 100, options=schedules.GPU_OPTIONS).name == "gpu"
+    assert schedules.choose(gpu, F32, 64, 100, options=["softcap", "an option of later"]).name in TILES
+
+
+def test_names_of_options():
+    assert OPTIONS.keys() > schedules.GPU_OPTIONS
 
 
 def test_nothing_fits():

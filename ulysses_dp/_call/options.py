@@ -391,9 +391,14 @@ class Options:
         }
 
     @cached_property
+    def more_than_plain(self) -> frozenset[str]:
+        """The options that need more than the causal kernel, by name."""
+        return frozenset(self.given) - {"softmax_scale", "causal"}
+
+    @property
     def plain(self) -> bool:
-        """Whether there is no option that needs more than the causal kernel."""
-        return self.given.keys() <= {"softmax_scale", "causal"}
+        """Whether there is none of them."""
+        return not self.more_than_plain
 
     def for_heads(self, name: str, heads: slice) -> Any:
         """An option as some heads need it."""

@@ -106,8 +106,8 @@ class IntelSycl(Backend):
     def _choose(
         self, device: Any, dtype: Any, head_dim: int, seq_q: int, options: Options, *, backward: bool = False
     ) -> Schedule:
-        how = {"options": not options.plain, "backward": backward}
-        return choose(device, dtype, head_dim, seq_q, **how, wishes=self.wishes)
+        how = {"options": options.more_than_plain, "backward": backward, "wishes": self.wishes}
+        return choose(device, dtype, head_dim, seq_q, **how)
 
     def _backward_by_runs(
         self, arrays: Sequence[Any], grads: Sequence[Any], runs: list[tuple[slice, Options]], heads: HeadMap

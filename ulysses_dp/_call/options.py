@@ -511,14 +511,14 @@ class Options:
                         f"not {tuple(self.bias.shape)}"
                     )
 
-    def extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions | None:
+    def score_options(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions | None:
         """The options for the heads of USM array q, the first of which has this number; None where the plain kernel will do.
 
         The bias is of this dtype, that of q by default.
         """
-        return None if self.plain else self.all_extras(q, seq_k, first_head, dtype)
+        return None if self.plain else self.all_score_options(q, seq_k, first_head, dtype)
 
-    def all_extras(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions:
+    def all_score_options(self, q: Any, seq_k: int, first_head: int, dtype: Any = None) -> score.ScoreOptions:
         """The same, with spans for a plain kernel, too."""
         batch, seq_q, heads, _ = q.shape
         mine = slice(first_head, first_head + heads)

@@ -55,11 +55,11 @@ def mask_of(q: Any, seq_k: int, options: Options, heads: HeadMap) -> Mask:
     numbers may be others in the next call, is kept for later calls.
     """
     compute = compute_dtype(q)
-    extras = options.extras(q, seq_k, heads.first, compute)
-    if extras is None:
+    score_options = options.score_options(q, seq_k, heads.first, compute)
+    if score_options is None:
         table, slopes, padding, bias = spans(q.shape[1], seq_k, causal=options.causal, window_size=UNLIMITED), None, None, None
     else:
-        table, slopes, padding, bias = extras.spans, extras.slopes, extras.padding, extras.bias
+        table, slopes, padding, bias = score_options.spans, score_options.slopes, score_options.padding, score_options.bias
     if slopes is None and (table[:, :2] == table[:1, :2]).all():
         table = table[:1]
     dtype = q.dtype if slopes is None and bias is None else compute

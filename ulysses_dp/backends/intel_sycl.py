@@ -223,13 +223,13 @@ def _panels(x: Any, slot: str) -> Any:
 
 def _problem(q: Any, k: Any, options: Options, heads: HeadMap, *, walks: bool = False) -> Problem:
     """The call as the kernels take it; those that walk over scores always get options."""
-    extras = options.all_extras if walks else options.extras
+    score_options = options.all_score_options if walks else options.score_options
     return Problem(
         scale=options.softmax_scale,
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
         group=heads.group,
         head_shift=heads.shift,
-        options=extras(q, k.shape[1], heads.first),
+        options=score_options(q, k.shape[1], heads.first),
     )
 
 

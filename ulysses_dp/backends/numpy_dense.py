@@ -79,16 +79,16 @@ def _compute(
 
 def _dense(dense: Callable[..., Any], arrays: Sequence[Any], options: Options, q: Any, k: Any, heads: HeadMap) -> Any:
     """What a reference makes of USM arrays."""
-    extras = options.extras(q, k.shape[1], heads.first)
-    if extras is not None and extras.bias is not None:
-        extras = replace(extras, bias=tensor.asnumpy(extras.bias))
+    score_options = options.score_options(q, k.shape[1], heads.first)
+    if score_options is not None and score_options.bias is not None:
+        score_options = replace(score_options, bias=tensor.asnumpy(score_options.bias))
     return dense(
         *(tensor.asnumpy(x) for x in arrays),
         scale=options.softmax_scale,
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
         group=heads.group,
         head_shift=heads.shift,
-        options=extras,
+        options=score_options,
     )
 
 

@@ -73,12 +73,28 @@ def kernel(*, dtype: str, kind: str, lanes: int) -> Callable[..., None]:
     differentiates, into_keys = kind != "softmax", kind == "keys"
 
     @inlined
+    def products(rows_a, rows_b, cols_a, cols_b, of_row, of_a, of_b, row_count, size, zero):
+        """The dot products of a row and a column."""
+        dot = zero
+        dp = zero
+        for d in range(size):
+            dot = mad(rows_a[of_row + d * row_count], cols_a[of_a + d], dot)
+            if differentiates:
+                dp = mad(rows_b[of_row + d * row_count], cols_b[of_b + d], dp)
+        return dot, dp
+
+    @inlined
     def keep_of(query, key, h, b, options):
         """By what dropout multiplies the weight of a pair; see `tile.option_operations`."""
         number = options.first_key + options.step * key
         w0, w1, w2, w3 = philox(number >> 2, options.first_row + options.step * query, h + options.first_head, b, options.seed)
         even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
         return kept(one, odd if number & 1 else even, options.threshold, options.keep_scale)
+
+    @inlined
+    def dropped(dp, query, key, h, b, options):
+        """dp after dropout."""
+        return dp * keep_of(query, key, h, b, options) if options.threshold > 0 else dp
 
     def walk_over_scores(
         item, no_array, rows_a, rows_b, cols_a, cols_b, result, of_queries, spans, per_head, bias, padding,
@@ -128,19 +144,13 @@ def kernel(*, dtype: str, kind: str, lanes: int) -> Callable[..., None]:
                     of_row = (b * row_heads + row_head) * sizes.head_dim * row_count + row
                     of_a = element(cols_a_at, b, col_head, column)
                     of_b = element(cols_b_at, b, col_head, column)
-                    dot = zero
-                    dp = zero
-                    for d in range(sizes.head_dim):
-                        dot = mad(rows_a[of_row + d * row_count], cols_a[of_a + d], dot)
-                        if differentiates:
-                            dp = mad(rows_b[of_row + d * row_count], cols_b[of_b + d], dp)
+                    dot, dp = products(rows_a, rows_b, cols_a, cols_b, of_row, of_a, of_b, row_count, sizes.head_dim, zero)
                     score = changed(dot * scale, per_head, bias, padding, b, h, query, key, distance, options)
                     score = in_span(score, key, earliest, last)
                     if differentiates:
                         number = 3 * ((b * sizes.heads + h) * sizes.seq_q + query)
                         p = probability(score, of_queries[number]) * of_queries[number + 1]
-                        if options.threshold > 0:
-                            dp *= keep_of(query, key, h, b, options)
+                        dp = dropped(dp, query, key, h, b, options)
                         ds = p * (dp - of_queries[number + 2])
                         # no weight, no gradient, even where dp or delta is nan
                         ds = zero if p == zero else ds

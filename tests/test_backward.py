@@ -661,7 +661,8 @@ BAD = [
     ("lse", DOUBLE | {"lse": ones(2, 4, 3, dtype=np.float64)}, DOUBLE | {"lse": ones(2, 4, 3)}),
     ("q", {}, {"q": ones(2, 3, 4)}),
     ("k", {}, {"k": ones(2, 3, 3, 8), "v": ones(2, 3, 3, 8)}),
-    ("v", {}, {"v": ones(2, 3, 2, 7)}),
+    ("v", {}, {"v": ones(2, 3, 3, 8)}),
+    ("dout", {}, {"v": ones(2, 3, 2, 7)}),  # v may be narrower than k, but out and dout have its width
     *[("softmax_scale", {}, {"softmax_scale": bad}) for bad in ("1", np.nan, np.inf, True)],
     ("causal", {}, {"causal": 1}),
     *[("window_size", {}, {"window_size": bad}) for bad in (3, (1, 2, 3), (-2, 0), (1.0, 2))],

@@ -178,8 +178,9 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
     of_q, of_k = (case.batch, case.seq_q, heads, case.head_dim), (case.batch, case.seq_k, case.kv_heads, case.head_dim)
     q, k, v = (rng.standard_normal(shape).astype(case.dtype) for shape in (of_q, of_k, of_k))
     order = (*map(int, rng.permutation(3)), 3)
+    options = schedules.GPU_OPTIONS if case.options else ()
     schedule = schedules.choose(
-        standin.Gpu(), np.dtype(case.dtype), case.head_dim, case.seq_q, options=bool(case.options), backward=case.backward
+        standin.Gpu(), np.dtype(case.dtype), case.head_dim, case.seq_q, options=options, backward=case.backward
     )
     problem = bias_on(machine, problem)
 

@@ -53,7 +53,7 @@ BAD_ARRAYS = {
     "k of 2 axes": (lambda: {"k": ones(3, 4)}, ValueError, "k must have the 4 axes"),
     "v of 5 axes": (lambda: {"v": ones(1, 1, 3, 2, 8)}, ValueError, "v must have the 4 axes"),
     "head_dim of k and v": (lambda: {"k": ones(1, 3, 2, 4), "v": ones(1, 3, 2, 4)}, ValueError, "head_dim"),
-    "head_dim of v": (lambda: {"v": ones(1, 3, 2, 4)}, ValueError, "k and v must have the same shape"),
+    "head_dim of v": (lambda: {"v": ones(1, 3, 2, 577)}, ValueError, "head_dim of v must be from 1 to 576, not 577"),
     "length of v": (lambda: {"v": ones(1, 2, 2, 8)}, ValueError, "k and v must have the same shape"),
     "batch": (lambda: {"q": ones(2, 3, 4, 8)}, ValueError, "batch"),
     "heads": (lambda: {"q": ones(1, 3, 5, 8)}, ValueError, "heads of q .* not 5 and 2"),
@@ -227,7 +227,7 @@ LAYER_ARRAYS = {
     "query of 3 axes": (lambda: {"query": ones(3, 4, 8)}, ValueError, "query must have the 4 axes"),
     "value": (lambda: {"value": None}, TypeError, "value must be an array"),
     "dtypes": (lambda: {"key": ones(1, 3, 2, 8, dtype=np.float64)}, TypeError, "query, key and value must .*, value: float32"),
-    "shapes": (lambda: {"value": ones(1, 2, 2, 8)}, ValueError, "key and value must have the same shape, not query: "),
+    "shapes": (lambda: {"value": ones(1, 2, 2, 8)}, ValueError, "key and value must have the same shape, but for head_dim, not query: "),
     "heads": (lambda: {"query": ones(1, 3, 5, 8)}, ValueError, "the heads of query .* those of key and value"),
 }
 BAD_SOFTCAP = [({"softcap": "30"}, TypeError, "softcap must be a real number, not str")]

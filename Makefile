@@ -17,7 +17,7 @@ demo-llm: .venv/installed
 	$(call MPIEXEC,600,2) $(BIN)/python scripts/language_model.py --tokens 2000 --generate 24
 
 test: .venv/installed
-	timeout -k 10 1800 $(BIN)/python -m pytest
+	timeout -k 10 2700 $(BIN)/python -m pytest
 	$(call MPIEXEC,900,2) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
 	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"

@@ -227,7 +227,11 @@ LAYER_ARRAYS = {
     "query of 3 axes": (lambda: {"query": ones(3, 4, 8)}, ValueError, "query must have the 4 axes"),
     "value": (lambda: {"value": None}, TypeError, "value must be an array"),
     "dtypes": (lambda: {"key": ones(1, 3, 2, 8, dtype=np.float64)}, TypeError, "query, key and value must .*, value: float32"),
-    "shapes": (lambda: {"value": ones(1, 2, 2, 8)}, ValueError, "key and value must have the same shape, but for head_dim, not query: "),
+    "shapes": (
+        lambda: {"value": ones(1, 2, 2, 8)},
+        ValueError,
+        "key and value must have the same shape, but for head_dim, not query: ",
+    ),
     "heads": (lambda: {"query": ones(1, 3, 5, 8)}, ValueError, "the heads of query .* those of key and value"),
 }
 BAD_SOFTCAP = [({"softcap": "30"}, TypeError, "softcap must be a real number, not str")]

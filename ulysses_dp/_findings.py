@@ -46,10 +46,8 @@ class ScoreGradients:
         for name, flag, given in (("bias", "bias_grad", bias), ("alibi_slopes", "slopes_grad", slopes)):
             if flag in wanted and given is None:
                 raise ValueError(f"{flag} needs {name}, of which it is the gradient")
-        self._dtype, self._of_slopes = (
-            dtype,
-            np.shape(slopes) if isinstance(slopes, list | tuple) else getattr(slopes, "shape", ()),
-        )
+        self._dtype = dtype
+        self._of_slopes = np.shape(slopes) if isinstance(slopes, list | tuple) else getattr(slopes, "shape", ())
         self._totals: dict[str, np.ndarray] = {}
         if "slopes_grad" in wanted and options.alibi_slopes is not None:
             self._totals["slopes"] = np.zeros(options.alibi_slopes.shape)

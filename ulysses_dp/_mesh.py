@@ -25,8 +25,51 @@ def _checked_together(name: str, value: Any, call: Any) -> Any:
     return value
 
 
-class MeshOptions(TypedDict, total=False):
-    """The options that say how ranks work together; what a call computes does not depend on them."""
+class OrderOptions(TypedDict, total=False):
+    """How many groups of ranks there are, and which rows they hold."""
+
+    ring: Annotated[
+        RingSize,
+        Option(
+            1,
+            _checked_together,
+            'int, Mesh or "auto"',
+            "If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, "
+            "as without a ring; the keys of every group travel from group to group, and partial results are merged. So there "
+            'may be more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as '
+            "many heads. A `Mesh` that was made before has the ranks, too: `comm` need not be given.",
+        ),
+    ]
+    order: Annotated[
+        Order,
+        Option(
+            "contiguous",
+            _checked_together,
+            '{"contiguous", "zigzag", "zigzag_ranks", "striped"}',
+            "Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.",
+        ),
+    ]
+
+
+class RingOptions(OrderOptions, total=False):
+    """The same, and how keys get to other groups."""
+
+    kv: Annotated[
+        str,
+        Option(
+            "ring",
+            _checked_together,
+            '{"ring", "all_gather", "auto"}',
+            'How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two '
+            'groups. "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it '
+            'never sends more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q '
+            "and out.",
+        ),
+    ]
+
+
+class ExchangeOptions(TypedDict, total=False):
+    """How what ranks send each other travels."""
 
     exchange: Annotated[
         str,
@@ -63,39 +106,10 @@ class MeshOptions(TypedDict, total=False):
             "and as many on every node.",
         ),
     ]
-    ring: Annotated[
-        RingSize,
-        Option(
-            1,
-            _checked_together,
-            'int, Mesh or "auto"',
-            "If more than 1, the ranks are a mesh: `ring` groups of consecutive ranks. The ranks of a group share the heads, "
-            "as without a ring; the keys of every group travel from group to group, and partial results are merged. So there "
-            'may be more ranks than heads. It divides the number of ranks. "auto": the smallest with which all ranks have as '
-            "many heads. A `Mesh` that was made before has the ranks, too: `comm` need not be given.",
-        ),
-    ]
-    order: Annotated[
-        Order,
-        Option(
-            "contiguous",
-            _checked_together,
-            '{"contiguous", "zigzag", "zigzag_ranks", "striped"}',
-            "Which rows every rank holds: see `row_positions`. With a causal mask all but the first load the groups alike.",
-        ),
-    ]
-    kv: Annotated[
-        str,
-        Option(
-            "ring",
-            _checked_together,
-            '{"ring", "all_gather", "auto"}',
-            'How keys and values get to other groups. "ring": from each group to the next; there is memory for those of two '
-            'groups. "all_gather": straight to all groups with rows that see them, and all are kept; nothing is sent on, so it '
-            'never sends more. "auto" gathers where the keys of all groups take no more memory than those of two, or than q '
-            "and out.",
-        ),
-    ]
+
+
+class MeshOptions(ExchangeOptions, RingOptions, total=False):
+    """The options that say how ranks work together; what a call computes does not depend on them."""
 
 
 class UlyssesOptions(LocalOptions, MeshOptions, total=False):

@@ -2,28 +2,100 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from ._call.checks import Names, check_array
 from ._call.definitions import takes
 from ._call.layout import PACKED
-from ._call.options import MoreOptions
+from ._call.options import CallOptions, MoreOptions
+from ._mesh import OrderOptions, RingOptions
 from .attention import distributed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from typing_extensions import Unpack
 
+    from ._call.definitions import Function
     from ._call.options import Real, Window
-    from ._ranks.orders import Order
-    from .mesh import RingSize
 
 _NAMES = Names(comm="group", return_lse="return_attn_probs")
 _NAMES_OF_QKV = Names("q of qkv", "k of qkv", "v of qkv", *_NAMES[3:])
 _NAMES_OF_KV = Names("q", "k of kv", "v of kv", *_NAMES[3:])
 
 
-@takes(MoreOptions)
+class FlashAttnKeywords(MoreOptions, RingOptions, CallOptions, total=False):
+    """The options that the functions have besides those of flash-attn."""
+
+
+class KvPackedKeywords(MoreOptions, OrderOptions, CallOptions, total=False):
+    """Those of functions in which kv is an array: keys get to other groups by ``kv="ring"``."""
+
+
+class ByPosition(NamedTuple):
+    """The options that flash-attn takes by position, in its order."""
+
+    dropout_p: Real
+    softmax_scale: Real | None
+    causal: bool | np.bool_
+    window_size: Window
+    softcap: Real
+    alibi_slopes: Any
+    deterministic: bool
+    return_attn_probs: bool
+
+
+# what the docstrings say alike
+_OPTIONS = """dropout_p : float
+    Probability with which a weight is dropped; needs `seed`.
+softmax_scale : float, optional
+    Factor of the dot products; 1/sqrt(head_dim) by default.
+causal : bool
+    Query i sees the keys j <= i + seq_k - seq_q.
+window_size, softcap, alibi_slopes
+    As in `ulysses_attention`.
+deterministic : bool
+    The result is bit-identical on repetition either way.
+return_attn_probs : bool
+    Return ``(out, lse, None)``, as flash-attn does without dropout."""
+_SAME = """dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    As in `ulysses_flash_attn_func`"""
+_GROUP = """group : mpi4py.MPI.Intracomm, optional
+    The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default."""
+_STARTS = """cu_seqlens_q, cu_seqlens_k : array or sequence of int
+    Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
+max_seqlen_q, max_seqlen_k : int, optional
+    No effect: the lengths say it."""
+_RESULTS = """Returns
+-------
+out : same kind, dtype and device as {like}
+    ({rows}, heads, head_dim).
+lse : same kind and device as {like}
+    Only with `return_attn_probs`: ({of_lse}), followed by None.
+max_logit : same kind and device as {like}
+    Only with `return_max_logit`, as the last result; see `ulysses_attention`.
+
+Raises
+------
+TypeError, ValueError, NotImplementedError
+    On all ranks, as `ulysses_attention` does."""
+
+
+def _takes(keywords: type, like: str = "q", *, packed: bool = False) -> Callable[[Function], Function]:
+    """`takes` these options, with the texts that the docstrings share."""
+    rows, of_lse = ("rows", "heads, rows") if packed else ("batch, seq_local", "batch, heads, seq_local")
+    return takes(
+        keywords,
+        by_position=_OPTIONS,
+        same=f"{_SAME}; masks count within a sequence." if packed else f"{_SAME}.",
+        group=_GROUP,
+        starts=_STARTS,
+        results=_RESULTS.format(like=like, rows=rows, of_lse=of_lse),
+    )
+
+
+@_takes(FlashAttnKeywords)
 def ulysses_flash_attn_func(
     q: Any,
     k: Any,
@@ -38,12 +110,7 @@ def ulysses_flash_attn_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[FlashAttnKeywords],
 ) -> Any:
     """`ulysses_attention` with the signature of ``flash_attn_func`` (flash-attn 2.6 and later), plus the communicator.
 
@@ -54,38 +121,12 @@ def ulysses_flash_attn_func(
     q, k, v : arrays of one kind, dtype and device
         Rows of this rank, of any kind and dtype that `ulysses_attention` takes, (batch, seq_local, heads, head_dim); k and v
         may have fewer heads.
-    dropout_p : float
-        Probability with which a weight is dropped; needs `seed`.
-    softmax_scale : float, optional
-        Factor of the dot products; 1/sqrt(head_dim) by default.
-    causal : bool
-        Query i sees the keys j <= i + seq_k - seq_q.
-    window_size, softcap, alibi_slopes
-        As in `ulysses_attention`.
-    deterministic : bool
-        The result is bit-identical on repetition either way.
-    return_attn_probs : bool
-        Return ``(out, lse, None)``, as flash-attn does without dropout.
+    {by_position}
     {names}
         As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the sequence is split; ``MPI.COMM_WORLD`` by default.
-    ring, order, kv, dtype, return_max_logit
-        As in `ulysses_attention`.
+    {group}
 
-    Returns
-    -------
-    out : same kind, dtype and device as q
-        (batch, seq_local, heads, head_dim).
-    lse : same kind and device as q
-        Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
-    max_logit : same kind and device as q
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -96,28 +137,11 @@ def ulysses_flash_attn_func(
     >>> out.shape, lse.shape
     ((1, 16, 4, 8), (1, 4, 16))
     """
-    return flash_attn(
-        "ulysses_flash_attn_func",
-        (q, k, v),
-        return_attn_probs,
-        comm=group,
-        ring=ring,
-        order=order,
-        kv=kv,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn("ulysses_flash_attn_func", (q, k, v), given, comm=group, names=_NAMES, **options)
 
 
-@takes(MoreOptions)
+@_takes(FlashAttnKeywords, packed=True)
 def ulysses_flash_attn_varlen_func(
     q: Any,
     k: Any,
@@ -138,12 +162,7 @@ def ulysses_flash_attn_varlen_func(
     group: Any = None,
     seqused_q: Any = None,
     seqused_k: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[FlashAttnKeywords],
 ) -> Any:
     """`ulysses_attention` of packed sequences with the signature of ``flash_attn_varlen_func`` (flash-attn 2.6 and later).
 
@@ -154,32 +173,15 @@ def ulysses_flash_attn_varlen_func(
     q, k, v : arrays of one kind, dtype and device
         Rows of this rank, of any kind and dtype that `ulysses_attention` takes, (rows, heads, head_dim): a part of the rows of
         all sequences, one after the other; k and v may have fewer heads.
-    cu_seqlens_q, cu_seqlens_k : array or sequence of int
-        Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
-    max_seqlen_q, max_seqlen_k : int, optional
-        No effect: the lengths say it.
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As in `ulysses_flash_attn_func`; masks count within a sequence.
+    {starts}
+    {same}
     {names}
         As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    seqused_q, seqused_k, ring, order, kv, dtype, return_max_logit
+    {group}
+    seqused_q, seqused_k
         As in `ulysses_attention`.
 
-    Returns
-    -------
-    out : same kind, dtype and device as q
-        (rows, heads, head_dim).
-    lse : same kind and device as q
-        Only with `return_attn_probs`: (heads, rows), followed by None.
-    max_logit : same kind and device as q
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -191,33 +193,13 @@ def ulysses_flash_attn_varlen_func(
     >>> ulysses_flash_attn_varlen_func(q, q, q, starts, starts, causal=True).shape
     (16, 4, 8)
     """
-    return flash_attn(
-        "ulysses_flash_attn_varlen_func",
-        (q, k, v),
-        return_attn_probs,
-        comm=group,
-        layout=PACKED,
-        ring=ring,
-        order=order,
-        kv=kv,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
+    how = {"comm": group, "layout": PACKED, "names": _NAMES} | packing
+    return flash_attn("ulysses_flash_attn_varlen_func", (q, k, v), given, **how, **options)
 
 
-@takes(MoreOptions)
+@_takes(FlashAttnKeywords, "qkv")
 def ulysses_flash_attn_qkvpacked_func(
     qkv: Any,
     dropout_p: Real = 0.0,
@@ -230,12 +212,7 @@ def ulysses_flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[FlashAttnKeywords],
 ) -> Any:
     """`ulysses_flash_attn_func` with the signature of ``flash_attn_qkvpacked_func`` (flash-attn 2.6 and later).
 
@@ -245,28 +222,12 @@ def ulysses_flash_attn_qkvpacked_func(
     ----------
     qkv : dpnp.ndarray, usm_ndarray, numpy.ndarray, torch.Tensor or array_api_strict.Array
         Queries, keys and values of this rank, (batch, seq_local, 3, heads, head_dim); any dtype that `ulysses_attention` takes.
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As in `ulysses_flash_attn_func`.
+    {same}
     {names}
         As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    ring, order, kv, dtype, return_max_logit
-        As in `ulysses_attention`.
+    {group}
 
-    Returns
-    -------
-    out : same kind, dtype and device as qkv
-        (batch, seq_local, heads, head_dim).
-    lse : same kind and device as qkv
-        Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
-    max_logit : same kind and device as qkv
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -276,29 +237,12 @@ def ulysses_flash_attn_qkvpacked_func(
     >>> ulysses_flash_attn_qkvpacked_func(qkv, causal=True).shape
     (1, 16, 4, 8)
     """
-    return flash_attn(
-        "ulysses_flash_attn_qkvpacked_func",
-        (qkv,),
-        return_attn_probs,
-        unpack=_parts_of_qkv,
-        comm=group,
-        ring=ring,
-        order=order,
-        kv=kv,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES_OF_QKV,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    how = {"comm": group, "names": _NAMES_OF_QKV, "unpack": _parts_of_qkv}
+    return flash_attn("ulysses_flash_attn_qkvpacked_func", (qkv,), given, **how, **options)
 
 
-@takes(MoreOptions)
+@_takes(KvPackedKeywords)
 def ulysses_flash_attn_kvpacked_func(
     q: Any,
     kv: Any,
@@ -312,11 +256,7 @@ def ulysses_flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     group: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[KvPackedKeywords],
 ) -> Any:
     """`ulysses_flash_attn_func` with the signature of ``flash_attn_kvpacked_func`` (flash-attn 2.6 and later).
 
@@ -328,28 +268,12 @@ def ulysses_flash_attn_kvpacked_func(
         Queries of this rank, (batch, seq_local, heads, head_dim), of any dtype that `ulysses_attention` takes.
     kv : same kind, dtype and device as q
         Keys and values of this rank, (batch, seq_k_local, 2, kv_heads, head_dim).
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As in `ulysses_flash_attn_func`.
+    {same}
     {names}
-        As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    ring, order, dtype, return_max_logit
         As in `ulysses_attention`. Keys get to other groups by ``kv='ring'``.
+    {group}
 
-    Returns
-    -------
-    out : same kind, dtype and device as q
-        (batch, seq_local, heads, head_dim).
-    lse : same kind and device as q
-        Only with `return_attn_probs`: (batch, heads, seq_local), followed by None.
-    max_logit : same kind and device as q
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -359,28 +283,12 @@ def ulysses_flash_attn_kvpacked_func(
     >>> ulysses_flash_attn_kvpacked_func(q, kv, causal=True).shape
     (1, 16, 4, 8)
     """
-    return flash_attn(
-        "ulysses_flash_attn_kvpacked_func",
-        (q, kv),
-        return_attn_probs,
-        unpack=_parts_of_kv,
-        comm=group,
-        ring=ring,
-        order=order,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES_OF_KV,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    how = {"comm": group, "names": _NAMES_OF_KV, "unpack": _parts_of_kv}
+    return flash_attn("ulysses_flash_attn_kvpacked_func", (q, kv), given, **how, **options)
 
 
-@takes(MoreOptions)
+@_takes(FlashAttnKeywords, "qkv", packed=True)
 def ulysses_flash_attn_varlen_qkvpacked_func(
     qkv: Any,
     cu_seqlens: Any,
@@ -396,12 +304,7 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
     *,
     group: Any = None,
     seqused: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    kv: str = "ring",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[FlashAttnKeywords],
 ) -> Any:
     """`ulysses_flash_attn_varlen_func` with the signature of ``flash_attn_varlen_qkvpacked_func`` (flash-attn 2.6 and later).
 
@@ -415,30 +318,14 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
         Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
     max_seqlen : int, optional
         No effect: the lengths say it.
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As in `ulysses_flash_attn_varlen_func`.
+    {same}
     {names}
         As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
+    {group}
     seqused : array or sequence of int, optional
         How many rows of each sequence count, as queries and as keys: `seqused_q` and `seqused_k` of `ulysses_attention`.
-    ring, order, kv, dtype, return_max_logit
-        As in `ulysses_attention`.
 
-    Returns
-    -------
-    out : same kind, dtype and device as qkv
-        (rows, heads, head_dim).
-    lse : same kind and device as qkv
-        Only with `return_attn_probs`: (heads, rows), followed by None.
-    max_logit : same kind and device as qkv
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -449,33 +336,13 @@ def ulysses_flash_attn_varlen_qkvpacked_func(
     >>> ulysses_flash_attn_varlen_qkvpacked_func(qkv, [0, 10, 16 * MPI.COMM_WORLD.size], causal=True).shape
     (16, 4, 8)
     """
-    return flash_attn(
-        "ulysses_flash_attn_varlen_qkvpacked_func",
-        (qkv,),
-        return_attn_probs,
-        unpack=_parts_of_qkv,
-        comm=group,
-        layout=PACKED,
-        ring=ring,
-        order=order,
-        kv=kv,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES_OF_QKV,
-        cu_seqlens_q=cu_seqlens,
-        seqused_q=seqused,
-        seqused_k=seqused,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    packing = {"cu_seqlens_q": cu_seqlens, "seqused_q": seqused, "seqused_k": seqused}
+    how = {"comm": group, "layout": PACKED, "names": _NAMES_OF_QKV, "unpack": _parts_of_qkv} | packing
+    return flash_attn("ulysses_flash_attn_varlen_qkvpacked_func", (qkv,), given, **how, **options)
 
 
-@takes(MoreOptions)
+@_takes(KvPackedKeywords, packed=True)
 def ulysses_flash_attn_varlen_kvpacked_func(
     q: Any,
     kv: Any,
@@ -495,11 +362,7 @@ def ulysses_flash_attn_varlen_kvpacked_func(
     group: Any = None,
     seqused_q: Any = None,
     seqused_k: Any = None,
-    ring: RingSize = 1,
-    order: Order = "contiguous",
-    dtype: str | None = None,
-    return_max_logit: bool = False,
-    **options: Unpack[MoreOptions],
+    **options: Unpack[KvPackedKeywords],
 ) -> Any:
     """`ulysses_flash_attn_varlen_func` with the signature of ``flash_attn_varlen_kvpacked_func`` (flash-attn 2.6 and later).
 
@@ -511,32 +374,15 @@ def ulysses_flash_attn_varlen_kvpacked_func(
         Queries of this rank, (rows, heads, head_dim), of any dtype that `ulysses_attention` takes.
     kv : same kind, dtype and device as q
         Keys and values of this rank, (rows, 2, kv_heads, head_dim).
-    cu_seqlens_q, cu_seqlens_k : array or sequence of int
-        Where the sequences start, from 0 to the number of rows of all ranks; the same on all ranks.
-    max_seqlen_q, max_seqlen_k : int, optional
-        No effect: the lengths say it.
-    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As in `ulysses_flash_attn_varlen_func`.
+    {starts}
+    {same}
     {names}
-        As in `ulysses_attention`.
-    group : mpi4py.MPI.Intracomm, optional
-        The ranks over which the rows are split; ``MPI.COMM_WORLD`` by default.
-    seqused_q, seqused_k, ring, order, dtype, return_max_logit
         As in `ulysses_attention`. Keys get to other groups by ``kv='ring'``.
+    {group}
+    seqused_q, seqused_k
+        As in `ulysses_attention`.
 
-    Returns
-    -------
-    out : same kind, dtype and device as q
-        (rows, heads, head_dim).
-    lse : same kind and device as q
-        Only with `return_attn_probs`: (heads, rows), followed by None.
-    max_logit : same kind and device as q
-        Only with `return_max_logit`, as the last result; see `ulysses_attention`.
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        On all ranks, as `ulysses_attention` does.
+    {results}
 
     Examples
     --------
@@ -548,36 +394,19 @@ def ulysses_flash_attn_varlen_kvpacked_func(
     >>> ulysses_flash_attn_varlen_kvpacked_func(q, kv, starts, starts, causal=True).shape
     (16, 4, 8)
     """
-    return flash_attn(
-        "ulysses_flash_attn_varlen_kvpacked_func",
-        (q, kv),
-        return_attn_probs,
-        unpack=_parts_of_kv,
-        comm=group,
-        layout=PACKED,
-        ring=ring,
-        order=order,
-        dtype=dtype,
-        return_max_logit=return_max_logit,
-        names=_NAMES_OF_KV,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        **options,
-    )
+    given = ByPosition(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
+    how = {"comm": group, "layout": PACKED, "names": _NAMES_OF_KV, "unpack": _parts_of_kv} | packing
+    return flash_attn("ulysses_flash_attn_varlen_kvpacked_func", (q, kv), given, **how, **options)
 
 
-def flash_attn(function: str, arrays: tuple[Any, ...], return_attn_probs: bool, **options: Any) -> Any:
+def flash_attn(function: str, arrays: tuple[Any, ...], given: ByPosition, **options: Any) -> Any:
     """Call `ulysses_attention` under a public name, and return what flash-attn would."""
-    result = distributed(function, *arrays, return_lse=return_attn_probs, **options)
-    return (*result[:2], None, *result[2:]) if return_attn_probs else result
+    of_attention = given._asdict()
+    del of_attention["deterministic"]
+    with_lse = of_attention.pop("return_attn_probs")
+    result = distributed(function, *arrays, return_lse=with_lse, **of_attention, **options)
+    return (*result[:2], None, *result[2:]) if with_lse else result
 
 
 def _parts_of_qkv(qkv: Any, layout: str) -> tuple[Any, Any, Any]:

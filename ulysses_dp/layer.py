@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ._call.checks import Names, check_axes
 from ._call.definitions import takes
 from ._call.layout import LAYOUTS, PACKED, axes_to_bshd
-from ._call.options import LayerOptions
+from ._call.options import CallOptions, LayerOptions
 from .backends import AttnType, LocalAttention
-from .flash_attn import flash_attn
+from .flash_attn import ByPosition, flash_attn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", return_lse="return_attn_probs")
 _ORDERS: dict[str, Order] = {"basic": "contiguous", "zigzag": "zigzag", "stripe": "striped", "strip": "striped"}
+
+
+class LayerKeywords(LayerOptions, CallOptions, total=False):
+    """The options that a call of a layer has besides those of flash-attn."""
 
 
 class UlyssesAttention:
@@ -79,7 +83,7 @@ class UlyssesAttention:
         self.kv = kv
         self._axes = axes_to_bshd(heads, seq)
 
-    @takes(LayerOptions)
+    @takes(LayerKeywords)
     def __call__(
         self,
         query: Any,
@@ -93,10 +97,7 @@ class UlyssesAttention:
         alibi_slopes: Any = None,
         deterministic: bool = False,
         return_attn_probs: bool = False,
-        *,
-        dtype: str | None = None,
-        return_max_logit: bool = False,
-        **options: Unpack[LayerOptions],
+        **options: Unpack[LayerKeywords],
     ) -> Any:
         """Attention of the rows of this rank. Collective over the group; see `ulysses_attention` for what is raised.
 
@@ -118,7 +119,7 @@ class UlyssesAttention:
             The result is bit-identical on repetition either way.
         return_attn_probs : bool
             Return ``(out, lse, None)``, as flash-attn does without dropout.
-        {names}, dtype, return_max_logit
+        {names}
             As in `ulysses_attention`.
 
         Returns
@@ -131,27 +132,12 @@ class UlyssesAttention:
             Only with `return_max_logit`, as the last result; see `ulysses_attention`.
         """
         packed = options.get("cu_seqlens_q") is not None and self._axes == LAYOUTS["bshd"]
-        return flash_attn(
-            "UlyssesAttention",
-            (query, key, value),
-            return_attn_probs,
-            comm=self.sequence_process_group,
-            layout=PACKED if packed else self._axes,
-            dtype=dtype,
-            return_max_logit=return_max_logit,
-            names=_CLASS_NAMES,
-            attn_type=self.attn_type,
-            ring=self.ring,
-            order=self.order,
-            kv=self.kv,
-            dropout_p=dropout_p,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            **options,
+        given = ByPosition(
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         )
+        of_layer = {"attn_type": self.attn_type, "ring": self.ring, "order": self.order, "kv": self.kv}
+        how = {"comm": self.sequence_process_group, "layout": PACKED if packed else self._axes, "names": _CLASS_NAMES}
+        return flash_attn("UlyssesAttention", (query, key, value), given, **how, **of_layer, **options)
 
 
 class LongContextAttention(UlyssesAttention):

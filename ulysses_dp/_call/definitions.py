@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    _Function = TypeVar("_Function", bound=Callable[..., Any])
+    Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Option(NamedTuple):
@@ -29,11 +29,11 @@ def options_of(keywords: type) -> dict[str, Option]:
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(keywords, include_extras=True).items()}
 
 
-def takes(keywords: type, more: type | None = None) -> Callable[[_Function], _Function]:
+def takes(keywords: type, more: type | None = None, **texts: str) -> Callable[[Function], Function]:
     """Show the options that a function takes as ``**options`` in its signature, and in its docstring.
 
     There, ``{options}`` becomes their documentation, and ``{names}`` their names; ``{more options}`` and ``{more names}`` those
-    of the second `TypedDict`.
+    of the second `TypedDict`. Of other texts that docstrings share, the names are given.
     """
     groups = {"": keywords} if more is None else {"": keywords, "more ": more}
 
@@ -44,7 +44,7 @@ def takes(keywords: type, more: type | None = None) -> Callable[[_Function], _Fu
             for name, option in options_of(group).items()
         ]
 
-    def show(function: _Function) -> _Function:
+    def show(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
         by_keyword = [x for x in own if x.kind is x.KEYWORD_ONLY]
@@ -57,6 +57,8 @@ def takes(keywords: type, more: type | None = None) -> Callable[[_Function], _Fu
                 options = options_of(group)
                 text = text.replace(f"{{{which}options}}", _documentation(options))
                 text = text.replace(f"{{{which}names}}", ", ".join(options))
+            for name, shared in texts.items():
+                text = text.replace(f"{{{name}}}", shared)
             function.__doc__ = text
         return function
 

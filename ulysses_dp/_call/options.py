@@ -326,7 +326,27 @@ class ScoreOptions(FlashAttnOptions, LayerOptions, total=False):
     """All options that say what attention computes."""
 
 
-class AttentionOptions(ScoreOptions, total=False):
+class DtypeOptions(TypedDict, total=False):
+    """What 16-bit arrays hold."""
+
+    dtype: Annotated[
+        str | None,
+        Option(
+            None,
+            _as_it_is,
+            "str, optional",
+            '"bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.',
+        ),
+    ]
+
+
+class CallOptions(DtypeOptions, total=False):
+    """What functions by the names of other packages have besides the options of the score."""
+
+    return_max_logit: Annotated[bool, Option(False, _as_it_is, "bool", "Also return the largest score of every head.")]
+
+
+class AttentionOptions(ScoreOptions, DtypeOptions, total=False):
     """All options of `attention` that say what it computes, and of which arrays."""
 
     layout: Annotated[
@@ -337,15 +357,6 @@ class AttentionOptions(ScoreOptions, total=False):
             '{"bshd", "sbhd", "bhsd", "thd"} or tuple of int',
             "The axes of q, k, v and out: b batch, s seq, h heads, d head_dim; t the rows of all packed sequences, which count "
             "as one batch in bias, key_padding_mask and dropout. A tuple says which axes are batch, seq, heads and head_dim.",
-        ),
-    ]
-    dtype: Annotated[
-        str | None,
-        Option(
-            None,
-            _as_it_is,
-            "str, optional",
-            '"bfloat16" if q, k and v are uint16 arrays that hold bfloat16 numbers; USM arrays have no such dtype.',
         ),
     ]
 

@@ -16,11 +16,12 @@ demo: .venv/installed
 demo-llm: .venv/installed
 	$(call MPIEXEC,600,2) $(BIN)/python scripts/language_model.py --tokens 2000 --generate 24
 
+# Every test runs on every number of ranks, but on 3 and on 4 each with one half of its sets of parameters.
 test: .venv/installed
-	timeout -k 10 2700 $(BIN)/python -m pytest
+	timeout -k 10 2700 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	$(call MPIEXEC,900,2) $(BIN)/python -m pytest -m "not single"
-	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single"
-	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single"
+	$(call MPIEXEC,900,3) $(BIN)/python -m pytest -m "not single" --share 0/2
+	$(call MPIEXEC,900,4) $(BIN)/python -m pytest -m "not single" --share 1/2
 	$(call MPIEXEC,900,5) $(BIN)/python -m pytest -m "not single" tests/test_options.py tests/test_varlen.py
 	$(call MPIEXEC,900,6) $(BIN)/python -m pytest -m "not single" tests/test_ring.py tests/test_replicated.py tests/test_mesh.py tests/test_decode.py
 

@@ -126,7 +126,8 @@ setup(
             *("sphinx-copybutton", "sphinx-design", "sphinx-gallery>=0.19", "jax>=0.10", "torch>=2.5"),
         ],
         "test": [
-            *("array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "safetensors"),
+            *("array-api-strict", "build", "hypothesis", "ml_dtypes", "numpydoc>=1.8", "pytest>=8", "pytest-xdist"),
+            "safetensors",
             "setuptools>=77",  # setup.py is run
         ],
         "torch": ["torch>=2.5"],

@@ -1,6 +1,8 @@
 """The communicator, and what keeps ranks in lockstep: the same examples on all, and no rank waits for one that failed."""
 
 import sys
+import zlib
+from collections import defaultdict
 
 import pytest
 from checks import distributed, local
@@ -48,6 +50,26 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(workspace, "_REFERENCES_OF_POOL", None)  # nothing is found to be given back
     yield
     free_workspace()
+
+
+def pytest_addoption(parser):
+    """`--share 0/2`, and elsewhere `--share 1/2`: what takes long is split between two runs."""
+    parser.addoption("--share", metavar="K/N", help="of the sets of parameters of every test only one N-th, the K-th from 0")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every test takes part in every share. The sets of parameters are chosen by their names, the same on all ranks."""
+    if not config.option.share:
+        return
+    share, shares = map(int, config.option.share.split("/"))
+    tests = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for sets in tests.values():
+        kept.update([item for item in sets if zlib.crc32(item.nodeid.encode()) % shares == share] or sets)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.hookimpl(trylast=True)

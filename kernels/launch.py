@@ -1,16 +1,19 @@
 """Run time: load the compiled kernels and launch them on a queue, through the C interface of dpctl.
 
 `SyclQueue.submit_async` converts every argument again in every call, about 1 µs each. The C function under it takes arrays of
-addresses, of which all but the pointers to USM memory are made once: a launch costs 20 to 30 µs instead of 60 to 140.
+addresses, of which all but the pointers to USM memory are made once: a launch costs 20 to 30 µs instead of 60 to 140. A step
+that does nothing but launch kernels can be recorded and run again with other memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import threading
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import dpctl
 from dpctl import SyclQueue
@@ -25,13 +28,14 @@ from . import manifest
 from .constants import specialise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
 
     from .constants import Constants
 
 _SCALARS = {"int64": ctypes.c_int64, "float32": ctypes.c_float, "float64": ctypes.c_double}
+REPLAYED = 256  # steps that a `Replay` knows
 KEPT_BYTES = 65536  # hashing more takes longer than sending it again
 # of DPCTLKernelArgType in dpctl_sycl_enum_types.h
 _TYPE_IDS = {"int64": 6, "float32": 8, "float64": 9, "pointer": 10}
@@ -99,38 +103,94 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
     return kernel
 
 
-@lru_cache(maxsize=256)
-def _kernel_of_queue(queue: Any, name: str, constants: Constants) -> Any:
-    """The kernel for a queue: asking a queue for its context and device takes longer than this look-up."""
-    return _kernel(queue.sycl_context, queue.sycl_device, name, constants)
+class Launch:
+    """A kernel with its queue, its index space and all of its arguments but the pointers; see `launch`."""
+
+    def __init__(
+        self, queue: Any, name: str, scalars: tuple[float, ...], groups: int, lanes: int, constants: Constants = ()
+    ) -> None:
+        if lanes > queue.sycl_device.max_work_group_size:
+            # dpctl can return normally from such a launch, with the output untouched
+            raise RuntimeError(f"kernel {name} needs work-groups of {lanes}, {queue.sycl_device.name} allows fewer")
+        kinds = [kind for _, kind in manifest.read()[name]["arguments"]]
+        values = [_SCALARS[kind](value) for kind, value in zip(kinds[len(kinds) - len(scalars) :], scalars, strict=True)]
+        self.name, self._memories, count = name, len(kinds) - len(scalars), len(kinds)
+        self._what = f"kernel {name} over {groups} groups of {lanes}"
+        self._queue, self._kernel, self._scalars = (
+            queue,
+            _kernel(queue.sycl_context, queue.sycl_device, name, constants),
+            values,
+        )
+        self._arguments = ctypes.c_void_p * count
+        self._addresses = bytes(self._arguments(*[None] * self._memories, *map(ctypes.addressof, values)))
+        self._first = self._kernel.addressof_ref(), queue.addressof_ref()
+        index_space = (ctypes.c_size_t * 1)(groups * lanes), (ctypes.c_size_t * 1)(lanes), 1
+        self._last = (ctypes.c_int * count)(*map(_TYPE_IDS.__getitem__, kinds)), count, *index_space, None, 0
+
+    def run(self, memories: Sequence[Any]) -> None:
+        """Run it with these pointers, after all earlier work of the queue, and wait for it."""
+        if len(memories) != self._memories:
+            raise RuntimeError(f"{self._what} takes {self._memories} pointers before its scalars, not {len(memories)}")
+        if _recording.launches is not None:
+            _recording.launches.append((self, tuple(memories)))
+        addresses = self._arguments.from_buffer_copy(self._addresses)
+        addresses[: self._memories] = [memory._pointer for memory in memories]
+        self._queue.wait()
+        event = _submit(*self._first, addresses, *self._last)
+        if not event:
+            raise RuntimeError(f"the device refused to run {self._what}")
+        _wait(event)
+        _delete(event)
 
 
-@lru_cache(maxsize=64)
-def _max_lanes(queue: Any) -> int:
-    return queue.sycl_device.max_work_group_size
+class _Recording(threading.local):
+    launches: list[tuple[Launch, Sequence[Any]]] | None = None
 
 
-class _Arguments(NamedTuple):
-    """All of an argument list but the pointers, as the C interface takes it."""
-
-    addresses: bytes  # one per argument; those of the pointers are still empty
-    types: Any
-    scalars: Any  # what the addresses point to
-    memories: int  # how many pointers come first
+_recording = _Recording()
 
 
-@lru_cache(maxsize=1024)
-def _arguments(name: str, scalars: tuple[float, ...]) -> _Arguments:
-    kinds = [kind for _, kind in manifest.read()[name]["arguments"]]
-    memories = len(kinds) - len(scalars)
-    values = [_SCALARS[kind](value) for kind, value in zip(kinds[memories:], scalars, strict=True)]
-    addresses = (ctypes.c_void_p * len(kinds))(*[None] * memories, *map(ctypes.addressof, values))
-    return _Arguments(bytes(addresses), (ctypes.c_int * len(kinds))(*map(_TYPE_IDS.__getitem__, kinds)), values, memories)
+@contextmanager
+def _recorded() -> Iterator[list[tuple[Launch, Sequence[Any]]]]:
+    """The launches that this thread makes in the block, and the memories of each."""
+    _recording.launches = launches = []
+    try:
+        yield launches
+    finally:
+        _recording.launches = None
 
 
-@lru_cache(maxsize=256)
-def _range(n: int) -> Any:
-    return (ctypes.c_size_t * 1)(n)
+class Replay:
+    """Steps that launch kernels, run again without what leads to the launches."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[tuple[Launch, list[int]]] | None] = {}
+
+    def run(self, key: Any, arrays: Sequence[Any], step: Callable[[], object]) -> None:
+        """Do a step for these USM arrays, or launch what it launched when there was this key before.
+
+        All that the step does to the arrays are launches, which follow from the key, but for the memory of the arrays. A step
+        that also launches kernels on other memory is done every time.
+        """
+        memories = [x.usm_data for x in arrays]
+        numbers = {id(memory): n for n, memory in enumerate(memories)}
+        key = key, *[numbers[id(memory)] for memory in memories]  # arrays may share memory
+        if key not in self._known:
+            with _recorded() as launches:
+                step()
+            if len(self._known) >= REPLAYED:  # of lengths that never come again, for instance
+                self._known.clear()
+            only_these = all(id(memory) in numbers for _, used in launches for memory in used)
+            self._known[key] = [(x, [numbers[id(memory)] for memory in used]) for x, used in launches] if only_these else None
+        elif (known := self._known[key]) is None:
+            step()
+        else:
+            for launch, used in known:
+                launch.run([memories[n] for n in used])
+
+
+# A launch is made once: the next call like this one finds it again.
+ready = lru_cache(maxsize=1024)(Launch)
 
 
 def upload(queue: Any, x: np.ndarray) -> Any:
@@ -185,21 +245,4 @@ def launch(
     constants : tuple of (int, int)
         Numbers and values of the kernel's specialisation constants that are not 0.
     """
-    if lanes > _max_lanes(queue):
-        # dpctl can return normally from such a launch, with the output untouched
-        raise RuntimeError(f"kernel {name} needs work-groups of {lanes}, {queue.sycl_device.name} allows fewer")
-    kernel = _kernel_of_queue(queue, name, constants)
-    arguments = _arguments(name, scalars)
-    if len(memories) != arguments.memories:
-        raise RuntimeError(f"kernel {name} takes {arguments.memories} pointers before these scalars, not {len(memories)}")
-    count = len(arguments.types)
-    addresses = (ctypes.c_void_p * count).from_buffer_copy(arguments.addresses)
-    for i, memory in enumerate(memories):
-        addresses[i] = memory._pointer
-    queue.wait()
-    of_kernel, of_queue = kernel.addressof_ref(), queue.addressof_ref()
-    event = _submit(of_kernel, of_queue, addresses, arguments.types, count, _range(groups * lanes), _range(lanes), 1, None, 0)
-    if not event:
-        raise RuntimeError(f"the device refused to run kernel {name} over {groups} groups of {lanes}")
-    _wait(event)
-    _delete(event)
+    ready(queue, name, scalars, groups, lanes, constants).run(memories)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .launch import KEPT_BYTES, launch, place, upload
+from .launch import KEPT_BYTES, place, ready, upload
 from .panel_copy import LANES, MAX_SOURCES, MAX_TARGETS, Panel, name
 
 if TYPE_CHECKING:
@@ -39,31 +39,45 @@ def target_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int,
 _PANEL_BYTES = 8 * len(Panel._fields)
 
 
-@lru_cache(maxsize=128)
-def _table(queue: Any, panels: tuple[Panel, ...]) -> Any:
-    """The table of panels in device memory."""
-    return upload(queue, np.array(panels, dtype=np.int64))
+class Relayout:
+    """Panels as they are copied between arrays of these dtypes on a queue: a launch, and the table of panels if it is small."""
+
+    def __init__(self, queue: Any, source: Any, target: Any, panels: tuple[Panel, ...], rows: int, batch: int) -> None:
+        panels = _merged(panels)
+        self._launch = None
+        if not panels or rows * batch == 0:
+            return
+        kernel = name(source, target, sums=any(panel.add for panel in panels))
+        self._launch = ready(queue, kernel, (len(panels), batch), rows * batch, LANES)
+        self._new_table = partial(upload, queue, np.array(panels, dtype=np.int64))
+        self._table = self._new_table() if self.is_small(panels) else None
+
+    @staticmethod
+    def is_small(panels: Sequence[Panel]) -> bool:
+        """Whether the table is kept for the next time."""
+        return len(panels) * _PANEL_BYTES <= KEPT_BYTES
+
+    def run(self, sources: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Copy between arrays, up to six and up to three."""
+        if self._launch is not None:
+            # an array that no panel names still needs a valid pointer
+            of_sources = [x.usm_data for x in sources] + [sources[0].usm_data] * (MAX_SOURCES - len(sources))
+            of_targets = [x.usm_data for x in targets] + [targets[0].usm_data] * (MAX_TARGETS - len(targets))
+            self._launch.run([*of_sources, *of_targets, self._new_table() if self._table is None else self._table])
+
+
+_relayout = lru_cache(maxsize=128)(Relayout)
 
 
 def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
     """Copy `panels` from `sources` (up to six USM arrays of one dtype) to `targets` (up to three), all on one queue."""
-    panels = _merged(tuple(panels))
-    if not panels or rows * batch == 0:
-        return
-    queue = targets[0].sycl_queue
-    table = _table if len(panels) * _PANEL_BYTES <= KEPT_BYTES else _table.__wrapped__
-    # an array that no panel names still needs a valid pointer
-    memories = [
-        (*arrays, *[arrays[0]] * (most - len(arrays))) for arrays, most in ((sources, MAX_SOURCES), (targets, MAX_TARGETS))
-    ]
-    launch(
-        queue,
-        name(sources[0].dtype, targets[0].dtype, sums=any(panel.add for panel in panels)),
-        [*(x.usm_data for arrays in memories for x in arrays), table(queue, panels)],
-        (len(panels), batch),
-        groups=rows * batch,
-        lanes=LANES,
-    )
+    new = _relayout if Relayout.is_small(panels) else Relayout
+    new(targets[0].sycl_queue, sources[0].dtype, targets[0].dtype, tuple(panels), rows, batch).run(sources, targets)
+
+
+def free_tables() -> None:
+    """Give back the tables of panels that are kept."""
+    _relayout.cache_clear()
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ._call.checks import NAMES, check_inputs, check_layout, device_of
-from ._call.definitions import Option
+from ._call.definitions import Option, by_value
 from ._call.layout import Layout, axes_of, bshd_shape, from_bshd, inverse, lse_to_user, to_bshd
 from ._call.options import AttentionOptions, check_options
 from ._device.arrays import tensor
@@ -61,8 +61,9 @@ def check_attention(
     """
     layout = check_layout(layout)
     arrays, geometry = check_inputs(q, k, v, names, layout, dtype)
-    if type(attn_type) is AttnType and type(return_lse) is bool and all(map(_is_plain, options.values())):
-        settings = _plain_options(geometry, layout, return_lse, attn_type, tuple((x, type(y), y) for x, y in options.items()))
+    plain = by_value(options)
+    if type(attn_type) is AttnType and type(return_lse) is bool and plain is not None:
+        settings = _plain_options(geometry, layout, return_lse, attn_type, plain)
     else:
         settings = check_options(geometry, arrays[0], layout, options, return_lse=return_lse, return_lse_name=names.return_lse)
         settings = replace(settings, backend=backend_for(attn_type))
@@ -71,16 +72,11 @@ def check_attention(
     return arrays, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an option says all by its value and type."""
-    return type(value) in (bool, int, float, type(None)) or (type(value) is tuple and all(type(x) is int for x in value))
-
-
 @lru_cache(maxsize=256)
 def _plain_options(
     geometry: Geometry, layout: Layout, return_lse: bool, attn_type: AttnType, options: tuple[tuple[str, type, Any], ...]
 ) -> Options:
-    """The checks that calls with the same plain options need not repeat. The types tell True from 1, which are equal."""
+    """The checks that calls with the same plain options need not repeat."""
     checked = check_options(geometry, None, layout, {name: value for name, _, value in options}, return_lse=return_lse)
     return replace(checked, backend=backend_for(attn_type))
 

@@ -8,14 +8,16 @@ from ._call.checks import check_exchange, check_node_size, check_overlap, shared
 from ._call.definitions import Option, options_of
 from ._local import LocalOptions
 from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
+from ._ranks.partition import kv_heads_are_shared, part_heads, share_heads
 from .mesh import RingSize, check_ring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ._call.checks import Geometry
     from ._call.options import Options
     from ._ranks import mpi
+    from ._ranks.partition import Heads
 
 KVS = ("ring", "all_gather")  # how keys get to the rows of other groups
 
@@ -178,6 +180,33 @@ class Placement(NamedTuple):
         """The values of the ranks of this group, of those of all."""
         first = self.ranks.rank - self.group.rank
         return values[first : first + self.group.size]
+
+
+class Course(NamedTuple):
+    """What a call does that follows from its options and from the rows of all ranks."""
+
+    placement: Placement
+    heads: Heads  # of this rank
+    shares: list[tuple[Heads, ...]]  # of the ranks of the group, in parts
+    q_rows: tuple[int, ...]  # of the ranks of the group
+    k_rows: tuple[int, ...]
+    lists: list[Any]  # what travels for every part
+
+    @classmethod
+    def of(
+        cls,
+        placement: Placement,
+        counts: Sequence[tuple[int, ...]],
+        geometry: Geometry,
+        parts: Callable[[bool], int],
+        travels: Callable[..., Any],
+    ) -> Course:
+        """The course of a call in so many parts, which may depend on whether several ranks read one kv head."""
+        heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
+        shares = part_heads(heads, geometry.group, parts(kv_heads_are_shared(heads)))
+        q_rows, k_rows = map(placement.of_group, counts)
+        lists = [travels(share, q_rows, k_rows) for share in shares]
+        return cls(placement, heads[placement.group.rank], shares, q_rows, k_rows, lists)
 
 
 def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: mpi.Ranks, geometry: Geometry, settings: Options) -> Wish:

@@ -121,6 +121,25 @@ class _Part:
         self.to_rows = [new(items, by_heads=what.by_heads) for items in trips(to_rows)]
         self._results = self.to_rows if what.by_heads is None else []  # that still have to be computed
 
+    def begin(self, what: Description) -> None:
+        """Take what belongs to a call alone."""
+        if what.by_heads is not None:
+            for move in self.to_rows:
+                move.use(what.by_heads)
+
+    def renew(self, like: Any) -> None:
+        """Get what has to be new in every call."""
+        for move in self.to_heads:
+            move.renew(like)
+
+    def end(self, what: Description) -> None:
+        """Let go of what belongs to a call alone."""
+        for move in self.to_heads:
+            move.let_go()
+        if what.by_heads is not None:
+            for move in self.to_rows:
+                move.use(None)
+
     def at_hand(self) -> Arrays:
         """All items by heads: those that came, and memory for those that go back."""
         arrays: Arrays = {}
@@ -134,6 +153,12 @@ class _Part:
         """What was computed, to where it is sent from."""
         for move in self._results:
             move.fill(arrays)
+
+
+def renew(parts: list[_Part], like: Any) -> None:
+    """Get what has to be new in every call, for one that repeats the one that has left these parts."""
+    for part in parts or ():
+        part.renew(like)
 
 
 def slot_of(call: str, part: int, message: int) -> str:
@@ -178,7 +203,9 @@ def run(
             what.ring.prepare()
         return [_Part(what, link, n, windows) for n in range(len(what.parts))]
 
-    parts = call.prepare(agreement, prepare, fresh=what.keep)
+    parts = call.prepare(agreement, prepare, lasts=what.ring is None)
+    for part in parts:
+        part.begin(what)
     arrays, results = call.local(what.begin) or ({}, {})
     outcomes: list[Any] = []
 
@@ -209,5 +236,6 @@ def run(
         for part in parts:  # whatever happened: MPI must not write into memory that is used again
             for move in (*part.to_heads, *part.to_rows):
                 call.exchange(move.wait)
+            part.end(what)
     call.confirm()
     return results, outcomes

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _local, _path
 from ._call.checks import NAMES, Geometry, Names, check_flag, check_inputs
-from ._call.definitions import parted, takes
+from ._call.definitions import by_value, parted, takes
 from ._device.arrays import from_host
 from ._device.copies import copy_arrays
 from ._device.queue import device_turn
@@ -18,11 +18,11 @@ from ._device.trace import call
 from ._device.workspace import empty_like
 from ._findings import LargestScores
 from ._local import LocalOptions
-from ._mesh import MeshOptions, Placement, UlyssesOptions, Wish, check_mesh
+from ._mesh import Course, MeshOptions, Placement, UlyssesOptions, Wish, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
-from ._ranks.agree import Checked, agree
-from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from ._ranks.agree import Checked, Common, agree
+from ._ranks.partition import HeadMap, column
 from ._ranks.redistribution import as_columns
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ._call.options import Options
     from ._device.arrays import Array
     from ._ranks.orders import Place
-    from ._ranks.partition import Heads
     from ._ring import Ring
 
 
@@ -257,58 +256,65 @@ def distributed(
     of_mesh, of_attention = parted(options, MeshOptions)
     ranks = ranks_of(function, comm, of_mesh.get("ring"), names.comm)
 
+    of_ranks = by_value(of_mesh | {"replicated_at": replicated_at, "ctx": return_ctx, "dtype": of_attention.get("dtype")})
+
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
         q, k, v = inputs if unpack is None else unpack(*inputs, of_attention.get("layout"))
         more = _check_more(return_max_logit)
         given, geometry, settings = _local.check_attention(q, k, v, names, more=more, **of_attention)
-        check_flag("return_ctx", return_ctx)
-        wish = check_mesh(of_mesh, replicated_at, ranks, geometry, settings)
         of_tokens: tuple[Array, ...] = ()
         if replicated is not None:
             check_tokens = partial(check_inputs, names=NAMES, layout=settings.layout, dtype=of_attention.get("dtype"))
             of_tokens = check_replicated(replicated, "qkv", check_tokens, given[0], geometry)
         counts = _local.rows_of(of_tokens, settings.layout) if of_tokens else (0, 0)
-        tokens = Replicated.of(counts, ranks.size, wish, settings)
-        arrays = tokens.brought(ranks.rank, "qkv", *(_local.to_usm(x, settings.layout) for x in (given, of_tokens)))
-        how = wish.common() | {"replicated": counts, "return_ctx": return_ctx, "return_max_logit": bool(return_max_logit)}
-        common = vars(geometry) | settings.common() | how
-        as_given = {name: value for name, value in of_attention.items() if name != "return_lse"}
-        context = Context(geometry, ranks.size, _local.rows_of(given, settings.layout), counts, as_given, wish)
+        its_rows = _local.rows_of(given, settings.layout)
+
+        def check_with_ranks() -> tuple[Replicated, Common, Context]:
+            check_flag("return_ctx", return_ctx)
+            wish = check_mesh(of_mesh, replicated_at, ranks, geometry, settings)
+            how = wish.common() | {"replicated": counts, "return_ctx": return_ctx, "return_max_logit": bool(more)}
+            common = Common(function, vars(geometry) | settings.common() | how)
+            as_given = {name: value for name, value in of_attention.items() if name != "return_lse"}
+            context = Context(geometry, ranks.size, its_rows, counts, as_given, wish)
+            return Replicated.of(counts, ranks.size, wish, settings), common, context
+
+        key = (function, ranks, its_rows, counts, more, of_ranks) if of_ranks else object()
+        tokens, common, context = settings.once(key, check_with_ranks)
+        wish = context.wish
+        arrays = tokens.brought(ranks.rank, "qkv", *[_local.to_usm(x, settings.layout) for x in (given, of_tokens)])
         rows = arrays[0].shape[1], arrays[1].shape[1]
-        return Checked(rows, common, (given[0], arrays, settings, tokens, context), (arrays[0].sycl_queue, wish.exchange))
+        result = given[0], arrays, settings, tokens, context
+        renew = partial(_path.renew, like=arrays[0]) if return_ctx else None
+        return Checked(rows, common, result, (arrays[0].sycl_queue, wish.exchange), renew)
 
     with call(function):
         agreement = agree(ranks, function, check)
         like, arrays, settings, tokens, context = agreement.result
         geometry, wish = context.geometry, context.wish
-        q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
-        settings.check_lengths(function, sum(q_rows), sum(k_rows))
+
+        def lay_out() -> Course | None:
+            counts = column(agreement.sizes, 0), column(agreement.sizes, 1)
+            settings.check_lengths(function, *map(sum, counts))
+            if ranks.size == 1:
+                return None
+            placement = Placement.of(function, ranks, wish, counts, settings, tokens.shares)
+            travels = partial(_path.forward_lists, geometry, arrays[0].dtype, lse=settings.return_lse)
+            # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
+            return Course.of(placement, counts, geometry, lambda shared: 1 if return_ctx and shared else wish.overlap, travels)
+
+        course = settings.once((context, *agreement.sizes), lay_out)
         # Delegate.
         largest, settings = _watched(settings, geometry, return_max_logit)
         parts: list[Arrays] = []
-        if ranks.size == 1:
+        if course is None:
             with device_turn:
                 out, lse = _local.attend_whole(arrays, geometry, settings)
         else:
-            placement = Placement.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
-            heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
-            # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
-            together = return_ctx and kv_heads_are_shared(heads)
-            shares = part_heads(heads, geometry.group, 1 if together else wish.overlap)
-            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
-            link = mpi.link(placement.group, arrays[0].sycl_queue, **way)
-            forward = _describe(
-                arrays,
-                geometry,
-                settings,
-                shares,
-                placement.of_group(q_rows),
-                placement.of_group(k_rows),
-                rank=placement.group.rank,
-                keep=return_ctx,
-                ring=new_ring(placement, link.route, arrays[1], geometry, settings, heads[placement.group.rank]),
-            )
+            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(course.shares) == 1}
+            link = mpi.link(course.placement.group, arrays[0].sycl_queue, **way)
+            ring = new_ring(course.placement, link.route, arrays[1], geometry, settings, course.heads)
+            forward = _describe(arrays, geometry, settings, course, keep=return_ctx, ring=ring)
             results, parts = _path.run(function, agreement, ranks, link, forward)
             out, lse = results["out"], results.get("lse")
         results = {"out": out, "lse": lse} if settings.return_lse else {"out": out}
@@ -339,11 +345,8 @@ def _describe(
     arrays: Sequence[Any],
     geometry: Geometry,
     options: Options,
-    shares: list[tuple[Heads, ...]],
-    q_rows: tuple[int, ...],
-    k_rows: tuple[int, ...],
+    course: Course,
     *,
-    rank: int,
     keep: bool,
     ring: Ring | None = None,
 ) -> Description:
@@ -359,8 +362,8 @@ def _describe(
 
     def attend(number: int, at_hand: Arrays) -> Arrays:
         """Attention of all rows and the heads of one part; returns what a gradient needs of it."""
-        mine, sent = shares[number][rank], at_hand.get("lse")
-        shape = geometry.batch, mine.q_count, sum(q_rows)
+        mine, sent = course.shares[number][course.placement.group.rank], at_hand.get("lse")
+        shape = geometry.batch, mine.q_count, sum(course.q_rows)
         lse = empty_like(q, shape, lse_dtype) if keep else sent
         heads = HeadMap(geometry.group, mine.shift, mine.q_start)
         if ring is None:
@@ -371,5 +374,4 @@ def _describe(
             copy_arrays([as_columns(lse, lse_dtype)], [as_columns(sent, lse_dtype)])
         return {name: at_hand[name] for name in "qkv"} | {"lse": lse} if keep else {}
 
-    lists = [_path.forward_lists(geometry, q.dtype, share, q_rows, k_rows, lse=options.return_lse) for share in shares]
-    return Description("forward", q, geometry.batch, lists, begin, attend, keep=keep, ring=ring)
+    return Description("forward", q, geometry.batch, course.lists, begin, attend, keep=keep, ring=ring)

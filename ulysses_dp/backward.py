@@ -25,11 +25,11 @@ from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._findings import ScoreGradients
 from ._local import LocalOptions
-from ._mesh import MeshOptions, Placement, UlyssesOptions, check_mesh
+from ._mesh import Course, MeshOptions, Placement, UlyssesOptions, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
-from ._ranks.agree import Checked, agree
-from ._ranks.partition import HeadMap, column, kv_heads_are_shared, part_heads, share_heads
+from ._ranks.agree import Checked, Common, agree
+from ._ranks.partition import HeadMap, column
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
 from .attention import Context
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from ._device.arrays import Array
     from ._mesh import Wish
     from ._ranks.orders import Place
-    from ._ranks.partition import Heads
     from ._ring import Ring
 
 ARRAYS = ("q", "k", "v")
@@ -255,15 +254,20 @@ def ulysses_attention_backward(
         if of_tokens:
             usm, usm_tokens = _with_zeros(usm, usm_tokens)
         arrays = tokens.brought(ranks.rank, GIVEN, usm, usm_tokens)
-        common = {
-            "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
-            **wish.common(),
-            "replicated": counts,
-            "bias_grad": "bias_grad" in more,
-            "slopes_grad": "slopes_grad" in more,
-            **vars(geometry),
-            **settings.common(),
-        }
+
+        def for_all() -> Common:
+            values = {
+                "ctx": f"of {len(ctx.parts)} parts" if ctx else "not given",
+                **wish.common(),
+                "replicated": counts,
+                "bias_grad": "bias_grad" in more,
+                "slopes_grad": "slopes_grad" in more,
+                **vars(geometry),
+                **settings.common(),
+            }
+            return Common(function, values)
+
+        common = settings.once((function, wish, counts, more, ctx and len(ctx.parts)), for_all)
         result = inputs[1], arrays, geometry, settings, wish, tokens
         rows = arrays[1].shape[1], arrays[2].shape[1]
         return Checked(rows, common, result, (arrays[0].sycl_queue, wish.exchange))
@@ -271,40 +275,32 @@ def ulysses_attention_backward(
     with call(function):
         agreement = agree(ranks, function, check)
         like, arrays, geometry, settings, wish, tokens = agreement.result
-        q_rows, k_rows = column(agreement.sizes, 0), column(agreement.sizes, 1)
-        settings.check_lengths(function, sum(q_rows), sum(k_rows))
+        kept = ctx.parts if ctx else ()
+
+        def lay_out() -> Course | None:
+            counts = column(agreement.sizes, 0), column(agreement.sizes, 1)
+            settings.check_lengths(function, *map(sum, counts))
+            if ranks.size == 1:
+                return None
+            placement = Placement.of(function, ranks, wish, counts, settings, tokens.shares)
+            travels = partial(_path.gradient_lists, geometry, arrays[1].dtype, context=bool(kept))
+            # the sums of a kv head that several ranks read have the order of the ranks: they stay together
+            return Course.of(
+                placement, counts, geometry, lambda shared: len(kept) if kept else 1 if shared else wish.overlap, travels
+            )
+
+        course = settings.once((function, ranks, wish, tokens, len(kept), *agreement.sizes), lay_out)
         # Delegate.
-        if ranks.size == 1:
+        if course is None:
             with device_turn:
                 grads, dsinks = _differentiate_whole(arrays, geometry, settings)
         else:
-            placement = Placement.of(function, ranks, wish, (q_rows, k_rows), settings, tokens.shares)
-            heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
-            # the sums of a kv head that several ranks read have the order of the ranks: they stay together
-            together = kv_heads_are_shared(heads)
-            shares = part_heads(heads, geometry.group, len(ctx.parts) if ctx else 1 if together else wish.overlap)
-            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(shares) == 1}
+            placement = course.placement
+            way = {"exchange": wish.exchange, "node_size": wish.node_size, "blocking": len(course.shares) == 1}
             link = mpi.link(placement.group, arrays[0].sycl_queue, **way)
-            gradient = _describe(
-                arrays,
-                geometry,
-                settings,
-                shares,
-                placement.of_group(q_rows),
-                placement.of_group(k_rows),
-                rank=placement.group.rank,
-                kept=ctx.parts if ctx else (),
-                ring=new_ring(
-                    placement,
-                    link.route,
-                    arrays[2],
-                    geometry,
-                    settings,
-                    heads[placement.group.rank],
-                    backward=True,
-                    kept=ctx.parts[0] if ctx else None,
-                ),
-            )
+            of_ring = {"backward": True, "kept": kept[0] if kept else None}
+            ring = new_ring(placement, link.route, arrays[2], geometry, settings, course.heads, **of_ring)
+            gradient = _describe(arrays, geometry, settings, course, kept=kept, ring=ring)
             results, dsinks_of_parts = _path.run(function, agreement, ranks, link, gradient)
             grads, dsinks = [results[name] for name in GRADIENTS], None
             if settings.sinks is not None:
@@ -469,11 +465,8 @@ def _describe(
     arrays: Sequence[Any],
     geometry: Geometry,
     options: Options,
-    shares: list[tuple[Heads, ...]],
-    q_rows: tuple[int, ...],
-    k_rows: tuple[int, ...],
+    course: Course,
     *,
-    rank: int,
     kept: tuple[Arrays, ...],
     ring: Ring | None = None,
 ) -> Description:
@@ -487,7 +480,7 @@ def _describe(
 
     def differentiate(number: int, at_hand: Arrays) -> np.ndarray | None:
         """Gradients of all rows and the heads of one part; returns that of their sinks."""
-        mine = shares[number][rank]
+        mine = course.shares[number][course.placement.group.rank]
         if kept:
             at_hand = at_hand | kept[number]
         heads = HeadMap(geometry.group, mine.shift, mine.q_start)
@@ -499,5 +492,4 @@ def _describe(
         sinks = None if options.sinks is None else options.sinks[mine.q_start : mine.q_start + mine.q_count]
         return _of_sinks(at_hand["lse"], at_hand["delta"], sinks)
 
-    lists = [_path.gradient_lists(geometry, q.dtype, share, q_rows, k_rows, context=bool(kept)) for share in shares]
-    return Description("gradient", q, geometry.batch, lists, begin, differentiate, ring=ring)
+    return Description("gradient", q, geometry.batch, course.lists, begin, differentiate, ring=ring)

@@ -18,7 +18,7 @@ from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._local import LocalOptions
 from ._ranks import mpi
-from ._ranks.agree import Checked, CollectiveCall, agree
+from ._ranks.agree import Checked, CollectiveCall, Common, agree
 from ._ranks.orders import Segment
 from ._ranks.partition import HeadMap
 from ._ring import check_lse
@@ -118,7 +118,7 @@ def decode_attention(
             raise ValueError(f"lengths must be a number or {geometry.batch}, one for every batch, not {len(used)}")
         queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse, "numbers in lengths": len(used)}
         common = vars(geometry) | settings.common() | queries
-        return Checked((max(used),), common, (given[0], arrays, geometry, settings, used), None)
+        return Checked((max(used),), Common(function, common), (given[0], arrays, geometry, settings, used))
 
     with call(function):
         agreement = agree(ranks, function, check)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ._call.checks import check_integer
 from ._ranks import mpi
-from ._ranks.agree import Checked, agree
+from ._ranks.agree import Checked, Common, agree
 
 
 class Mesh:
@@ -61,7 +61,7 @@ class Mesh:
         # Validate inputs.
         def check() -> Checked[int]:
             size = check_ring(ring, ranks)
-            return Checked((), {"ring": size}, size, None)
+            return Checked((), Common("Mesh", {"ring": size}), size)
 
         groups = agree(ranks, "Mesh", check).result
         # Delegate.

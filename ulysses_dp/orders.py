@@ -12,7 +12,7 @@ from ._device.arrays import from_host, tensor, to_host
 from ._device.trace import call
 from ._mesh import check_order, check_rows
 from ._ranks import mpi
-from ._ranks.agree import Checked, agree
+from ._ranks.agree import Checked, Common, agree
 from ._ranks.orders import positions, rows_of_ranks
 from .mesh import check_ring, ranks_of
 
@@ -202,7 +202,7 @@ def unshard_rows(
             "dtype": array.dtype,
         }
         check_device(array)
-        return Checked((array.shape[at],), common, (array, at), None)
+        return Checked((array.shape[at],), Common(function, common), (array, at))
 
     with call(function):
         agreement = agree(ranks, function, check)

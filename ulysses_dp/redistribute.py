@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import _path
@@ -24,7 +25,7 @@ from ._device.trace import call, stage
 from ._device.workspace import empty_like
 from ._path import Arrays, Description, Lists
 from ._ranks import mpi
-from ._ranks.agree import Checked, agree
+from ._ranks.agree import Checked, Common, agree
 from ._ranks.partition import Item, blocks_of, column, split
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _redistribute(
     ranks = mpi.resolve_comm(function, comm)
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, Any, tuple[int, ...], bool, tuple[int, ...]]]:
+    def check() -> Checked[tuple[Array, Any, tuple[int, ...], bool, tuple[int, ...], Any]]:
         to_heads, axes = direction()
         check_node_size(node_size, ranks.size)
         given = check_array("x", x)
@@ -219,11 +220,15 @@ def _redistribute(
             wanted = split(seq, ranks.size)[ranks.rank] if seq_local is None else check_count("seq_local", seq_local)
             sizes, common["seq"] = (heads, wanted), seq
         usm = permute(given.usm(), axes)
-        return Checked(sizes, common, (given, usm, shape, to_heads, axes), (usm.sycl_queue, exchange))
+        # what is stored as it is sent needs no memory by heads
+        in_place = None if to_heads or exchange == "shared" else _as_sent(usm)
+        memory_key = usm.sycl_queue, exchange, in_place is not None
+        renew = partial(_path.renew, like=usm) if to_heads else None
+        return Checked(sizes, Common(function, common), (given, usm, shape, to_heads, axes, in_place), memory_key, renew)
 
     with call(function):
         agreement = agree(ranks, function, check)
-        sizes, (given, usm, (_, seq, heads, _), to_heads, axes) = agreement.sizes, agreement.result
+        sizes, (given, usm, (_, seq, heads, _), to_heads, axes, in_place) = agreement.sizes, agreement.result
         if not to_heads and sum(wanted for _, wanted in sizes) != seq:
             wishes = ", ".join(str(wanted) for _, wanted in sizes)
             raise ValueError(f"{function}: the seq_local of all ranks ({wishes}) must add up to seq, {seq}")
@@ -235,7 +240,7 @@ def _redistribute(
                 what = _to_heads(usm, blocks_of(split(heads, ranks.size)), column(sizes, 0))
                 _, (result,) = _path.run(function, agreement, ranks, link, what)
             else:
-                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), link)
+                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank, in_place)
                 results, _ = _path.run(function, agreement, ranks, link, what)
                 result = results["x"]
         return given.give(permute(result, inverse(axes)))
@@ -248,14 +253,13 @@ def _to_heads(x: Any, heads: Share, rows: tuple[int, ...]) -> Description:
     return Description("", x, x.shape[0], [lists], lambda: ({"x": x}, {}), lambda _, arrays: arrays["x"], keep=True)
 
 
-def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], link: mpi.Link) -> Description:
+def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], rank: int, in_place: Any) -> Description:
     """No item to heads and one back: what is sent is x in its place, or else a copy, as where others read it."""
     batch, _, _, width = x.shape
     lists = Lists((), (Item("x", heads, rows, width, x.dtype),))
-    in_place = None if link.route.name == "shared" else _as_sent(x)
 
     def begin() -> tuple[Arrays, Arrays]:
-        return {}, {"x": empty_like(x, (batch, rows[link.ranks.rank], sum(count for _, count in heads), width))}
+        return {}, {"x": empty_like(x, (batch, rows[rank], sum(count for _, count in heads), width))}
 
     def copy(_: int, arrays: Arrays) -> None:
         if in_place is None:

@@ -71,6 +71,20 @@ def parted(options: Mapping[str, Any], keywords: type) -> tuple[dict[str, Any], 
     return {x: y for x, y in options.items() if x in of_it}, {x: y for x, y in options.items() if x not in of_it}
 
 
+def by_value(options: Mapping[str, Any]) -> tuple[tuple[str, type, Any], ...] | None:
+    """Name, type and value of options that say all by these, or None. The types tell True from 1, which are equal."""
+    if not all(map(_is_plain, options.values())):
+        return None
+    return tuple([(name, type(value), value) for name, value in options.items()])
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(type(x) is int for x in value))
+
+
+_PLAIN = frozenset([bool, int, float, str, type(None)])
+
+
 def _documentation(options: dict[str, Option]) -> str:
     indent = 4 * " "
     return "\n".join(

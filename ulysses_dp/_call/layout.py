@@ -16,16 +16,22 @@ PACKED = "thd"  # the rows of all sequences on one axis
 
 def bshd_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """The shape (batch, seq, heads, head_dim) of an array of this shape and layout; packed sequences are one batch."""
+    if layout == "bshd":
+        return shape
     return (1, *shape) if layout == PACKED else tuple(shape[axis] for axis in axes_of(layout))
 
 
 def to_bshd(x: Any, layout: Layout) -> Any:
     """A view (batch, seq, heads, head_dim) of a USM array of a layout; packed sequences are one batch."""
+    if layout == "bshd":
+        return x
     return x[None, ...] if layout == PACKED else permute(x, axes_of(layout))
 
 
 def from_bshd(x: Any, layout: Layout) -> Any:
     """The inverse of `to_bshd`."""
+    if layout == "bshd":
+        return x
     return x[0, ...] if layout == PACKED else permute(x, inverse(axes_of(layout)))
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, TypeVar
 
 import numpy as np
 
 from ulysses_dp.kernels import score
+from ulysses_dp.kernels.launch import Replay
 
 from .._device.arrays import Array, describe, library_of, tensor, to_host
 from .._device.dtypes import DTYPES, names
@@ -27,7 +28,7 @@ from .layout import PACKED, Layout
 from .spans import UNLIMITED, Block, spans, trim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 Real = float | np.floating[Any] | np.integer[Any]
@@ -362,6 +363,8 @@ class AttentionOptions(ScoreOptions, DtypeOptions, total=False):
 
 
 OPTIONS = options_of(ScoreOptions)
+REMEMBERED = 256  # findings that options keep
+_T = TypeVar("_T")
 ALL_MORE = "dlse", "return_max_logit", "bias_grad", "slopes_grad"  # that a call may take or give, if its backend does
 
 
@@ -402,6 +405,23 @@ class Options:
         }
 
     @cached_property
+    def replay(self) -> Replay:
+        """What calls with these options launch: options that are nothing but numbers come back with the next call."""
+        return Replay()
+
+    @cached_property
+    def _found(self) -> dict[Any, Any]:
+        return {}
+
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What `make` returns, which follows from the key and these options: it is not made again when they come back."""
+        if key not in self._found:
+            if len(self._found) >= REMEMBERED:  # of lengths that never come again, for instance
+                self._found.clear()
+            self._found[key] = make()
+        return self._found[key]
+
+    @cached_property
     def more_than_plain(self) -> frozenset[str]:
         """The options that need more than the causal kernel, by name."""
         return frozenset(self.given) - {"softmax_scale", "causal"}
@@ -427,7 +447,7 @@ class Options:
         """The same for some rows and keys, whose results are merged. A sink counts once, so it is not among them."""
         return replace(self, block=block, sinks=None)
 
-    @property
+    @cached_property
     def mask(self) -> tuple[tuple[str, Any], ...]:
         """What says which keys a row sees, but for bias and padding: arguments of `spans`."""
         names = "causal", "window_size", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"

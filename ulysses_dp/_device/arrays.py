@@ -40,6 +40,10 @@ class Library:
         """What keeps an array from being used: the exception, and what its message says after the name."""
         return None
 
+    def describe(self, x: Any) -> Array:
+        """What an array of this library is."""
+        return Array(x, self, dtype_of(x), tuple(x.shape), self.device(x), self.on_host(x))
+
     def device(self, x: Any) -> Any:
         """Where an array is, equal for arrays that can be used together: a queue, a device, or None."""
         raise NotImplementedError
@@ -67,6 +71,10 @@ class _Usm(Library):
 
     def owns(self, cls: type) -> bool:
         return issubclass(cls, tensor.usm_ndarray)
+
+    def describe(self, x: Any) -> Array:
+        usm = self.to_usm(x)  # asked for each of these, a dpnp.ndarray takes twice the time
+        return Array(x, self, _name_of(usm.dtype), usm.shape, usm.sycl_queue, False)
 
     def device(self, x: Any) -> Any:
         return x.sycl_queue
@@ -216,6 +224,8 @@ class Array(NamedTuple):
 
     def queue(self) -> Any:
         """The queue on which the array is, or from the host will be."""
+        if self.library.device_is == "queue":
+            return self.device
         return default_queue() if self.on_host else self.usm().sycl_queue
 
     def usm(self) -> Any:
@@ -233,7 +243,7 @@ class Array(NamedTuple):
 
 def describe(x: Any, library: Library) -> Array:
     """What an array of this library is."""
-    return Array(x, library, dtype_of(x), tuple(x.shape), library.device(x), library.on_host(x))
+    return library.describe(x)
 
 
 def library_of(x: Any) -> Library | None:

@@ -12,8 +12,8 @@ from weakref import WeakSet, ref
 
 import numpy as np
 
-from ulysses_dp.kernels import relayout
 from ulysses_dp.kernels.launch import free_uploads
+from ulysses_dp.kernels.relayout import free_tables
 
 from .arrays import tensor
 from .queue import default_queue
@@ -40,12 +40,12 @@ class _Store:
         self.results: list[tuple[Any, Any]] = []  # of results, in use or given back, with what they are good for
         self.evictions = 0
         self.seen: dict[Any, deque[ref[Any]]] = {}  # by queue: the last arrays of the user and results
-        self.prepared: dict[tuple[int, str], tuple[int, Any]] = {}  # by owner and function: the last call
+        self.prepared: dict[tuple[int, str], Any] = {}  # by owner and function: what the last call has left
 
 
 _this_thread = local()
 _stores: WeakSet[_Store] = WeakSet()
-_caches: list[Callable[[], object]] = [free_uploads, relayout._table.cache_clear]  # what `free_workspace` clears, too
+_caches: list[Callable[[], object]] = [free_uploads, free_tables]  # what `free_workspace` clears, too
 
 
 def freed_with_workspace(cached: _Cached) -> _Cached:
@@ -75,7 +75,8 @@ def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type:
     if key in memories and memories[key].nbytes >= nbytes:
         memories.move_to_end(key)
     else:
-        memories.pop(key, None)  # free the old one first
+        if memories.pop(key, None) is not None and owner:  # free the old one first, and what calls have made with it
+            _store().prepared.clear()
         _leave_queues(queue)
         # dpctl takes no memory for an array of which it does not hold a whole number of elements
         memories[key] = _allocate(queue, -(-nbytes // ALIGNMENT) * ALIGNMENT, usm_type)
@@ -162,9 +163,9 @@ def drop_shared(queue: Any, owner: int) -> None:
     store.prepared.clear()
 
 
-def prepared(key: tuple[int, str]) -> tuple[int, Any]:
-    """The call of a function on a communicator for which this thread has all memory: its digest, or 0; and its place."""
-    return _store().prepared.get(key, (0, None))
+def prepared(key: tuple[int, str]) -> Any:
+    """What the last call of a function on a communicator has left, if this thread has all memory of it, or None."""
+    return _store().prepared.get(key)
 
 
 def evictions() -> int:
@@ -172,9 +173,9 @@ def evictions() -> int:
     return _store().evictions
 
 
-def set_prepared(key: tuple[int, str], call: tuple[int, Any]) -> None:
-    """Remember that there is all memory for this call of a function on a communicator."""
-    _store().prepared[key] = call
+def set_prepared(key: tuple[int, str], left: Any) -> None:
+    """Keep what a call of a function on a communicator leaves, for which there is all memory."""
+    _store().prepared[key] = left
 
 
 def _references(entry: tuple[Any, Any]) -> int:

@@ -2,14 +2,16 @@
 
 A bad argument, a lack of memory or a failure of the computation on one rank raises the same exception on every rank, and the
 communicator stays usable. Before anything is sent, the ranks exchange one small record each: whether the checks passed, a
-digest of what must be the same everywhere, the rows of this rank, and a digest of the last call. Where all ranks made this very
-call the last time, they have the memory for it; otherwise they get it and exchange whether they did. From there on every rank
-takes part in all exchanges of the call, whatever fails on it, and the ranks exchange at the end whether something did.
+digest of what must be the same everywhere, the rows of this rank, and a digest of the last call if it was this one and there is
+memory for it again. Where all ranks made this very call the last time, they take what that has left; otherwise they get memory
+and exchange whether they did. From there on every rank takes part in all exchanges of the call, whatever fails on it, and the
+ranks exchange at the end whether something did.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -21,6 +23,8 @@ from . import mpi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+
 # what a call may raise; anything else arrives as a RuntimeError, since its constructor may want more than a message
 _EXCEPTIONS = {e.__name__: e for e in (TypeError, ValueError, NotImplementedError, MemoryError, ImportError, OSError)}
 _T = TypeVar("_T")
@@ -28,11 +32,32 @@ _SIZES = 2  # the most sizes that a call needs: the record of a rank has a fixed
 _LONGEST = 2000  # characters of a text that travels: what a user passes may have a text of any length
 
 
-class CallKey(NamedTuple):
-    """By what a rank knows a call for which it has the memory."""
+class Common:
+    """What must be the same on all ranks in a call of a function, by name. A call that is repeated may keep it."""
 
-    digest: int  # the same on all ranks
-    memory: Any  # what else the memory of this rank depends on: its queue, its route
+    def __init__(self, function: str, values: dict[str, Any]) -> None:
+        self._values = {"function": function} | values
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """What the ranks compare."""
+        return {name: _text(value) for name, value in self._values.items()}
+
+    @cached_property
+    def digest(self) -> int:
+        """A short number for it."""
+        return _digest(repr(self.texts))
+
+
+class Prepared(NamedTuple):
+    """What a call has left for the next one like it."""
+
+    record: tuple[int, ...]  # of this rank, but for its end
+    memory_key: Any
+    records: bytes  # of all ranks if these repeat it
+    digest: int  # of all this
+    sizes: list[tuple[int, ...]]
+    made: Any  # by `CollectiveCall.prepare`; None if it is to be made again
 
 
 @dataclass(frozen=True)  # Python 3.10 has no generic NamedTuple
@@ -41,7 +66,7 @@ class Agreement(Generic[_T]):
 
     sizes: list[tuple[int, ...]]  # the sizes of every rank
     result: _T  # of the checks of this rank
-    key: CallKey
+    prepared: Prepared | None  # what the call can leave; None on one rank
     repeated: bool  # whether all ranks have the memory of the same call
 
 
@@ -50,9 +75,10 @@ class Checked(Generic[_T]):
     """What the checks of one rank found."""
 
     sizes: tuple[int, ...]  # at most two that may differ between ranks
-    common: dict[str, Any]  # by name, what must be the same on all ranks
+    common: Common
     result: _T  # for this rank
-    memory_key: Any  # see `CallKey`
+    memory_key: Any = None  # what the memory of this rank depends on besides: its queue, its route
+    renew: Callable[[Any], object] | None = None  # gets what has to be new in every call, for what the last one has left
 
 
 class _Failure(NamedTuple):
@@ -87,25 +113,44 @@ def agree(ranks: mpi.Ranks, function: str, check: Callable[[], Checked[_T]]) -> 
     with stage("agree"):
         try:
             found = check()
-            sizes, result, memory_key = found.sizes, found.result, found.memory_key
-            texts = {"function": function} | {name: _text(value) for name, value in found.common.items()}
+            digest = found.common.digest
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             if ranks.size == 1:
                 raise _as_ours(function, _describe(caught)) from caught
-            error, sizes, texts, memory_key = caught, (), {"function": function}, None
+            error, found = caught, Checked((), Common(function, {}), None)  # type: ignore[arg-type]
+            digest = found.common.digest
+        sizes = found.sizes
         if ranks.size == 1:
-            return Agreement([sizes], result, CallKey(0, None), True)
-        last_digest, last_memory = prepared((ranks.handle, function))
-        if last_memory != memory_key:
-            last_digest = 0
-        failed = 0 if error is None else 1
-        record = (failed, _digest(repr(texts)), *sizes, *(_SIZES - len(sizes)) * (0,), last_digest)
-        records = mpi.share_record(ranks, record)
+            return Agreement([sizes], found.result, None, True)
+        record = (0 if error is None else 1, digest, *sizes, *(_SIZES - len(sizes)) * (0,))
+        last: Prepared | None = prepared((ranks.handle, function))
+        again = last is not None and last.record == record and last.memory_key == found.memory_key and _renewed(found, last)
+        records = mpi.share_record(ranks, (*record, last.digest if last is not None and again else 0))
+        content = records.tobytes()
+    if again and last is not None and content == last.records:
+        return Agreement(last.sizes, found.result, last, True)
     if records[:, 0].any() or (records[:, 1] != records[0, 1]).any():
-        _raise_everywhere(ranks, function, error, texts)
-    key = CallKey(_number(records[:, :-1].tobytes()), memory_key)
+        _raise_everywhere(ranks, function, error, found.common.texts)
     everyone = [tuple(map(int, record[2 : 2 + len(sizes)])) for record in records]
-    return Agreement(everyone, result, key, bool((records[:, -1] == key.digest).all()))
+    return Agreement(everyone, found.result, _preparation(record, found.memory_key, records, everyone), False)
+
+
+def _renewed(found: Checked[Any], last: Prepared) -> bool:
+    """Whether this rank has the memory of the last call again. If it has not, all ranks get theirs together."""
+    if found.renew is None:
+        return True
+    try:
+        found.renew(last.made)
+    except Exception:  # raised again where the others can hear of it, if it happens again
+        return False
+    return last.made is not None
+
+
+def _preparation(record: tuple[int, ...], memory_key: Any, records: np.ndarray, sizes: list[tuple[int, ...]]) -> Prepared:
+    digest = _number(records[:, :-1].tobytes())
+    repeated = records.copy()
+    repeated[:, -1] = digest
+    return Prepared(record, memory_key, repeated.tobytes(), digest, sizes, None)
 
 
 class CollectiveCall:
@@ -115,19 +160,22 @@ class CollectiveCall:
         self._ranks, self._function = ranks, function
         self._error: Exception | None = None
 
-    def prepare(self, agreement: Agreement[Any], allocate: Callable[[], _T], *, fresh: bool = False) -> _T:
+    def prepare(self, agreement: Agreement[Any], allocate: Callable[[], _T], *, lasts: bool) -> _T:
         """Get the memory without which this rank cannot take part in the exchanges; raises on all ranks, or on none.
 
-        `fresh` says that some of it is new in every call.
+        `lasts` says that the next call like this one can use what `allocate` returns. Otherwise it calls that again, where all
+        memory is there already.
         """
-        if agreement.repeated and not fresh:
-            return allocate()
+        assert agreement.prepared is not None
+        if agreement.repeated:
+            return allocate() if agreement.prepared.made is None else agreement.prepared.made
         before = evictions()
         with stage("prepare"):
             result = self.local(allocate)
         self.confirm()
         if evictions() == before:  # otherwise the next call has to ask for memory again
-            set_prepared((self._ranks.handle, self._function), agreement.key)
+            left = agreement.prepared._replace(made=result if lasts else None)
+            set_prepared((self._ranks.handle, self._function), left)
         return result  # type: ignore[return-value]  # all ranks have it, or confirm has raised
 
     def local(self, step: Callable[..., _T], *arguments: Any) -> _T | None:

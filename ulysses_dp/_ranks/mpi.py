@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from secrets import randbits
 from typing import Any, NamedTuple
@@ -62,6 +62,7 @@ class Route(NamedTuple):
     reason: str
 
 
+@lru_cache(maxsize=64)
 def choose_route(queue: Any, exchange: str) -> Route:
     """How MPI reaches device memory of this queue; `exchange` is the user's wish."""
     if exchange != "auto":
@@ -411,14 +412,37 @@ def most_elements() -> float:
     return math.inf if _mpi().Get_version() >= (4, 0) else 2**31 - 1
 
 
-class ExchangeBuffer(NamedTuple):
-    """What one rank exchanges with every rank, in blocks of one flat USM array."""
+class ExchangeBuffer:
+    """What one rank exchanges with every rank, in blocks of one flat USM array.
 
-    array: Any
-    counts: tuple[int, ...]  # elements of the block for or from every rank; 0 for this one
-    displacements: tuple[int, ...]
-    own: slice  # the block that does not travel
-    host: Any  # a copy of the array in host memory, through which the bytes go; or None
+    Parameters
+    ----------
+    array : usm_ndarray or None
+        The array; None as long as there is none.
+    counts, displacements : tuple of int
+        Elements of the block for or from every rank, 0 for this one, and where the blocks start.
+    own : slice
+        The block that does not travel.
+    host : usm_ndarray or None
+        A copy of the array in host memory, through which the bytes go.
+    """
+
+    def __init__(self, array: Any, counts: tuple[int, ...], displacements: tuple[int, ...], own: slice, host: Any) -> None:
+        self.array, self.counts, self.displacements, self.own, self.host = array, counts, displacements, own, host
+        self.message = self._message() if array is not None else None
+        self.messages, self.elements = sum(count > 0 for count in counts), sum(counts)
+
+    def of(self, array: Any) -> ExchangeBuffer:
+        """The same blocks of another array."""
+        return self if array is self.array else ExchangeBuffer(array, self.counts, self.displacements, self.own, self.host)
+
+    def _message(self) -> list[Any]:
+        """The blocks as mpi4py takes them. It cannot ask for the memory by itself: dpctl refuses the DLPack stream that it asks
+        with. The address does not keep the array alive, this object does."""
+        x = self.array if self.host is None else self.host
+        # elements, not bytes, are counted: an int holds two to eight times as many
+        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[x.dtype.itemsize]
+        return [_mpi().buffer.fromaddress(x._pointer, x.nbytes), (self.counts, self.displacements), element]
 
 
 class AllToAll:
@@ -426,11 +450,10 @@ class AllToAll:
 
     def __init__(self, name: str, comm: Any, source: ExchangeBuffer, target: ExchangeBuffer) -> None:
         self._comm, self._source, self._target = comm, source, target
-        self._itemsize = itemsize = source.array.dtype.itemsize
         self._stage = stage(
             name,
-            bytes_sent=sum(source.counts) * itemsize,
-            messages=sum(count > 0 for count in source.counts),
+            bytes_sent=source.elements * source.array.itemsize,
+            messages=source.messages,
             route="device" if source.host is None else "host",
             exchange=True,
         )
@@ -448,14 +471,11 @@ class AllToAll:
                 _copy_others(source.array, source.host, source.own)
         except Exception as error:  # the other ranks wait for this one
             self._error = error
-        # elements, not bytes, are counted: an int holds two to eight times as many
-        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[self._itemsize]
-        send, receive = ([_memory(x), (x.counts, x.displacements), element] for x in (source, target))
         if blocking:
-            self._comm.Alltoallv(send, receive)
+            self._comm.Alltoallv(source.message, target.message)
             self.wait()
         else:
-            self._request = self._comm.Ialltoallv(send, receive)
+            self._request = self._comm.Ialltoallv(source.message, target.message)
 
     def wait(self) -> None:
         """Wait for the end; once is enough."""
@@ -544,10 +564,3 @@ def _copy_others(source: Any, target: Any, own: slice) -> None:
     for part in (slice(0, own.start), slice(own.stop, None)):
         target[part] = source[part]
     target.sycl_queue.wait()
-
-
-def _memory(buffer: ExchangeBuffer) -> Any:
-    """The memory of a contiguous USM array as mpi4py takes it. mpi4py cannot ask for it by itself: dpctl refuses the DLPack
-    stream that it asks with. The address does not keep the array alive, the caller does."""
-    x = buffer.array if buffer.host is None else buffer.host
-    return _mpi().buffer.fromaddress(x._pointer, x.nbytes)

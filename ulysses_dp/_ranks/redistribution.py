@@ -9,17 +9,17 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ulysses_dp.kernels.launch import place
-from ulysses_dp.kernels.relayout import Panel, relayout, source_at, target_at
+from ulysses_dp.kernels.relayout import Panel, Relayout, relayout, source_at, target_at
 
 from .._device.arrays import tensor, view
 from .._device.copies import copy_arrays
 from .._device.trace import note, stage
-from .._device.workspace import empty_like, scratch
+from .._device.workspace import empty_like, freed_with_workspace, scratch
 from . import mpi
 from .partition import Item, TwoStep, dtype_of_message, transfer_of, window_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
 
@@ -71,8 +71,10 @@ class Redistribution:
         window: Window | None = None,
     ) -> None:
         ranks, queue = link.ranks, like.sycl_queue
-        self._link, self._queue = link, queue
+        self._link, self._queue, self._keep = link, queue, keep
+        self._arrays: dict[str, Any] | None = None  # by heads, once they are asked for
         self._rest: list[Callable[[], None]] = []
+        self._steps: list[tuple[Any, mpi.ExchangeBuffer, mpi.ExchangeBuffer]] = []  # to heads
         self._in_window: Any = None  # the buffer by heads where what comes is copied from it
         if window is not None:
             self._layout = layout = layout_of(ranks.rank, items, batch, link, window.starts, keep=keep)
@@ -80,9 +82,9 @@ class Redistribution:
             self._by_rows = tensor.usm_ndarray((window.memory.nbytes // size,), dtype=layout.dtype, buffer=window.memory)
             if keep:
                 self._in_window = self._by_rows
-                self._by_heads = empty_like(like, (layout.transfer.size_by_heads,), layout.dtype)
+                self.renew(like)
             else:
-                self._by_heads = self._by_rows
+                self.use(self._by_rows)
             return
         self._layout = layout = layout_of(ranks.rank, items, batch, link)
         _check_numbers(layout, link)
@@ -97,15 +99,11 @@ class Redistribution:
         if by_heads is None:
             size = layout.transfer.size_by_heads
             by_heads = empty_like(like, (size,), layout.dtype) if keep else memory("by heads", size)
-        self._by_heads, self._by_rows = by_heads, memory("by rows", layout.transfer.size_by_rows)
-        # the steps to heads
+        self._by_rows = memory("by rows", layout.transfer.size_by_rows)
         two_step = layout.two_step
         if two_step is None:
-            sides = (
-                buffer("by rows", self._by_rows, layout.transfer.by_rows),
-                buffer("by heads", by_heads, layout.transfer.by_heads),
-            )
-            self._steps = [(ranks.comm, *sides)]
+            by_rows = buffer("by rows", self._by_rows, layout.transfer.by_rows)
+            self._steps = [(ranks.comm, by_rows, buffer("by heads", by_heads, layout.transfer.by_heads))]
         else:
             within, between = ranks.steps(link.node_size)
             self._members, self._groups = memory("members", two_step.members.size), memory("groups", two_step.groups.size)
@@ -115,13 +113,31 @@ class Redistribution:
             )
             groups, everyone = buffer("groups", self._groups, two_step.groups), buffer("by heads", by_heads, two_step.by_heads)
             self._steps = [(within, by_rows, members), (between, groups, everyone)]
+        self.use(by_heads)
+
+    def renew(self, like: Any) -> None:
+        """Get new memory by heads, where what comes is kept."""
+        if self._keep:
+            self.use(empty_like(like, (self._layout.transfer.size_by_heads,), self._layout.dtype))
+
+    def use(self, by_heads: Any) -> None:
+        """Have this flat memory by heads."""
+        self._by_heads, self._arrays = by_heads, None
+        if self._steps:
+            comm, source, target = self._steps[-1]
+            self._steps[-1] = comm, source, target.of(by_heads)
+
+    def let_go(self) -> None:
+        """Let go of memory by heads that belongs to one call alone."""
+        if self._keep:
+            self.use(None)
 
     def pack(self, arrays: Mapping[str, Any]) -> None:
         """Copy the arrays of the items, with the rows of this rank, to where they travel from."""
         with stage("pack"):
             sources = [_in_message(item, arrays[item.name], self._layout.dtype) for item in self._layout.items]
-            panels = _pack_panels(self._layout, tuple(map(place, sources)))
-            self._relayout(sources, [self._by_rows, self._by_heads], panels)
+            _packing(self._layout, self._queue, tuple(map(place, sources))).run(sources, [self._by_rows, self._by_heads])
+            note(passes=1)
 
     def unpack(self, arrays: Mapping[str, Any]) -> None:
         """Copy what has come to the arrays of the items, with the rows of this rank; these are dense in the last axis.
@@ -133,19 +149,14 @@ class Redistribution:
         given = [arrays[item.name] for item in items]
         results = [_of_dtype(x, item.dtype) for item, x in zip(items, given, strict=True)]
         targets = [_in_message(item, x, dtype) for item, x in zip(items, results, strict=True)]
-        panels = _unpack_panels(self._layout, tuple(map(place, targets)))
         with stage("unpack"):
-            self._relayout([self._by_rows, self._by_heads], targets, panels)
+            _unpacking(self._layout, self._queue, tuple(map(place, targets))).run([self._by_rows, self._by_heads], targets)
+            note(passes=1)
         for number, (x, result) in enumerate(zip(given, results, strict=True)):
             if number in self._layout.without_heads:
                 x[...] = 0
             elif result is not x:
                 copy_arrays((result,), (x,))
-
-    def _relayout(self, sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel]) -> None:
-        transfer = self._layout.transfer
-        relayout(sources, targets, panels, rows=transfer.rows[transfer.rank], batch=transfer.batch)
-        note(passes=1)
 
     def received(self) -> dict[str, Any]:
         """The items as they came to the heads of this rank, by name: views of the buffer, or copies of what it cannot show."""
@@ -175,6 +186,11 @@ class Redistribution:
         A single number per head is (batch, heads, rows). If it is wider than the numbers of the message, it has memory of its
         own, from which `fill` copies it.
         """
+        if self._arrays is None:
+            self._arrays = self._views()
+        return self._arrays
+
+    def _views(self) -> dict[str, Any]:
         arrays = {}
         for item, columns in zip(self._layout.items, self._columns(), strict=True):
             if item.width is not None:
@@ -230,7 +246,7 @@ class Redistribution:
         meeting.start(blocking=self._link.blocking)
 
     def _start(self, name: str, steps: list[tuple[Any, mpi.ExchangeBuffer, mpi.ExchangeBuffer]], *, to_heads: bool) -> None:
-        first, *others = (mpi.AllToAll(name, *step) for step in steps)
+        first, *others = [mpi.AllToAll(name, *step) for step in steps]
         self._rest = [first.wait]
         for other in others:
             self._rest += [partial(self._turn, to_heads=to_heads), partial(other.start, blocking=True)]
@@ -386,17 +402,20 @@ def _blocks(layout: _Layout) -> Iterator[_Block]:
             start += heads * width
 
 
-@lru_cache(maxsize=256)
-def _pack_panels(layout: _Layout, strides: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
+@freed_with_workspace
+@lru_cache(maxsize=128)
+def _packing(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> Relayout:
     """From arrays with these offsets and strides to the two buffers."""
-    return tuple(
+    panels = [
         Panel(*source_at(block.item, strides[block.item], block.first), *block.position, block.heads, block.width)
         for block in _blocks(layout)
-    )
+    ]
+    return _of_rows(layout, queue, panels)
 
 
-@lru_cache(maxsize=256)
-def _unpack_panels(layout: _Layout, strides: tuple[tuple[int, ...], ...]) -> tuple[Panel, ...]:
+@freed_with_workspace
+@lru_cache(maxsize=128)
+def _unpacking(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> Relayout:
     """From the two buffers to arrays with these offsets and strides."""
     panels, covered = [], [0] * len(strides)  # heads of each item that the ranks so far have brought
     for block in _blocks(layout):
@@ -408,7 +427,13 @@ def _unpack_panels(layout: _Layout, strides: tuple[tuple[int, ...], ...]) -> tup
             source = (buffer, start + skip * head, row, batch, head, 1)
             target = target_at(number, strides[number], first + skip)
             panels.append(Panel(*source, *target, heads, block.width, add=add))
-    return tuple(panels)
+    return _of_rows(layout, queue, panels)
+
+
+def _of_rows(layout: _Layout, queue: Any, panels: list[Panel]) -> Relayout:
+    """The copy of panels that have the rows of this rank."""
+    transfer = layout.transfer
+    return Relayout(queue, layout.dtype, layout.dtype, tuple(panels), transfer.rows[transfer.rank], transfer.batch)
 
 
 def scratch_bytes(items: tuple[Item, ...], transfer: Transfer, slot: str) -> dict[str, int]:

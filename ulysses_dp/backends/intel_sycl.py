@@ -21,7 +21,7 @@ from .._device.workspace import scratch
 from ._base import Backend, compute_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ulysses_dp.kernels.schedules import Schedule
 
@@ -60,16 +60,32 @@ class IntelSycl(Backend):
         self._choose(device, geometry.compute_dtype, max(geometry.head_dim, geometry.head_dim_v), 1, options, backward=backward)
 
     def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        if lse is None:  # the kernels write it either way
+            lse = scratch(q.sycl_queue, "lse", (q.shape[0], q.shape[2], q.shape[1]), compute_dtype(q))
+        arrays = q, k, v, out, lse
+        self._replay(arrays, lambda: self._forward(*arrays, options, heads), options, heads)
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        self._replay((*arrays, *grads), lambda: self._backward(arrays, grads, options, heads), options, heads)
+
+    def _replay(self, arrays: Sequence[Any], step: Callable[[], None], options: Options, heads: HeadMap) -> None:
+        """Do a step, or launch again what it launched for arrays in the same places."""
+        queue = arrays[0].sycl_queue
+        if not queue.sycl_device.is_cpu:  # which kernel reads an array on a GPU depends on its address
+            step()
+            return
+        key = self, heads, queue, arrays[0].dtype, *[(x.shape, x.strides, x._element_offset) for x in arrays]
+        options.replay.run(key, arrays, step)
+
+    def _forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
         if q.shape[3] != v.shape[3]:
             (wide,) = _like_wide((out,), q.shape[3], v.shape[3])
             q, k, v = _of_one_width(q, k, v)
-            self.forward(q, k, v, wide, lse, options, heads)
+            self._forward(q, k, v, wide, lse, options, heads)
             copy_arrays((wide[..., : out.shape[3]],), (out,))
             return
         queue, compute = q.sycl_queue, compute_dtype(q)
         schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options)
-        if lse is None:  # the kernels write it either way
-            lse = scratch(queue, "lse", (q.shape[0], q.shape[2], q.shape[1]), compute)
         operand = schedule.operands[q.dtype]
         (q,) = readable((q,), "q", operand, by_head=False)
         k, v = readable((k, v), "k, v", operand, by_head=schedule.by_head and _walks_far(q))
@@ -78,11 +94,11 @@ class IntelSycl(Backend):
         if result is not out:
             copy_arrays((result,), (out,))
 
-    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+    def _backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
         if q.shape[3] != v.shape[3]:
             wide = _like_wide(grads, q.shape[3], v.shape[3])
-            self.backward((*_of_one_width(dout, q, k, v), lse, delta), wide, options, heads)
+            self._backward((*_of_one_width(dout, q, k, v), lse, delta), wide, options, heads)
             for x, grad in zip(wide, grads, strict=True):
                 copy_arrays((x[..., : grad.shape[3]],), (grad,))
             return
@@ -123,7 +139,7 @@ class IntelSycl(Backend):
             x[...] = 0
         for rows, mine in runs:
             at_hand = dout[:, rows], q[:, rows], k, v, lse[..., rows], delta[..., rows]
-            self.backward(at_hand, (dq[:, rows], *parts), mine, heads)
+            self._backward(at_hand, (dq[:, rows], *parts), mine, heads)
             copy_arrays(parts, sums, add=True)
         copy_arrays(sums, of_keys)
 

@@ -98,12 +98,14 @@ def _flat(parameters):
             yield name, kind
 
 
-def _with_sub_group(spirv: bytes, size: int) -> bytes:
-    """The SPIR-V module with one more execution mode, SubgroupSize, for which numba-dpex has no name.
+def _finish(spirv: bytes, sub_group: int | None) -> bytes:
+    """The SPIR-V module without the names of its values, and with one more execution mode, SubgroupSize, where it is given.
 
-    A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
+    The names would be two fifths of a wheel; those that drivers read, of the kernel and of what is linked, belong to other
+    instructions. For the execution mode numba-dpex has no name. A module is a header of five words and a list of instructions;
+    the first word of each holds its length and its opcode.
     """
-    capability, entry_point, execution_mode, function = 17, 15, 16, 54
+    name, member_name, capability, entry_point, execution_mode, function = 5, 6, 17, 15, 16, 54
     subgroup_dispatch, subgroup_size = 58, 35
     words = np.frombuffer(spirv, dtype=np.uint32)
     capabilities, modes, rest, position = [], [], [], 5
@@ -113,20 +115,21 @@ def _with_sub_group(spirv: bytes, size: int) -> bytes:
         position += length
         if opcode == capability:
             capabilities.append(instruction)
-        else:
+        elif opcode not in (name, member_name):
             rest.append(instruction)
-        if opcode == entry_point:
-            modes.append(np.array([4 << 16 | execution_mode, instruction[2], subgroup_size, size], dtype=np.uint32))
+        if opcode == entry_point and sub_group:
+            modes.append(np.array([4 << 16 | execution_mode, instruction[2], subgroup_size, sub_group], dtype=np.uint32))
+    if sub_group:
+        capabilities.append(np.array([2 << 16 | capability, subgroup_dispatch], dtype=np.uint32))
     first_mode = next(i for i, instruction in enumerate(rest) if instruction[0] & 0xFFFF == execution_mode)
-    needed = np.array([2 << 16 | capability, subgroup_dispatch], dtype=np.uint32)
-    head = [words[:5], *capabilities, needed, *rest[:first_mode], *modes, *rest[first_mode:]]
+    head = [words[:5], *capabilities, *rest[:first_mode], *modes, *rest[first_mode:]]
     return np.concatenate([*head, words[position:]]).tobytes()
 
 
 def compile_variant(module, name, type_names, constants) -> tuple[dict[str, Any], bytes]:
     """The entry of the manifest, and the SPIR-V, of one kernel."""
     device_module = _compile(module.kernel(**constants), module.ARGUMENTS, type_names)
-    spirv, sub_group = device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None)
+    spirv = _finish(device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None))
     entry = {
         "entry": device_module.kernel_name,
         "build_options": getattr(module, "BUILD_OPTIONS", {}),
@@ -136,7 +139,7 @@ def compile_variant(module, name, type_names, constants) -> tuple[dict[str, Any]
         ],
         "constants": {key: x._asdict() if hasattr(x, "_asdict") else x for key, x in constants.items()},
     }
-    return entry, _with_sub_group(spirv, sub_group) if sub_group else spirv
+    return entry, spirv
 
 
 def _sources() -> set[str]:

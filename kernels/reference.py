@@ -1,4 +1,4 @@
-"""What the attention kernels compute, dense in float64 NumPy."""
+"""What the attention kernels compute, dense in float64 NumPy; the keywords are the fields of `Problem`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import Problem
 from .score import dense_distance, dense_kept, dense_scores, largest_exact_lse
 
 if TYPE_CHECKING:
@@ -16,50 +17,26 @@ if TYPE_CHECKING:
 
 
 @np.errstate(invalid="ignore")  # of what is not finite, whether seen or not
-def forward(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    *,
-    scale: float,
-    diagonal: int,
-    group: int,
-    head_shift: int = 0,
-    options: ScoreOptions | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, **problem: Any) -> tuple[np.ndarray, np.ndarray]:
     """Out and lse of arrays (batch, seq, heads, head_dim), which tests compare with `flash_forward`."""
-    q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k, v))
-    kv = (np.arange(q.shape[1]) + head_shift) // group
-    k, v = k[:, kv], v[:, kv]
-    score, _, seen, options = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
+    call = Problem(**problem)
+    q, k, v, _ = _by_heads(call, q, k, v)
+    score, _, seen, options = _scores(call, q, k)
     weight, lse = _softmax(score, options)
     out = _product(seen, weight * dense_kept(options, weight.shape), v)
     return out.swapaxes(1, 2), lse
 
 
 @np.errstate(invalid="ignore")
-def backward(
-    dout: np.ndarray,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    lse: np.ndarray,
-    delta: np.ndarray,
-    *,
-    scale: float,
-    diagonal: int,
-    group: int,
-    head_shift: int = 0,
-    options: ScoreOptions | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients dq, dk and dv, which tests compare with `flash_backward`."""
-    found = _differentiate(
-        dout, q, k, v, lse, delta, scale=scale, diagonal=diagonal, group=group, head_shift=head_shift, options=options
-    )
+def backward(*arrays: np.ndarray, **problem: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients dq, dk and dv by dout, q, k, v, lse and delta, which tests compare with `flash_backward`."""
+    _, _, k, v, *_ = arrays
+    call = Problem(**problem)
+    found = _differentiate(*arrays, call)
     ds, by_key = found.ds * found.derivative, found.seen.swapaxes(2, 3)
-    dq = scale * _product(found.seen, ds, found.k)
+    dq = call.scale * _product(found.seen, ds, found.k)
     dk, dv = (np.zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3])) for x in (k, v))
-    for total, weight, x in ((dk, scale * ds, found.q), (dv, found.weight, found.dout)):
+    for total, weight, x in ((dk, call.scale * ds, found.q), (dv, found.weight, found.dout)):
         np.add.at(total, (slice(None), found.kv), _product(by_key, weight.swapaxes(2, 3), x))
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
@@ -71,49 +48,39 @@ def score_gradient(*arrays: np.ndarray, keeps: Sequence[bool], by_slope: bool, *
     It is (batch, heads, queries, keys), of which those that are not kept are added up; `by_slope`, of it times what a slope is
     multiplied with.
     """
-    found = _differentiate(*arrays, **problem)
+    found = _differentiate(*arrays, Problem(**problem))
     ds: np.ndarray = np.where(found.seen & (found.p != 0), found.ds, 0) * (-found.distance if by_slope else 1)
     return ds.sum(axis=tuple(axis for axis, keep in enumerate(keeps) if not keep), keepdims=True)
 
 
 @np.errstate(invalid="ignore")
-def largest_scores(
-    q: np.ndarray,
-    k: np.ndarray,
-    *,
-    scale: float,
-    diagonal: int,
-    group: int,
-    head_shift: int = 0,
-    options: ScoreOptions | None = None,
-) -> np.ndarray:
+def largest_scores(q: np.ndarray, k: np.ndarray, **problem: Any) -> np.ndarray:
     """The largest score of every query, (batch, heads, seq_q), -inf without any; tests compare it with `score_walk`."""
-    q, k = (x.astype(np.float64).swapaxes(1, 2) for x in (q, k))
-    k = k[:, (np.arange(q.shape[1]) + head_shift) // group]
-    score, *_ = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
+    call = Problem(**problem)
+    q, k, _ = _by_heads(call, q, k)
+    score, *_ = _scores(call, q, k)
     return score.max(axis=-1, initial=-np.inf)
 
 
+def _by_heads(call: Problem, q: np.ndarray, *of_keys: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arrays as (batch, heads, seq, head_dim), float64, and of which head of the keys every query head reads."""
+    kv = (np.arange(q.shape[2]) + call.head_shift) // call.group
+    q, *of_keys = (x.astype(np.float64).swapaxes(1, 2) for x in (q, *of_keys))
+    return q, *(x[:, kv] for x in of_keys), kv
+
+
+def _scores(call: Problem, q: np.ndarray, k: np.ndarray) -> Any:
+    return dense_scores(q, k, scale=call.scale, diagonal=call.diagonal, options=call.options)
+
+
 def _differentiate(
-    dout: np.ndarray,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    lse: np.ndarray,
-    delta: np.ndarray,
-    *,
-    scale: float,
-    diagonal: int,
-    group: int,
-    head_shift: int = 0,
-    options: ScoreOptions | None = None,
+    dout: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, lse: np.ndarray, delta: np.ndarray, call: Problem
 ) -> SimpleNamespace:
     """Weights and gradients of all scores, (batch, heads, seq_q, seq_k), and dout, q and k by heads."""
     large = largest_exact_lse(lse.dtype)
-    dout, q, k, v = (x.astype(np.float64).swapaxes(1, 2) for x in (dout, q, k, v))
-    kv = (np.arange(q.shape[1]) + head_shift) // group
-    k, v = k[:, kv], v[:, kv]
-    score, derivative, seen, options = dense_scores(q, k, scale=scale, diagonal=diagonal, options=options)
+    dout = dout.astype(np.float64).swapaxes(1, 2)
+    q, k, v, kv = _by_heads(call, q, k, v)
+    score, derivative, seen, options = _scores(call, q, k)
     p = np.where(seen, np.exp(score - lse[..., None]), 0)
     recompute = (abs(lse) > large) & np.isfinite(lse)
     if recompute.any():

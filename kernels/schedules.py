@@ -78,6 +78,8 @@ class Schedule:
     by_head: bool  # whether it runs faster where the rows of a head follow each other
     forward: Callable[..., None] = field(repr=False)
     backward: Callable[..., None] = field(repr=False)
+    # numbers of every slot of scratch memory: (dtype of the computation, shape of q, shape of k, backward=)
+    scratch: Callable[..., dict[str, int]] = field(default=lambda *_, **__: {}, repr=False)
 
     def can(self, device: Any, dtype: Any, head_dim: int, *, options: Collection[str], backward: bool) -> bool:
         """Whether it can compute attention of arrays of this dtype on this device, with options of these names."""
@@ -118,6 +120,7 @@ _ALL = (
         by_head=False,
         forward=gpu_schedule.launch_forward,
         backward=gpu_schedule.launch_backward,
+        scratch=gpu_schedule.scratch_of,
     ),
 )
 SCHEDULES = {schedule.name: schedule for schedule in _ALL}
@@ -128,6 +131,20 @@ def candidates(
 ) -> tuple[Schedule, ...]:
     """The schedules that can compute this on a device."""
     return tuple(x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
+
+
+@dataclass(frozen=True)
+class KindOfDevice:
+    """What `choose` asks a device, of one that is not there: for plans."""
+
+    is_gpu: bool
+    name: str
+    sub_group_sizes: tuple[int, ...] = (16, 32)
+    max_work_group_size: int = 1024
+    native_vector_width_float: int = 16
+
+
+KINDS = {kind: KindOfDevice(kind == "gpu", f"a {kind.upper()}") for kind in ("cpu", "gpu")}
 
 
 class Wishes(NamedTuple):

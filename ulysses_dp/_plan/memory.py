@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from ulysses_dp.kernels import flash_backward_gpu, flash_forward_gpu
-from ulysses_dp.kernels.flash_forward_gpu import GPU_TILES, SUB_GROUP
+from ulysses_dp.kernels.schedules import KINDS, NO_WISHES, choose
 
 from .._device.dtypes import DTYPES
 from .._device.workspace import ALIGNMENT
@@ -15,6 +13,8 @@ from .._ranks.redistribution import scratch_bytes
 from ..backends.intel_sycl import HEAD_MAJOR_FROM
 
 if TYPE_CHECKING:
+    from ulysses_dp.kernels.schedules import Schedule
+
     from .._itinerary import Itinerary
     from .._ranks.partition import Heads
     from .problem import Message, Problem
@@ -99,9 +99,16 @@ class _Attended(NamedTuple):
     def _dtype(self) -> str:
         return DTYPES[self.problem.dtype].compute
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self.problem.gpu and max(self.problem.widths) <= max(GPU_TILES[self._dtype])
+    def _schedule(self, *, backward: bool) -> Schedule:
+        device = KINDS["gpu" if self.problem.gpu else "cpu"]
+        return choose(device, self._dtype, max(self.problem.widths), self.rows, backward=backward, wishes=NO_WISHES)
+
+    def _scratch(self, slots: _Slots, *, backward: bool) -> None:
+        """What the schedule takes."""
+        problem, share, width = self.problem, self.share, max(self.problem.widths)
+        shapes = (problem.batch, self.rows, share.q_count, width), (problem.batch, self.keys, share.kv_count, width)
+        for slot, size in self._schedule(backward=backward).scratch(self._dtype, *shapes, backward=backward).items():
+            slots.need(slot, size, problem.compute_itemsize)
 
     @property
     def _walks_far(self) -> bool:
@@ -130,12 +137,10 @@ class _Attended(NamedTuple):
             slots.need("q", q_size, compute)
             if problem.travels is None:
                 slots.need("result before rounding", q_size, compute)
-        if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
+        by_head = self._walks_far and self._schedule(backward=False).by_head
+        if problem.converts or (by_head and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
-        tile_size = flash_forward_gpu.tile_for(self._dtype, max(problem.widths)) if self._on_gpu else 0
-        if tile_size and not GPU_TILES[self._dtype][tile_size].q_in_registers:
-            panels = math.ceil(self.rows / SUB_GROUP) * SUB_GROUP * tile_size
-            slots.need("panels of q", problem.batch * self.share.q_count * panels, compute)
+        self._scratch(slots, backward=False)
 
     def backward(self, slots: _Slots, itemsize: int) -> None:
         """What the kernels need for gradients in arrays of this itemsize."""
@@ -143,15 +148,12 @@ class _Attended(NamedTuple):
         if not q_size:
             return
         self._widened(slots, "oqkv", "qkk", itemsize)
-        if problem.converts or (self._walks_far and not self._on_gpu and self.by_head):
+        by_head = self._walks_far and self._schedule(backward=True).by_head
+        if problem.converts or (by_head and self.by_head):
             slots.need("dout, q", 2 * q_size, compute)
-        if problem.converts or (self._walks_far and not self._on_gpu and self.kv_by_head and kv_size):
+        if problem.converts or (by_head and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
-        if self._on_gpu:
-            tile_size = flash_backward_gpu.tile_for(self._dtype, max(problem.widths))
-            heads = (self.share.q_count, self.rows), (self.share.kv_count, self.keys)
-            most = max(count * math.ceil(n / SUB_GROUP) for count, n in heads)
-            slots.need("panels of rows", 2 * problem.batch * most * SUB_GROUP * tile_size, compute)
+        self._scratch(slots, backward=True)
         if itemsize != compute:
             for number, size in enumerate((q_size, kv_size, kv_size)):
                 slots.need(f"gradient {number}", size, compute)

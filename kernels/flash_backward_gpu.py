@@ -114,8 +114,8 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
         tile_operations(dtype, head_dim, width, columns, CONSTANTS),
         register_stages(dtype, columns, into_keys=into_keys),
     )
-    fill, fill_scores, dot, lowest, accumulate, accumulate_seen, store = (
-        *(of_tile.fill, of_tile.fill_scores, of_tile.dot_panel, of_tile.lowest),
+    fill, fill_scores, dot, gather, lowest, accumulate, accumulate_seen, store = (
+        *(of_tile.fill, of_tile.fill_scores, of_tile.dot_panel, of_tile.gather, of_tile.lowest),
         *(of_tile.accumulate, of_tile.accumulate_nonzero, of_tile.store),
     )
     scale_all, cap_all, slope_all, bias_all, pad_all, drop_fours, drop_each = (
@@ -199,19 +199,22 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
         inner_end = inner_begin + divide(max(lowest_lane(end_col) - inner_begin, 0), columns) * columns
         first_edge = begin if begin < inner_begin else inner_end
 
-        # numba puts the code of this function where it is called, and the compiler drops what a constant `edge` leaves out
-        def step(total_a, total_b, h, start, edge):
+        # numba puts the code of these functions where they are called, and the compiler drops what a constant leaves out
+        def columns_of(h):
+            """The head of these columns, and where they begin in memory."""
             head, col_head = (h, h) if into_keys else (row_head, divide(row_head + sizes.head_shift, sizes.group))
-            a_start, b_start = element(cols_a_at, b, col_head, 0), element(cols_b_at, b, col_head, 0)
-            own_a, own_b = a_start + part * width, b_start + part * width  # what is for the totals of this sub-group
-            # `still` is 0, but the compiler does not know: it would load the panels once, before the loop, and spill
-            rows_a = rows_start + (start & still)
+            return head, element(cols_a_at, b, col_head, 0), element(cols_b_at, b, col_head, 0)
+
+        def weigh(h, start, edge):
+            """p, the derivative of the soft cap, and whether an option hides a key of the step inside of the spans."""
+            head, a_start, _ = columns_of(h)
             query = min(start + lane, col_count - 1) if into_keys else mine
             of_lse = element(lse_at, b, head, query)
             peak, rate = lse[of_lse], lse[of_lse + 1] if has_spans() != 0 else one
             peak = infinity if peak == -infinity else peak  # a query that sees nothing has no weights
-            p = dot(rows, rows_a, cols_a, a_start, cols_a_at.seq, col_count, sizes.head_dim, start)
-            hides, derivative, keep = edge, p, p
+            # `still` is 0, but the compiler does not know: it would load the panels once, before the loop, and spill
+            p = dot(rows, rows_start + (start & still), cols_a, a_start, cols_a_at.seq, col_count, sizes.head_dim, start)
+            hides, derivative = False, p
             if has_spans() == 0:
                 p = weigh_dots(p, (peak, scale))
             else:
@@ -232,28 +235,38 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
                 if has_bias() != 0:
                     of_row, of_col = (options.bias_key, options.bias_seq) if into_keys else (options.bias_seq, options.bias_key)
                     origin = options.bias_offset + b * options.bias_batch + head * options.bias_head + mine * of_row
-                    p = bias_all(p, (bias, origin + start * of_col, of_col, col_count - 1 - start))
+                    p = bias_all(p, (gather(bias, origin, of_col, col_count, start),))
                 if has_padding() != 0:
-                    key, of_col = (mine, 0) if into_keys else (start, 1)
-                    p = pad_all(p, (padding, b * options.padding_batch + key, of_col, col_count - 1 - start))
+                    key = mine if into_keys else min(start + lane, col_count - 1)
+                    p = pad_all(p, (padding[b * options.padding_batch + key],))
                 if has_bias() + has_padding() != 0:
-                    hides = hides or any_lane(lowest(p) == -infinity)
+                    hides = any_lane(lowest(p) == -infinity)
                 p = weigh_scores(p, (peak, rate))
             if edge:
                 p = hide_all(p, (np.int32(earliest - start), np.int32(end_col - 1 - start)))
+            return p, derivative, hides
+
+        def add(total_a, total_b, h, start, p, derivative, hides):
+            head, a_start, b_start = columns_of(h)
+            own_a, own_b = a_start + part * width, b_start + part * width  # what is for the totals of this sub-group
+            query = min(start + lane, col_count - 1) if into_keys else mine
+            keep = p
             if has_dropout() != 0:
-                first = mine if into_keys else start
-                first_key, of_query = options.first_key + options.step * first, start if into_keys else mine
-                of_query = options.first_row + options.step * of_query
+                # not `mine`: lanes that share a draw have keys that follow each other
+                key_here, query_here = (row, start) if into_keys else (start, row)
+                first_key = options.first_key + options.step * key_here
+                of_query = options.first_row + options.step * query_here
                 draw = (head + options.first_head, b, options.seed, options.threshold, options.keep_scale)
                 keep = fill_scores(one)
                 if has_dropout() == 1:
-                    keep = drop_fours(keep, first_key, (of_query, *draw))
+                    first, own = (of_query, first_key) if into_keys else (first_key, of_query)
+                    keep = drop_fours(keep, first, (own, *draw))
                 else:
                     key_step, query_step = (0, options.step) if into_keys else (options.step, 0)
                     keep = drop_each(keep, (first_key, key_step, of_query, query_step, *draw))
             if with_a:
-                ds = dot(rows, rows_a + panel, cols_b, b_start, cols_b_at.seq, col_count, sizes.head_dim, start)
+                rows_b = rows_start + (start & still) + panel
+                ds = dot(rows, rows_b, cols_b, b_start, cols_b_at.seq, col_count, sizes.head_dim, start)
                 if has_dropout() != 0:
                     ds = multiply_all(ds, (keep,))
                 ds = differentiate_all(ds, (delta[element(delta_at, b, head, query)], p))
@@ -261,9 +274,7 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
                     ds = multiply_all(ds, (derivative,))
                 if hides:
                     ds = clear_all(ds, (p,))
-                    total_a = accumulate_seen(
-                        total_a, ds, cols_a, a_start + part * width, cols_a_at.seq, col_count, size, start
-                    )
+                    total_a = accumulate_seen(total_a, ds, cols_a, own_a, cols_a_at.seq, col_count, size, start)
                 else:
                     total_a = accumulate(total_a, ds, cols_a, own_a, cols_a_at.seq, col_count, size, start)
             if with_b:
@@ -282,17 +293,31 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
         while True:
             if h >= head_end:
                 break
-            total_a, total_b = step(total_a, total_b, h, start, False)
+            p, derivative, hides = weigh(h, start, False)
+            # the first step in which bias or padding hide a key, and all after it, are left to the other loop
+            if hides:
+                break
+            total_a, total_b = add(total_a, total_b, h, start, p, derivative, False)
             start += columns
             h, start = (h, start) if start < inner_end else (h + 1, inner_begin)
-        h, start = head_begin if first_edge < end else head_end, first_edge
+        left_head, left_start = h, start
+
+        def after_first_edge(h):
+            """Where the columns go on that the first loop has left."""
+            return inner_end if h < left_head else (left_start if h == left_head else inner_begin)
+
+        h = head_begin if first_edge < end else left_head
+        start = begin if begin < inner_begin else after_first_edge(h)
         while True:
             if h >= head_end:
                 break
-            total_a, total_b = step(total_a, total_b, h, start, True)
+            p, derivative, _ = weigh(h, start, True)
+            total_a, total_b = add(total_a, total_b, h, start, p, derivative, True)
             start += columns
-            start = inner_end if start == inner_begin else start
-            h, start = (h, start) if start < end else (h + 1, first_edge)
+            start = after_first_edge(h) if start == inner_begin else start
+            if start >= end:
+                h += 1
+                start = begin if begin < inner_begin else after_first_edge(h)
 
         if row < row_count:
             if with_a:

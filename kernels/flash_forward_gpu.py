@@ -98,8 +98,8 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
     has_spans, has_softcap, has_slopes, has_bias, has_padding, has_dropout = (specialisation(CONSTANTS[x]) for x in OPTIONS)
     has_peaks = specialisation(CONSTANTS["peaks"])
     of_tile, stage = tile_operations(dtype, head_dim, width, keys, CONSTANTS), register_stages(dtype, keys, into_keys=False)
-    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store = (
-        *(of_tile.fill, of_tile.load_row, of_tile.dot if q_in_registers else of_tile.dot_panel, of_tile.lowest),
+    fill, load_query, dot, gather, lowest, softmax, mark, accumulate, accumulate_seen, store = (
+        *(of_tile.fill, of_tile.load_row, of_tile.dot if q_in_registers else of_tile.dot_panel, of_tile.gather, of_tile.lowest),
         *(of_tile.softmax, of_tile.mark, of_tile.accumulate, of_tile.accumulate_unmarked, of_tile.store),
     )
     scale_all, cap_all, slope_all, bias_all, pad_all, hide_all, drop_fours, drop_each = (
@@ -153,8 +153,8 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
         maximum = per_head[of_head + 1] if options.use_sinks != 0 else minus_infinity
         normaliser = one if options.use_sinks != 0 else zero
 
-        # numba puts the code of this function where it is called, and the compiler drops what a constant `edge` leaves out
-        def step(total, maximum, normaliser, start, edge):
+        # numba puts the code of these functions where they are called, and the compiler drops what a constant leaves out
+        def scores(start, edge):
             if q_in_registers:
                 score = dot(query, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
             else:
@@ -168,15 +168,15 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
                 diagonal = real(centre - options.first_key - options.step * start)
                 score = slope_all(score, (diagonal, zero, real(options.step), per_head[of_head]))
             if has_bias() != 0:
-                key = (bias, bias_start + start * options.bias_key, options.bias_key, sizes.seq_k - 1 - start)
-                score = bias_all(score, key)
+                score = bias_all(score, (gather(bias, bias_start, options.bias_key, sizes.seq_k, start),))
             if has_padding() != 0:
-                score = pad_all(score, (padding, b * options.padding_batch + start, 1, sizes.seq_k - 1 - start))
+                key = min(start + lane, sizes.seq_k - 1)
+                score = pad_all(score, (padding[b * options.padding_batch + key],))
             if edge:
                 score = hide_all(score, (np.int32(earliest - start), np.int32(end_row - 1 - start)))
-            hides = edge
-            if has_bias() + has_padding() != 0:
-                hides = hides or any_lane(lowest(score) == minus_infinity)
+            return score
+
+        def add(total, maximum, normaliser, score, start, hides):
             update = softmax(score, maximum, normaliser, minus_infinity, log2e)
             maximum = update[0]
             normaliser = update[1]
@@ -199,13 +199,18 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
         while True:
             if start >= inner_end:
                 break
-            total, maximum, normaliser = step(total, maximum, normaliser, start, False)
+            score = scores(start, False)
+            # the first step in which bias or padding hide a key, and all after it, are left to the other loop
+            if has_bias() + has_padding() != 0 and any_lane(lowest(score) == minus_infinity):
+                break
+            total, maximum, normaliser = add(total, maximum, normaliser, score, start, False)
             start += keys
+        inner_end = start
         start = begin if begin < inner_begin else inner_end
         while True:
             if start >= end:
                 break
-            total, maximum, normaliser = step(total, maximum, normaliser, start, True)
+            total, maximum, normaliser = add(total, maximum, normaliser, scores(start, True), start, True)
             start += keys
             start = inner_end if start == inner_begin else start
 

@@ -93,14 +93,10 @@ def _constants(
     problem: Problem,
     numbers: OptionNumbers,
     *,
-    fours: bool = True,
     peaks: bool = False,
 ) -> tuple[tuple[int, int], ...]:
-    """The specialisation constants of a launch that reads these arrays column by column.
-
-    fours: whether the columns are keys, of which four may share a draw of random numbers.
-    """
-    fours = fours and numbers.step == 1 and numbers.first_key % 4 == 0
+    """The specialisation constants of a launch that reads these arrays column by column."""
+    fours = numbers.step == 1 and numbers.first_key % 4 == 0  # whether four keys may share a draw of random numbers
     values = {
         "two_dimensional": _has_block_loads(columns[0].sycl_queue.sycl_device) and all(map(_block_loads_read, columns)),
         "exact": columns[0].shape[3] == tile_size,
@@ -180,7 +176,7 @@ def launch_backward(
                 ),
                 groups=row_tiles * tile.parts,
                 lanes=SUB_GROUP,
-                constants=_constants(columns, tile_size, problem, numbers, fours=not into_keys),
+                constants=_constants(columns, tile_size, problem, numbers),
             )
 
 

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 
 import numpy as np
 from numba.core import types
-from numba.core.types import CPointer, int32, int64
+from numba.core.types import UniTuple, int32, int64
 
-from .register_tile import each_column, each_four_columns
+from .register_tile import each_column, each_four_columns, tanh
 from .score import stages
+from .subgroup import lane_index, transpose_fours
 
 
 def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNamespace:
     """The stages as functions for kernels: ``stage(scores, arguments)``, arguments are a tuple."""
     real, number = np.dtype(dtype).type, getattr(types, dtype)
-    pointer = CPointer(number, addrspace=1)
-    of = stages(dtype)
+    of = stages(dtype, tanh)
     capped, sloped, biased, padded, in_span, kept, philox = (
         of.capped,
         of.sloped,
@@ -41,11 +41,11 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
     def slope_column(score, t, centre, key, step, slope):
         return sloped(score, slope, centre - key - step * real(t))
 
-    def bias_column(score, t, bias, origin, stride, last):
-        return biased(score, bias[origin + min(t, last) * stride])
+    def bias_column(score, t, bias):
+        return biased(score, bias)
 
-    def pad_column(score, t, padding, origin, stride, last):
-        return padded(score, padding[origin + min(t, last) * stride])
+    def pad_column(score, t, part):
+        return padded(score, part)
 
     def hide_column(score, t, first, last):
         return in_span(score, t, first, last)
@@ -53,6 +53,18 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
     def drop_four(w0, w1, w2, w3, first, row, head, b, seed, threshold, keep_scale):
         """The weights of four keys from a multiple of 4 on."""
         r0, r1, r2, r3 = philox(first >> 2, row, head, b, seed)
+        return (
+            kept(w0, r0, threshold, keep_scale),
+            kept(w1, r1, threshold, keep_scale),
+            kept(w2, r2, threshold, keep_scale),
+            kept(w3, r3, threshold, keep_scale),
+        )
+
+    def drop_four_queries(w0, w1, w2, w3, first, key, head, b, seed, threshold, keep_scale):
+        """The weights of four queries, from this one on, and a key in each lane. Four lanes have four keys from a multiple of 4
+        on, and each of them draws for one of the queries."""
+        drawn = philox(key >> 2, first + (lane_index() & 3), head, b, seed)
+        r0, r1, r2, r3 = transpose_fours(drawn)
         return (
             kept(w0, r0, threshold, keep_scale),
             kept(w1, r1, threshold, keep_scale),
@@ -73,9 +85,11 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
         scale=each(scale_column, number),
         cap=each(cap_column, number, number),
         slope=each(slope_column, number, number, number, number, across=int(into_keys)),  # of queries the centre
-        bias=each(bias_column, pointer, int64, int64, int64),
-        pad=each(pad_column, pointer, int64, int64, int64),
+        bias=each(bias_column, UniTuple(number, columns)),
+        pad=each(pad_column, number, across=int(not into_keys)),  # of keys whether they take part
         hide=each(hide_column, int32, int32),
-        drop_fours=each_four_columns(dtype, columns, drop_four, int64, int64, int64, int64, int64, number),
+        drop_fours=each_four_columns(
+            dtype, columns, drop_four_queries if into_keys else drop_four, int64, int64, int64, int64, int64, number
+        ),
         drop_each=each(drop_column, *[int64] * 8, number),
     )

@@ -17,9 +17,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +124,22 @@ def largest_exact_lse(dtype: np.dtype) -> float:
 # --- in the kernels: build time only -----------------------------------------------------------------------------------------
 
 
-def stages(dtype: str) -> SimpleNamespace:
-    """The stages for scores of one dtype, as functions of numbers whose code goes where they are called."""
+def stages(dtype: str, tanh: Callable[..., Any] = math.tanh) -> SimpleNamespace:
+    """The stages for scores of one dtype, as functions of numbers whose code goes where they are called. The kernels for GPUs
+    have a `tanh` of their own."""
     from .intrinsics import exp, inlined, mad
 
     real = np.dtype(dtype).type
     zero, one, minus_infinity, lowest = real(0), real(1), real(-np.inf), np.finfo(real).min
     large = real(largest_exact_lse(np.dtype(real)))
-    tolerance, word = real(4 * np.finfo(real).eps), 0xFFFFFFFF
+    tolerance = real(4 * np.finfo(real).eps)
+    word, half = np.uint32, np.uint64(32)
+    factor_0, factor_1, increment_0, increment_1 = map(np.uint64, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
 
     @inlined
     def capped(score, softcap, per_softcap):
         """The score after the soft cap."""
-        return softcap * math.tanh(score * per_softcap)
+        return softcap * tanh(score * per_softcap)
 
     @inlined
     def cap_derivative(capped_score, per_softcap):
@@ -196,18 +202,19 @@ def stages(dtype: str) -> SimpleNamespace:
 
     @inlined
     def philox(c0, c1, c2, c3, seed):
-        """Four random words of 32 bits from a counter of four words."""
-        k0, k1 = seed & word, (seed >> 32) & word
+        """Four random words of 32 bits from a counter of four words. Only the products need 64 bits, which numba would take for
+        every number."""
+        c0, c1, c2, c3, k0, k1 = word(c0), word(c1), word(c2), word(c3), word(seed), word(seed >> 32)
         for _ in range(10):
-            p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-            c0, c1, c2, c3 = ((p1 >> 32) & word) ^ c1 ^ k0, p1 & word, ((p0 >> 32) & word) ^ c3 ^ k1, p0 & word
-            k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+            p0, p1 = factor_0 * c0, factor_1 * c2
+            c0, c1, c2, c3 = word((p1 >> half) ^ c1 ^ k0), word(p1), word((p0 >> half) ^ c3 ^ k1), word(p0)
+            k0, k1 = word(k0 + increment_0), word(k1 + increment_1)
         return c0, c1, c2, c3
 
     @inlined
-    def kept(weight, word, threshold, keep_scale):
+    def kept(weight, drawn, threshold, keep_scale):
         """The weight after dropout, for which this word was drawn."""
-        return weight * keep_scale if word >= threshold else zero
+        return weight * keep_scale if drawn >= word(threshold) else zero
 
     return SimpleNamespace(
         capped=capped, cap_derivative=cap_derivative, sloped=sloped, biased=biased, padded=padded, changed=changed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -11,6 +13,8 @@ WIDTH = 16  # lanes of a sub-group
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+# 2**x by powers of x, up to 0.5, to the last bit of float64
+_EXP2 = [math.log(2) ** n / math.factorial(n) for n in range(14)]
 
 
 class Emitter:
@@ -47,7 +51,21 @@ class Emitter:
         return self.call("_Z4fmin" + 2 * self.letter, self.real, [a, b])
 
     def exp2(self, x):
-        return self.call("_Z4exp2" + self.letter, self.real, [x])
+        """2**x: of float32 by the function of the hardware. That of the library for float64 takes branches and registers."""
+        if self.size == 4:
+            return self.call("_Z4exp2f", self.real, [x])
+        builder, i64 = self.builder, ir.IntType(64)
+        # not below the bounds is nan, too; at them the field of the exponent is that of 0 and infinity
+        for sign, bound in (("<", -1023.0), (">", 1024.0)):
+            x = builder.select(builder.fcmp_ordered(sign, x, self.number(bound)), self.number(bound), x)
+        # adding 1.5 * 2**52 rounds x to the integer that then stands in the low bits
+        shifted = builder.fadd(x, self.number(1.5 * 2.0**52))
+        fraction = builder.fsub(x, builder.fsub(shifted, self.number(1.5 * 2.0**52)))
+        result = self.number(_EXP2[-1])
+        for coefficient in _EXP2[-2::-1]:
+            result = self.mad(result, fraction, self.number(coefficient))
+        exponent = builder.add(builder.bitcast(shifted, i64), ir.Constant(i64, 1023))
+        return builder.fmul(result, builder.bitcast(builder.shl(exponent, ir.Constant(i64, 52)), self.real))
 
     def broadcast(self, register, lane):
         letter = "i" if register.type == _I32 else self.letter
@@ -60,10 +78,11 @@ class Emitter:
         bits, suffix, letter = (_I32, "", "j") if self.size == 4 else (_I64, "_ul", "m")
         address_space = pointer.type.addrspace
         address = builder.bitcast(builder.gep(pointer, [index]), ir.PointerType(bits, addrspace=address_space))
-        name = f"intel_sub_group_block_read{suffix}{count}"
+        name = f"intel_sub_group_block_read{suffix}{count if count > 1 else ''}"
         symbol = f"_Z{len(name)}{name}PU3AS{address_space}K{letter}"
-        value = self.call(symbol, ir.VectorType(bits, count), [address], convergent=True)
-        return [builder.bitcast(builder.extract_element(value, ir.Constant(_I32, i)), self.real) for i in range(count)]
+        value = self.call(symbol, ir.VectorType(bits, count) if count > 1 else bits, [address], convergent=True)
+        parts = [builder.extract_element(value, ir.Constant(_I32, i)) for i in range(count)] if count > 1 else [value]
+        return [builder.bitcast(part, self.real) for part in parts]
 
     def tree(self, operation, values):
         """Combine the values pairwise: a short chain of dependent instructions."""
@@ -110,6 +129,27 @@ def _over_lanes(symbol):
 lowest_lane = _over_lanes("_Z20sub_group_reduce_mini")
 highest_lane = _over_lanes("_Z20sub_group_reduce_maxi")
 any_lane = _over_lanes("_Z13sub_group_anyi")
+
+
+@intrinsic
+def transpose_fours(typing_context, words):
+    """Of every four lanes, word i of lane j becomes word j of lane i."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(context, builder)
+        words = emitter.unpack(arguments[0], 4)
+        lane = emitter.call("_Z22get_sub_group_local_idv", _I32, [])
+        for distance in (1, 2):
+            is_upper = builder.icmp_signed("!=", builder.and_(lane, ir.Constant(_I32, distance)), ir.Constant(_I32, 0))
+            for i in (i for i in range(4) if not i & distance):
+                low, high = words[i], words[i + distance]
+                sent = [builder.select(is_upper, low, high), ir.Constant(_I32, distance)]
+                got = emitter.call("_Z27intel_sub_group_shuffle_xorjj", _I32, sent, convergent=True)
+                words[i], words[i + distance] = builder.select(is_upper, got, low), builder.select(is_upper, high, got)
+        return emitter.pack(words_type, words)
+
+    words_type = types.UniTuple(types.uint32, 4)
+    return words_type(words_type), generate
 
 
 @intrinsic

@@ -129,26 +129,21 @@ def is_message(name: str) -> bool:
 
 
 def hot_loop(code: list[str], labels: dict[str, int]) -> list[str]:
-    """The instructions of the smallest loop among those with the most dpas, then mad, then messages."""
-    best: list[str] = []
-    best_rank = (-1, 0, 0, 0)
+    """The instructions of the smallest loop among those with nearly the most dpas or, where there are none, mad, or messages.
+
+    Nearly: the loop for what is masked may need a few more for addresses.
+    """
+    loops: list[list[str]] = []
     for end, instruction in enumerate(code):
-        if opcode(instruction) not in JUMPS:
-            continue
-        for target in re.findall(r"[\w.$]+", instruction.split("//")[0]):
-            start = labels.get(target, end + 1)
-            if start > end:
-                continue
-            names = [opcode(x) for x in code[start : end + 1]]
-            rank = (
-                sum(name.startswith("dpas") for name in names),
-                names.count("mad"),
-                sum(map(is_message, names)),
-                -len(names),
-            )
-            if rank > best_rank:
-                best, best_rank = code[start : end + 1], rank
-    return best
+        if opcode(instruction) in JUMPS:
+            starts = [labels.get(target, end + 1) for target in re.findall(r"[\w.$]+", instruction.split("//")[0])]
+            loops += [code[start : end + 1] for start in starts if start <= end]
+    for is_work in (lambda name: name.startswith("dpas"), lambda name: name == "mad", is_message, lambda name: True):
+        work = [sum(map(is_work, map(opcode, loop))) for loop in loops]
+        most = max(work, default=0)
+        if most:
+            return min((loop for loop, count in zip(loops, work, strict=True) if count >= 0.95 * most), key=len)
+    return []
 
 
 def moved_registers(instruction: str) -> int:

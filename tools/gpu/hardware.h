@@ -46,6 +46,8 @@ DEFINE(float, sg_bf, "_Z19sub_group_broadcastfj", (float x, u32 l)) { return BIT
 DEFINE(u64, sg_bm, "_Z19sub_group_broadcastmj", (u64 x, u32 l)) { return from_lane((u32)x, l) | (u64)from_lane((u32)(x >> 32), l) << 32; }
 DEFINE(i64, sg_bl, "_Z19sub_group_broadcastlj", (i64 x, u32 l)) { return (i64)sg_bm((u64)x, l); }
 DEFINE(double, sg_bd, "_Z19sub_group_broadcastdj", (double x, u32 l)) { return BITS(double, sg_bm(BITS(u64, x), l)); }
+DEFINE(u32, sg_xu, "_Z27intel_sub_group_shuffle_xorjj", (u32 x, u32 m)) { u32 all[LANES]; from_lanes(x, all); return all[lane() ^ m]; }
+DEFINE(int, sg_xi, "_Z27intel_sub_group_shuffle_xorij", (int x, u32 m)) { return (int)sg_xu((u32)x, m); }
 #define REDUCE(type, name, symbol, combine) \
     DEFINE(type, name, symbol, (type x)) { \
         u32 all[LANES]; from_lanes(BITS(u32, x), all); \

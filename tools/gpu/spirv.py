@@ -34,8 +34,7 @@ def forms(name: str, *, two_dimensional: bool = True) -> dict[str, tuple[tuple[i
 
     if "_gpu_" not in name:
         return {"": ()}
-    # of keys only those that are columns can share a draw
-    with_dropout = dict.fromkeys(OPTIONS, 1) | {"dropout": 2 if "_dk" in name or "_dv" in name else 1}
+    with_dropout = dict.fromkeys(OPTIONS, 1)
     without_dropout = with_dropout | {"dropout": 0}
     blocks = {"two_dimensional": int(two_dimensional and "float32" in name)}
     found = {"": blocks, "options": blocks | without_dropout, "dropout": blocks | with_dropout, "views": {}}

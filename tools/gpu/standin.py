@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -162,6 +162,17 @@ def launch(
         raise RuntimeError(f"kernel {name} takes fewer pointers than {len(pointers)}")
     numbers = [SCALARS[kind](value) for kind, value in zip(kinds[len(pointers) :], scalars, strict=True)]
     machine.run(name, pointers + numbers, groups, lanes, dict(constants))
+
+
+def ready(
+    machine: Machine, name: str, scalars: Sequence[float], groups: int, lanes: int, constants: Sequence[tuple[int, int]] = ()
+) -> SimpleNamespace:
+    """A launch without its memories, which `run` takes."""
+
+    def run(memories: Sequence[Memory]) -> None:
+        launch(machine, name, memories, scalars, groups=groups, lanes=lanes, constants=constants)
+
+    return SimpleNamespace(run=run)
 
 
 def manifest() -> Any:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import dpctl
+import numpy as np
 import pytest
 from ulysses_dp.kernels import (
     flash_backward,
@@ -18,8 +19,12 @@ from ulysses_dp.kernels import (
     row_product,
     score_walk,
 )
-from ulysses_dp.kernels.launch import _kernel, check_headers, launch
+from ulysses_dp.kernels.launch import Replay, _kernel, check_headers, launch
+from ulysses_dp.kernels.row_dot import reference as dots_of
+from ulysses_dp.kernels.row_dot import row_dot
 
+from ulysses_dp._device.arrays import tensor
+from ulysses_dp._device.copies import copy_arrays
 from ulysses_dp._device.queue import default_queue
 
 pytestmark = pytest.mark.single
@@ -103,6 +108,42 @@ def test_wrong_number_of_arguments(monkeypatch):
     queue = default_queue()
     with pytest.raises(RuntimeError, match=f"kernel {name} takes .* arguments, its manifest lists"):
         _kernel.__wrapped__(queue.sycl_context, queue.sycl_device, name)
+
+
+def test_replay():
+    """A step is done once, and launched again for other arrays. Whether these share memory makes a difference."""
+    rng, replay, steps = np.random.default_rng(0), Replay(), []
+    host = rng.standard_normal((4, 1, 3, 2, 5), dtype=np.float32)
+    arrays = [tensor.asarray(x) for x in host]
+
+    def run(a, b):
+        out = tensor.empty((1, 2, 3), dtype="float32")
+
+        def step():
+            steps.append((a, b))
+            row_dot(arrays[a], arrays[b], out)
+
+        replay.run("dot", (arrays[a], arrays[b], out), step)
+        np.testing.assert_allclose(tensor.asnumpy(out), dots_of(host[a], host[b]), rtol=1e-5, atol=1e-5)
+
+    for pair in ((0, 1), (2, 3), (2, 2), (3, 3), (1, 2)):
+        run(*pair)
+    assert steps == [(0, 1), (2, 2)]
+
+
+def test_replay_of_a_step_with_memory_of_its_own():
+    """It is done every time: that memory may be another one."""
+    replay, steps = Replay(), []
+    for n in range(3):
+        x, y = tensor.full((1, 3, 2, 4), n, dtype="float32"), tensor.empty((1, 3, 2, 4), dtype="float32")
+
+        def step(x=x, y=y, n=n):
+            steps.append(n)
+            copy_arrays([x], [y])  # has a table
+
+        replay.run("copy", (x, y), step)
+        assert (tensor.asnumpy(y) == n).all()
+    assert steps == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

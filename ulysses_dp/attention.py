@@ -280,7 +280,7 @@ def distributed(
             return Replicated.of(counts, ranks.size, wish, settings), common, context
 
         key = (function, ranks, its_rows, counts, more, of_ranks) if of_ranks else object()
-        tokens, common, context = settings.once(key, check_with_ranks)
+        tokens, common, context = settings.remembered.once(key, check_with_ranks)
         wish = context.wish
         arrays = tokens.brought(ranks.rank, "qkv", *[_local.to_usm(x, settings.layout) for x in (given, of_tokens)])
         rows = arrays[0].shape[1], arrays[1].shape[1]
@@ -303,7 +303,7 @@ def distributed(
             # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
             return Course.of(placement, counts, geometry, lambda shared: 1 if return_ctx and shared else wish.overlap, travels)
 
-        course = settings.once((context, *agreement.sizes), lay_out)
+        course = settings.remembered.once((context, *agreement.sizes), lay_out)
         # Delegate.
         largest, settings = _watched(settings, geometry, return_max_logit)
         parts: list[Arrays] = []

@@ -267,7 +267,7 @@ def ulysses_attention_backward(
             }
             return Common(function, values)
 
-        common = settings.once((function, wish, counts, more, ctx and len(ctx.parts)), for_all)
+        common = settings.remembered.once((function, wish, counts, more, ctx and len(ctx.parts)), for_all)
         result = inputs[1], arrays, geometry, settings, wish, tokens
         rows = arrays[1].shape[1], arrays[2].shape[1]
         return Checked(rows, common, result, (arrays[0].sycl_queue, wish.exchange))
@@ -289,7 +289,7 @@ def ulysses_attention_backward(
                 placement, counts, geometry, lambda shared: len(kept) if kept else 1 if shared else wish.overlap, travels
             )
 
-        course = settings.once((function, ranks, wish, tokens, len(kept), *agreement.sizes), lay_out)
+        course = settings.remembered.once((function, ranks, wish, tokens, len(kept), *agreement.sizes), lay_out)
         # Delegate.
         if course is None:
             with device_turn:

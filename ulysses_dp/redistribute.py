@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _path
 from ._call.checks import (
@@ -17,6 +17,7 @@ from ._call.checks import (
     check_node_size,
     shared_or_not,
 )
+from ._call.definitions import by_value
 from ._call.layout import axes_to_bshd, inverse, permute
 from ._device.arrays import view
 from ._device.copies import copy_arrays
@@ -29,10 +30,11 @@ from ._ranks.agree import Checked, Common, agree
 from ._ranks.partition import Item, blocks_of, column, split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
+
+    import numpy as np
 
     from ._device.arrays import Array
-    from ._ranks.partition import Share
 
 
 def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_size: int | str = 1) -> Any:
@@ -77,7 +79,8 @@ def scatter_heads(x: Any, /, *, comm: Any = None, exchange: str = "auto", node_s
     >>> bool((gather_heads(y) == x).all())
     True
     """
-    return _redistribute("scatter_heads", x, comm, lambda: (True, (0, 1, 2, 3)), exchange=exchange, node_size=node_size)
+    wish = {"scatter_idx": 2, "gather_idx": 1, "exchange": exchange, "node_size": node_size}
+    return _redistribute("scatter_heads", x, comm, wish)
 
 
 def gather_heads(
@@ -127,10 +130,8 @@ def gather_heads(
     >>> gather_heads(x).shape == (1, 2, MPI.COMM_WORLD.size, 2)  # 2 rows of all heads
     True
     """
-    direction = False, (0, 1, 2, 3)
-    return _redistribute(
-        "gather_heads", x, comm, lambda: direction, exchange=exchange, node_size=node_size, seq_local=seq_local
-    )
+    wish = {"scatter_idx": 1, "gather_idx": 2, "exchange": exchange, "node_size": node_size, "seq_local": seq_local}
+    return _redistribute("gather_heads", x, comm, wish)
 
 
 def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any = None, use_sync: bool = False) -> Any:
@@ -171,95 +172,107 @@ def all_to_all_4d(x: Any, scatter_idx: int = 2, gather_idx: int = 1, comm: Any =
     >>> all_to_all_4d(x, scatter_idx=2, gather_idx=1).shape == (1, 3 * P, 2, 4)
     True
     """
-
-    def direction() -> tuple[bool, tuple[int, ...]]:
-        # whichever axis comes first of the two is taken for the rows, the other for the heads
-        heads, rows = check_axes(scatter_idx=scatter_idx, gather_idx=gather_idx)
-        to_heads = rows < heads
-        return to_heads, axes_to_bshd(heads, rows) if to_heads else axes_to_bshd(rows, heads)
-
-    return _redistribute("all_to_all_4d", x, comm, direction)
+    return _redistribute("all_to_all_4d", x, comm, {"scatter_idx": scatter_idx, "gather_idx": gather_idx})
 
 
-def _redistribute(
-    function: str,
-    x: Any,
-    comm: Any,
-    direction: Callable[[], tuple[bool, tuple[int, ...]]],
-    *,
-    exchange: str = "auto",
-    node_size: int | str = 1,
-    seq_local: int | None = None,
-) -> Any:
-    """Do what the public functions above say. `direction` tells whether x goes to heads, and which of its axes are bshd."""
-    ranks = mpi.resolve_comm(function, comm)
+def _redistribute(function: str, x: Any, comm: Any, wish: dict[str, Any]) -> Any:
+    """Do what the public functions above say."""
+    ranks, plain = mpi.resolve_comm(function, comm), by_value(wish)
+    exchange, node_size, seq_local = wish.get("exchange", "auto"), wish.get("node_size", 1), wish.get("seq_local")
 
     # Validate inputs.
-    def check() -> Checked[tuple[Array, Any, tuple[int, ...], bool, tuple[int, ...], Any]]:
-        to_heads, axes = direction()
-        check_node_size(node_size, ranks.size)
+    def check() -> Checked[tuple[Array, Any, _Kind, Any]]:
         given = check_array("x", x)
-        check_axis_count("x", given)
-        if given.dtype not in BITS.values():  # which are moved as they are, whatever they hold
-            check_dtype("x", given, None)
-        check_device(given)
-        batch, seq, heads, width = shape = tuple(given.shape[axis] for axis in axes)
-        pair = (axes[2], axes[1]) if to_heads else (axes[1], axes[2])
-        common = {
-            "scatter_idx and gather_idx": pair,
-            f"batch (axis {axes[0]})": batch,
-            f"head_dim (axis {axes[3]})": width,
-            "dtype": given.dtype,
-            "exchange": shared_or_not(check_exchange(exchange)),
-            "node_size": node_size,
-        }
-        sizes: tuple[int, ...] = (seq,)
-        if to_heads:
-            common["heads"] = heads
-        else:
-            wanted = split(seq, ranks.size)[ranks.rank] if seq_local is None else check_count("seq_local", seq_local)
-            sizes, common["seq"] = (heads, wanted), seq
-        usm = permute(given.usm(), axes)
+
+        def check_kind() -> _Kind:
+            # whichever axis comes first of the two is taken for the rows, the other for the heads
+            heads_axis, rows_axis = check_axes(scatter_idx=wish["scatter_idx"], gather_idx=wish["gather_idx"])
+            to_heads = rows_axis < heads_axis
+            axes = axes_to_bshd(heads_axis, rows_axis) if to_heads else axes_to_bshd(rows_axis, heads_axis)
+            check_node_size(node_size, ranks.size)
+            check_axis_count("x", given)
+            if given.dtype not in BITS.values():  # which are moved as they are, whatever they hold
+                check_dtype("x", given, None)
+            check_device(given)
+            batch, seq, heads, width = shape = tuple(given.shape[axis] for axis in axes)
+            common = {
+                "scatter_idx and gather_idx": (heads_axis, rows_axis),
+                f"batch (axis {axes[0]})": batch,
+                f"head_dim (axis {axes[3]})": width,
+                "dtype": given.dtype,
+                "exchange": shared_or_not(check_exchange(exchange)),
+                "node_size": node_size,
+            }
+            sizes: tuple[int, ...] = (seq,)
+            if to_heads:
+                common["heads"] = heads
+            else:
+                wanted = split(seq, ranks.size)[ranks.rank] if seq_local is None else check_count("seq_local", seq_local)
+                sizes, common["seq"] = (heads, wanted), seq
+            return _Kind(to_heads, axes, inverse(axes), shape, sizes, Common(function, common))
+
+        kind = ranks.remembered.once((function, given[1:], plain), check_kind) if plain is not None else check_kind()
+        usm = permute(given.usm(), kind.axes)
         # what is stored as it is sent needs no memory by heads
-        in_place = None if to_heads or exchange == "shared" else _as_sent(usm)
+        in_place = None if kind.to_heads or exchange == "shared" else _as_sent(usm)
         memory_key = usm.sycl_queue, exchange, in_place is not None
-        renew = partial(_path.renew, like=usm) if to_heads else None
-        return Checked(sizes, Common(function, common), (given, usm, shape, to_heads, axes, in_place), memory_key, renew)
+        renew = partial(_path.renew, like=usm) if kind.to_heads else None
+        return Checked(kind.sizes, kind.common, (given, usm, kind, in_place), memory_key, renew)
 
     with call(function):
         agreement = agree(ranks, function, check)
-        sizes, (given, usm, (_, seq, heads, _), to_heads, axes, in_place) = agreement.sizes, agreement.result
-        if not to_heads and sum(wanted for _, wanted in sizes) != seq:
-            wishes = ", ".join(str(wanted) for _, wanted in sizes)
-            raise ValueError(f"{function}: the seq_local of all ranks ({wishes}) must add up to seq, {seq}")
+        given, usm, kind, in_place = agreement.result
+
+        def lay_out() -> Lists:
+            return _lists(function, kind, agreement.sizes, usm.dtype)
+
+        lists = ranks.remembered.once((kind.common, *agreement.sizes), lay_out)
         # Delegate.
         result = usm
         if ranks.size > 1:
             link = mpi.link(ranks, usm.sycl_queue, exchange=exchange, node_size=node_size)
-            if to_heads:
-                what = _to_heads(usm, blocks_of(split(heads, ranks.size)), column(sizes, 0))
-                _, (result,) = _path.run(function, agreement, ranks, link, what)
+            if kind.to_heads:
+                _, (result,) = _path.run(function, agreement, ranks, link, _to_heads(usm, lists))
             else:
-                what = _to_rows(usm, blocks_of(column(sizes, 0)), column(sizes, 1), ranks.rank, in_place)
-                results, _ = _path.run(function, agreement, ranks, link, what)
+                results, _ = _path.run(function, agreement, ranks, link, _to_rows(usm, lists, ranks.rank, in_place))
                 result = results["x"]
-        return given.give(permute(result, inverse(axes)))
+        return given.give(permute(result, kind.back))
 
 
-def _to_heads(x: Any, heads: Share, rows: tuple[int, ...]) -> Description:
-    """One item to heads and none back: the result is received in place."""
-    item = Item("x", heads, rows, x.shape[3], x.dtype)
-    lists = Lists((item,), ())
+class _Kind(NamedTuple):
+    """What calls with the same wishes and arrays of one kind have in common."""
+
+    to_heads: bool
+    axes: tuple[int, ...]  # of x: batch, rows, heads and head_dim
+    back: tuple[int, ...]  # the order of axes that undoes this
+    shape: tuple[int, ...]  # in that order
+    sizes: tuple[int, ...]  # that may differ between ranks
+    common: Common
+
+
+def _lists(function: str, kind: _Kind, sizes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Lists:
+    """What travels: one item to heads, or one back."""
+    _, seq, heads, width = kind.shape
+    if kind.to_heads:
+        return Lists((Item("x", blocks_of(split(heads, len(sizes))), column(sizes, 0), width, dtype),), ())
+    if sum(wanted for _, wanted in sizes) != seq:
+        wishes = ", ".join(str(wanted) for _, wanted in sizes)
+        raise ValueError(f"{function}: the seq_local of all ranks ({wishes}) must add up to seq, {seq}")
+    return Lists((), (Item("x", blocks_of(column(sizes, 0)), column(sizes, 1), width, dtype),))
+
+
+def _to_heads(x: Any, lists: Lists) -> Description:
+    """The result is received in place."""
     return Description("", x, x.shape[0], [lists], lambda: ({"x": x}, {}), lambda _, arrays: arrays["x"], keep=True)
 
 
-def _to_rows(x: Any, heads: Share, rows: tuple[int, ...], rank: int, in_place: Any) -> Description:
-    """No item to heads and one back: what is sent is x in its place, or else a copy, as where others read it."""
+def _to_rows(x: Any, lists: Lists, rank: int, in_place: Any) -> Description:
+    """What is sent is x in its place, or else a copy, as where others read it."""
     batch, _, _, width = x.shape
-    lists = Lists((), (Item("x", heads, rows, width, x.dtype),))
+    (item,) = lists.to_rows
 
     def begin() -> tuple[Arrays, Arrays]:
-        return {}, {"x": empty_like(x, (batch, rows[rank], sum(count for _, count in heads), width))}
+        return {}, {"x": empty_like(x, (batch, item.rows[rank], sum(count for _, count in item.heads), width))}
 
     def copy(_: int, arrays: Arrays) -> None:
         if in_place is None:

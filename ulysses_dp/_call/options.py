@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict
 
 import numpy as np
 
@@ -22,13 +22,14 @@ from ulysses_dp.kernels.launch import Replay
 
 from .._device.arrays import Array, describe, library_of, tensor, to_host
 from .._device.dtypes import DTYPES, names
+from .._device.remembered import Remembered
 from .checks import Geometry, check_array, check_flag, check_integer, shown
 from .definitions import Option, options_of
 from .layout import PACKED, Layout
 from .spans import UNLIMITED, Block, spans, trim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 MAX_SCALE = 1e30  # beyond, the scale itself would overflow float32
 Real = float | np.floating[Any] | np.integer[Any]
@@ -363,8 +364,6 @@ class AttentionOptions(ScoreOptions, DtypeOptions, total=False):
 
 
 OPTIONS = options_of(ScoreOptions)
-REMEMBERED = 256  # findings that options keep
-_T = TypeVar("_T")
 ALL_MORE = "dlse", "return_max_logit", "bias_grad", "slopes_grad"  # that a call may take or give, if its backend does
 
 
@@ -410,16 +409,9 @@ class Options:
         return Replay()
 
     @cached_property
-    def _found(self) -> dict[Any, Any]:
-        return {}
-
-    def once(self, key: Any, make: Callable[[], _T]) -> _T:
-        """What `make` returns, which follows from the key and these options: it is not made again when they come back."""
-        if key not in self._found:
-            if len(self._found) >= REMEMBERED:  # of lengths that never come again, for instance
-                self._found.clear()
-            self._found[key] = make()
-        return self._found[key]
+    def remembered(self) -> Remembered:
+        """What calls with these options have found out."""
+        return Remembered()
 
     @cached_property
     def more_than_plain(self) -> frozenset[str]:

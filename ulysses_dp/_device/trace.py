@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -83,14 +83,15 @@ def recording(record: Record) -> Iterator[None]:
         _active.record, _active.call, _active.stage = outer
 
 
-@contextmanager
-def call(function: str) -> Iterator[None]:
+def call(function: str) -> AbstractContextManager[None]:
     """Record a call of a public function if a trace is active; a call inside a call is a part of it."""
-    if _active.record is None or _active.call is not None:
-        yield
-        return
+    return _IDLE if _active.record is None or _active.call is not None else _record_call(_active.record, function)
+
+
+@contextmanager
+def _record_call(record: Record, function: str) -> Iterator[None]:
     _active.call = entry = Call(function, time.perf_counter())
-    _active.record.calls.append(entry)
+    record.calls.append(entry)
     try:
         yield
     finally:
@@ -100,7 +101,7 @@ def call(function: str) -> Iterator[None]:
 
 def stage(name: str, **details: Any) -> Timer:
     """Time one stage if a call is recorded; `details` are fields of `Stage`. One that fails is not recorded."""
-    return Timer(name, **details)
+    return _IDLE if _active.call is None else Timer(name, **details)
 
 
 class Timer:
@@ -131,8 +132,32 @@ class Timer:
             self.close()
 
 
+class _Idle(Timer):
+    """The clock of every stage where nothing is recorded: one object, because a short call has many stages."""
+
+    def __init__(self) -> None:
+        pass
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        pass
+
+
+_IDLE = _Idle()
+
+
 def note(*, passes: int = 0, allocations: int = 0, pairs: int = 0) -> None:
     """Count work for the call, and the stage, that is under way."""
+    if _active.call is None:
+        return
     for entry in (_active.call, _active.stage):
         if entry is not None:
             entry.passes += passes

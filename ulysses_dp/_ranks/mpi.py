@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._device.queue import device_turn, local_rank
+from .._device.remembered import Remembered
 from .._device.shared import attach, create
 from .._device.trace import stage
 from .._device.workspace import drop_shared, release, set_shared, shared
@@ -183,6 +184,7 @@ class Ranks:
     def __init__(self, comm: Any) -> None:
         self.comm = comm
         self.rank, self.size, self.handle = comm.rank, comm.size, comm.handle
+        self.remembered = Remembered()  # what calls of these ranks have found out
         self._node_size: int | None = None
         self._steps: dict[int, tuple[Any, Any]] = {}
         self._meshes: dict[int, tuple[Ranks, Ranks]] = {}

@@ -9,6 +9,7 @@ python scripts/plot_speed.py attention-zen4.json --table
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -171,13 +172,16 @@ def draw(results: list[dict[str, Any]], path: Path, kind: str, only: str = "") -
     from matplotlib.figure import Figure
 
     pictures = list(shown(results, only))
-    columns = max((len(filled) for _, filled in pictures), default=1)
-    figure = Figure(figsize=(1 + 2.8 * columns, 3.6 * max(len(pictures), 1)), layout="constrained")
-    parts = figure.subfigures(max(len(pictures), 1), 1, squeeze=False)[:, 0]
-    for (picture, filled), part in zip(pictures, parts, strict=False):
+    # as many rows of panels as columns, for narrow screens
+    columns = [math.ceil(math.sqrt(len(filled))) for _, filled in pictures]
+    rows = [math.ceil(len(filled) / count) for (_, filled), count in zip(pictures, columns, strict=True)]
+    size = 1 + 3.7 * max(columns, default=1), 0.6 * len(rows) + 2.9 * max(sum(rows), 1)
+    figure = Figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(max(len(rows), 1), 1, squeeze=False, height_ratios=rows or None)[:, 0]
+    for (picture, filled), part, shape in zip(pictures, parts, zip(rows, columns, strict=True), strict=False):
         machines = list(dict.fromkeys(machine for panel in filled for machine, _ in panel.lines))
         labels = list(dict.fromkeys(label for panel in filled for _, label in panel.lines))
-        of_picture, explained = part.subplots(1, columns, squeeze=False)[0], {}
+        of_picture, explained = part.subplots(*shape, squeeze=False).flat, {}
         for axes, panel in zip(of_picture, filled, strict=False):
             for (machine, label), values in panel.lines.items():
                 style = ("-", "--", ":", "-.")[machines.index(machine) % 4]
@@ -190,12 +194,10 @@ def draw(results: list[dict[str, Any]], path: Path, kind: str, only: str = "") -
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set(xlabel=picture.x, title=panel.title)
             axes.set(yscale="log") if picture.logarithmic else axes.set(ylim=(0, None))
-        of_picture[0].set_ylabel(picture.title)
+        part.supylabel(picture.title, fontsize="medium")
         for axes in of_picture[len(filled) :]:
             axes.axis("off")
-        part.legend(
-            explained.values(), explained, loc="outside lower center", ncols=min(len(machines) + 1, 3), fontsize="small"
-        )
+        part.legend(explained.values(), explained, loc="outside lower center", ncols=len(machines), fontsize="small")
     figure.savefig(path, dpi=120, format=kind)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ulysses_dp.kernels.arguments import Problem
 from ulysses_dp.kernels.reference import largest_exact_lse
 from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
-from ulysses_dp.kernels.score_walk import Walk
+from ulysses_dp.kernels.score_walk import GROUP_ROWS, Walk
 from ulysses_dp.kernels.score_walks import score_gradient, softmax_of_rows
 
 from .._call.options import ALL_MORE, OPTIONS
@@ -159,11 +159,11 @@ class IntelSycl(Backend):
         k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
         (batch, seq_q, count, _), seq_k = q.shape, k.shape[1]
         keeps_batch, keeps_heads, keeps_rows, keeps_keys = keeps
-        into_keys, keeps_pairs = keeps_keys and not keeps_rows, keeps_keys and keeps_rows
-        shape = batch if keeps_batch else 1, count if keeps_heads else 1, *((seq_k,) if keeps_pairs else ())
-        result = scratch(q.sycl_queue, "score gradient", (*shape, seq_k if into_keys else seq_q), lse.dtype)
+        keeps_pairs = keeps_keys and keeps_rows
+        shape = batch if keeps_batch else 1, count if keeps_heads else 1, *((seq_q,) if keeps_pairs else ())
+        result = scratch(q.sycl_queue, "score gradient", (*shape, seq_k if keeps_keys else seq_q), lse.dtype)
         result[...] = 0
-        rows, columns = ((k, v), (q, dout)) if into_keys else ((q, dout), (k, v))
+        rows, columns = ((k, v), (q, dout)) if keeps_keys else ((q, dout), (k, v))
         panels = tuple(_panels(x, f"{n} of rows") for n, x in enumerate(rows))
         walk = Walk(
             batch=batch,
@@ -173,12 +173,10 @@ class IntelSycl(Backend):
             by_slope=int(by_slope),
         )
         problem = _problem(q, k, options, heads, walks=True)
-        score_gradient(q, k, panels, columns, of_queries, result, problem, walk, into_keys=into_keys)
+        score_gradient(q, k, panels, columns, of_queries, result, problem, walk, into_keys=keeps_keys)
         found = to_host(result)
-        if keeps_pairs:
-            return found.swapaxes(2, 3)
-        if into_keys:
-            return found[:, :, None, :]
+        if keeps_keys:
+            return found if keeps_rows else found[:, :, None, :]
         return found[..., None] if keeps_rows else found.sum(axis=2, dtype=np.float64)[..., None, None]
 
 
@@ -229,11 +227,14 @@ def _of_queries(q: Any, k: Any, lse: Any, delta: Any, options: Options, heads: H
 
 
 def _panels(x: Any, slot: str) -> Any:
-    """An array (batch, rows, heads, head_dim) as (batch, heads, head_dim, rows), in scratch memory."""
+    """An array (batch, rows, heads, head_dim) as (batch, heads, head_dim, rows), in scratch memory.
+
+    More rows, of which nothing is used, fill the last group.
+    """
     batch, rows, heads, width = x.shape
-    panels = scratch(x.sycl_queue, f"panels {slot}", (batch, heads, width, rows), x.dtype)
+    panels = scratch(x.sycl_queue, f"panels {slot}", (batch, heads, width, -(-rows // GROUP_ROWS) * GROUP_ROWS), x.dtype)
     if x.size:
-        copy_arrays((tensor.permute_dims(x, (0, 3, 2, 1)),), (tensor.permute_dims(panels, (0, 2, 1, 3)),))
+        copy_arrays((tensor.permute_dims(x, (0, 3, 2, 1)),), (tensor.permute_dims(panels[..., :rows], (0, 2, 1, 3)),))
     return panels
 
 

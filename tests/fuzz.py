@@ -65,6 +65,9 @@ SPACE = {
     "reversed": (0.1, (False, True)),
     "ring": (0.3, (1, 2, 3, 4, 5)),
     "order": (0.3, ("contiguous", "zigzag", "zigzag_ranks", "striped")),
+    "kv": (0.5, ("auto", "ring", "all_gather")),
+    "tokens": (0.15, ((0, 0), (1, 1), (3, 3), (8, 2), (0, 4), (5, 0))),  # that every rank holds, queries and keys
+    "tokens_at": (0.5, ("start", "end")),
     "cuts": (0.8, (0, 1, 2, 3, 8)),
     "cuts_k": (0.4, (False, True)),
     "causal": (0.4, (False, True)),
@@ -157,6 +160,8 @@ def mended(case):
     if c["call"] not in ("ulysses", "class", "flash") or c["ranks"] % c["ring"]:
         c |= {"ring": 1, "order": "contiguous"}
     c["mesh"] = c["ring"] > 1 or c["order"] != "contiguous"
+    if c["call"] != "ulysses" or c["order"] != "contiguous":
+        c["tokens"] = (0, 0)
     if c["mesh"] or c["call"] == "decode":  # what they do not have
         foreign, c["attn_type"] = False, "NUMPY" if c["attn_type"] == "NUMPY" else "INTEL_SYCL"
         c |= {"overlap": "auto", "node_size": 1, "bias_huge": 0}
@@ -320,7 +325,7 @@ def compare(comm, results, guards):
 
 def options_of(c, rng, comm, guards):
     """The options as the library gets them, and as the oracle does."""
-    shape = sizes = c["batch"], c["heads"], sum(c["rows"]), sum(c["rows_k"])
+    shape = sizes = c["batch"], c["heads"], *(sum(x, n) for x, n in zip((c["rows"], c["rows_k"]), c["tokens"], strict=True))
     ours = {"causal": c["causal"], "window_size": (c["left"], c["right"]), "softcap": c["softcap"], "softmax_scale": c["scale"]}
     ours |= {"dropout_p": c["dropout"], "seed": 2**63 + c["seed"]} if c["dropout"] else {}
     theirs, arrays, kind = {}, {}, None
@@ -370,13 +375,16 @@ def options_of(c, rng, comm, guards):
 def attention(c, comm):
     """Forward, and the gradient of what came, against the oracle."""
     rng, guards, form, local = np.random.default_rng(c["seed"]), [], c["form"], c["call"] == "local"
-    queries, keys = (sum(c["rows"]), c["heads"]), (sum(c["rows_k"]), c["kv_heads"])
+    tokens = dict(zip("qk", c["tokens"], strict=True))
+    queries, keys = (sum(c["rows"], tokens["q"]), c["heads"]), (sum(c["rows_k"], tokens["k"]), c["kv_heads"])
     here, rows, rows_k = (MPI.COMM_SELF, [queries[0]], [keys[0]]) if local else (comm, c["rows"], c["rows_k"])
-    whole, mine, held = {}, {}, {}
+    whole, mine, of_tokens, held, held_by_all = {}, {}, {}, {}, {}
     options, dense = options_of(c, rng, comm, guards)
     mesh = {"ring": c["ring"], "order": c["order"]} if c["mesh"] else {}
     for name, counts in (("q", rows), ("k", rows_k)):
-        held[name] = part(np.arange(sum(counts)), counts, here.rank, 0)
+        at_start = c["tokens_at"] == "start"
+        held[name] = part(np.arange(sum(counts)), counts, here.rank, 0) + tokens[name] * at_start
+        held_by_all[name] = np.arange(tokens[name]) + sum(counts) * (not at_start)
         if c["order"] != "contiguous":
             ends = dense.get(f"cu_seqlens_{name}", dense.get("cu_seqlens_q"))
             held[name] = library.row_positions(sum(counts), here, **mesh, cu_seqlens=None if ends is None else ends.tolist())
@@ -386,8 +394,11 @@ def attention(c, comm):
     def by_user_axes(x):
         return x[0] if c["packed"] else x.transpose(np.argsort(c["axes"]))
 
-    def of_this_rank(x, name):
+    def of_this_rank(x, name, held=held):
         return by_user_axes(x[:, held["q" if name in ("q", "dq", "dout", "out") else "k"]])
+
+    def lse_of(x, held=held):
+        return x[:, :, held["q"]][0 if c["packed"] else ...]
 
     for name, (seq, heads) in {"q": queries, "k": keys, "v": keys, "dout": queries}.items():
         width = c["head_dim"] if name in ("q", "k") or c["head_dim_v"] is None else c["head_dim_v"]
@@ -399,6 +410,7 @@ def attention(c, comm):
         whole[name] = encode(x, form)
         flat = None if flat is None or c["packed"] else c["axes"][flat]
         mine[name] = place(name, of_this_rank(whole[name], name), c, comm, guards, flat)
+        of_tokens[name] = place(name, of_this_rank(whole[name], name, held_by_all), c, comm, guards)
     inputs = (decode(whole[x]).astype(float) for x in ("q", "k", "v", "dout"))
     dlse = rng.standard_normal((c["batch"], c["heads"], queries[0])).astype(c["of_lse"]) if c["dlse"] else None
     bias_shape = np.shape(options["bias"]) if c["bias"] else None
@@ -410,12 +422,14 @@ def attention(c, comm):
     os.environ |= {"ULYSSES_DP_SCHEDULE": c["schedule"]} if c["schedule"] else {}
     q, k, v, dout = (mine[x] for x in ("q", "k", "v", "dout"))
     keep, how = c["gradient"] == "ctx" and not local, {}
+    mesh |= {"kv": c["kv"]} if mesh else {}
     if c["call"] == "ulysses":
         node_size = c["node_size"] if c["node_size"] != "all" else comm.size
         how = {"overlap": c["overlap"], "node_size": node_size, "exchange": c["exchange"], "comm": comm} | mesh
+        how |= {"replicated_at": c["tokens_at"]} if any(c["tokens"]) else {}
     more = {"attn_type": attn_type, "layout": c["layout"] if c["layout"].isalpha() else c["axes"]}
 
-    largest = {"return_max_logit": True} if c["max_logit"] and c["call"] != "decode" else {}
+    largest = {"return_max_logit": True} if c["max_logit"] else {}
 
     def forward(**how):
         if c["call"] == "class":
@@ -427,24 +441,29 @@ def attention(c, comm):
             out, lse, _, *rest = library.ulysses_flash_attn_func(q, k, v, **how)
             return out, lse, *rest
         if c["call"] == "decode":
-            return library.decode_attention(q, k, v, comm=comm, return_lse=True, **options, **more)
+            return library.decode_attention(q, k, v, comm=comm, return_lse=True, **options, **more, **largest)
         call = library.attention if local else library.ulysses_attention
         how |= largest | ({"return_ctx": True} if keep else {})
+        how |= {"replicated": [of_tokens[x] for x in "qkv"]} if any(c["tokens"]) else {}
         return call(q, k, v, return_lse=True, **options, **more, **how)
 
     results = outcome(comm, lambda: forward(**how), accept)
     if results is None:
         return
     out, lse, *ctx = results
+    results_of_tokens = [ctx.pop(0), ctx.pop(0)] if any(c["tokens"]) else []
     found = {"max_logit": (ctx.pop(0), c["of_lse"], q, expected["max_logit"])} if largest else {}
-    lse_of_rank = tuple(x[:, :, held["q"]][0 if c["packed"] else ...] for x in expected["lse"])
     results = {
         "out": (out, form, q, tuple(of_this_rank(x, "out") for x in expected["out"])),
-        "lse": (lse, c["of_lse"], q, lse_of_rank),
+        "lse": (lse, c["of_lse"], q, tuple(map(lse_of, expected["lse"]))),
     } | found
+    if results_of_tokens:
+        out_r, lse_r = results_of_tokens
+        results["out_r"] = out_r, form, q, tuple(of_this_rank(x, "out", held_by_all) for x in expected["out"])
+        results["lse_r"] = lse_r, c["of_lse"], q, tuple(lse_of(x, held_by_all) for x in expected["lse"])
     compare(comm, results, guards)
     if c["overlap"] != "auto" and how and c["attn_type"] in ("INTEL_SYCL", "NUMPY"):
-        again = outcome(comm, lambda: forward(comm=comm))[0]
+        again = outcome(comm, lambda: forward(comm=comm, **{x: how[x] for x in how if x == "replicated_at"}))[0]
         if not all(comm.allgather(as_numpy(again).tobytes() == as_numpy(out).tobytes())):
             raise Failure("overlap, node_size or exchange changes bits")
     if not c["gradient"] or c["call"] in ("class", "flash", "decode"):
@@ -456,19 +475,24 @@ def attention(c, comm):
     how |= {"ctx": ctx[0]} if keep else {}
     wanted = {"slopes_grad": c["slopes_grad"] and bool(c["alibi"]), "bias_grad": c["bias_grad"] and bool(c["bias"])}
     if dlse is not None:
-        wanted["dlse"] = place("lse", dlse[:, :, held["q"]][0 if c["packed"] else ...], c, comm, guards)
+        wanted["dlse"] = place("lse", lse_of(dlse), c, comm, guards)
+    if results_of_tokens:
+        of_dlse = () if dlse is None else (place("lse", lse_of(dlse, held_by_all), c, comm, guards),)
+        how["replicated"] = (*(of_tokens[x] for x in ("dout", "q", "k", "v")), *results_of_tokens, *of_dlse)
     grads = outcome(comm, lambda: backward(dout, q, k, v, out, lse, **options, **more, **how, **wanted), accept)
     if grads is None:
         return
-    grads, rest = grads[:3], list(grads[3:])
+    count = 6 if results_of_tokens else 3
+    grads, rest = grads[:count], list(grads[count:])
     results = {"dsinks": (rest.pop(0), c["of_lse"], q, expected["dsinks"])} if c["sinks"] else {}
     if wanted["slopes_grad"]:
         of_slopes = (x[..., 0, 0] if c["alibi"] == "batch" else x[..., 0, 0].sum(0) for x in expected["dslopes"])
         results["dslopes"] = rest.pop(0), c["of_lse"], q, tuple(of_slopes)
     if wanted["bias_grad"]:
         results["dbias"] = rest.pop(0), c["of_lse"], options["bias"], expected["dbias"]
-    for name, x, given in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=False):
-        results[name] = x, form, given, tuple(of_this_rank(y, name) for y in expected[name])
+    for of, where, gradients in (("", held, grads[:3]), ("_r", held_by_all, grads[3:])):
+        for name, x, given in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=False):
+            results[name + of] = x, form, given, tuple(of_this_rank(y, name, where) for y in expected[name])
     compare(comm, results, guards)
 
 

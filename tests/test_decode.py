@@ -27,6 +27,25 @@ def test_every_option(comm, how, name):
     np.testing.assert_allclose(lse, expected_lse, atol=TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("lengths", [None, [5, 2]])
+def test_the_largest_scores(comm, lengths):
+    """Of the keys of all ranks, without those beyond the lengths; the results are those of a call without them."""
+    q, k, v = random_qkv(0, 2, 3, 4, 2, 16, seq_k=9 * comm.size)
+    options = some_options(("softcap", "alibi", "sinks"), 2, 4, 3, 9 * comm.size)
+    mine = [cache_of(x, (9,) * comm.size, comm) for x in (k, v)]
+    how = {"comm": comm, "lengths": lengths, "return_lse": True} | options
+    out, lse, largest = decode_attention(q, *mine, return_max_logit=True, **how)
+    for x, y in zip((out, lse), decode_attention(q, *mine, **how), strict=True):
+        np.testing.assert_array_equal(x, y)
+    used = [9, 9] if lengths is None else lengths
+    expected = []
+    for b, n in enumerate(used):
+        keys = (x[b : b + 1].reshape(comm.size, 9, 2, 16)[:, :n].reshape(1, -1, 2, 16) for x in (k, v))
+        of_batch = {name: x[b : b + 1] if name == "alibi_slopes" and x.ndim == 2 else x for name, x in options.items()}
+        expected.append(dense_attention(q[b : b + 1], *keys, max_logit=True, **of_batch)[2])
+    np.testing.assert_allclose(largest, np.max(expected, axis=0), atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_all_options_at_once(comm, seed):
     rng = np.random.default_rng(seed)

@@ -76,6 +76,34 @@ def test_dtypes(comm, dtype):
         np.testing.assert_allclose(x.astype("float64"), part(expected, rows, comm.rank), rtol=0, atol=atol)
 
 
+def test_the_largest_scores(comm):
+    """They come last, and change nothing else; there is no gradient of them."""
+    whole, rows = random_qkv(7, 2, 9, 4, 2, 8, "float64"), split(9, comm.size, "uneven")
+
+    def loss(q, k, v, wanted):
+        results = ulysses_attention(q, k, v, comm=comm, causal=True, return_lse=True, return_max_logit=wanted)
+        return (results[0] ** 2).sum() + sum(x.sum() for x in results[2:]), results
+
+    differentiate = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+    (grads, (*results, largest)), (grads_without, without) = (
+        differentiate(*rows_of(comm, whole, rows), wanted) for wanted in (True, False)
+    )
+    np.testing.assert_allclose(largest, dense_attention(*whole, causal=True, max_logit=True)[2], rtol=0, atol=1e-12)
+    for x, y in zip((*grads, *results), (*grads_without, *without), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_values_of_another_width(comm):
+    whole, rows = random_qkv(8, 1, 9, 4, 2, 8, "float64"), split(9, comm.size, "uneven")
+    whole = (*whole[:2], np.random.default_rng(8).standard_normal((1, 9, 2, 5)))
+    q, k, v = rows_of(comm, whole, rows)
+    out = jax.jit(lambda *x: ulysses_attention(*x, comm=comm, causal=True))(q, k, v)
+    np.testing.assert_allclose(out, part(dense_attention(*whole, causal=True)[0], rows, comm.rank), rtol=0, atol=1e-12)
+    grads = jax.jit(jax.grad(lambda *x: ulysses_attention(*x, comm=comm, causal=True).sum(), (0, 1, 2)))(q, k, v)
+    for x, y in zip(grads, dense_gradient(np.ones((1, 9, 4, 5)), *whole, causal=True)[:3], strict=True):
+        np.testing.assert_allclose(x, part(y, rows, comm.rank), rtol=0, atol=1e-12)
+
+
 def test_more_than_one_call(comm):
     """Calls that need each other, calls that do not and calls in a loop run in the same order on all ranks."""
     q, k, v = rows_of(comm, random_qkv(4, 1, 9, 2, 2, 8, "float64"), split(9, comm.size, "uneven"))

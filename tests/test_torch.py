@@ -5,6 +5,7 @@ import pytest
 from checks import OPTIONS, some_options
 from gradients import dense_gradient
 from helpers import SPLITS, WORLD, needs_ranks, outcomes, part, random_qkv, split
+from oracle import dense_attention
 from test_scripts import ROOT, mpiexec
 
 torch = pytest.importorskip("torch")
@@ -193,6 +194,28 @@ def test_compiled(comm):
             np.testing.assert_allclose(result.detach(), wanted.detach(), rtol=0, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*arrays, mask, comm), expected[0].detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_the_largest_scores(comm, compiled):
+    """They come last, and change nothing else; there is no gradient of them."""
+    whole, rows = random_qkv(11, 2, 9, 4, 2, 8, "float64"), split(9, comm.size, "uneven")
+    arrays, how = rows_of(comm, whole, rows), {"comm": comm, "causal": True}
+
+    def attend(q, k, v):
+        return ulysses_attention(q, k, v, return_max_logit=True, **how)
+
+    torch.compiler.reset()
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    out, largest = function(*arrays)
+    assert not largest.requires_grad
+    np.testing.assert_allclose(largest, dense_attention(*whole, causal=True, max_logit=True)[2], rtol=0, atol=1e-12)
+    expected = ulysses_attention(*arrays, **how)
+    torch.testing.assert_close(out, expected)
+    for x, y in zip(*(torch.autograd.grad(z.square().sum(), arrays) for z in (out, expected)), strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*arrays)[1], largest)
 
 
 @pytest.mark.single

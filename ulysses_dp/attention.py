@@ -82,7 +82,7 @@ def attention(
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     return_max_logit : bool
-        Also return the largest score of every head, which takes several times as long as attention alone.
+        Also return the largest score of every head, for which all scores are computed again.
 
     Returns
     -------
@@ -124,12 +124,12 @@ def attention(
     True
     """
     # Validate inputs.
-    more = _check_more(return_max_logit)
+    more = check_more(return_max_logit)
     arrays, geometry, settings = _local.check_attention(q, k, v, return_lse=return_lse, more=more, **options)
     settings.check_lengths("attention", *_local.rows_of(arrays, settings.layout))
     # Delegate.
     with call("attention"), device_turn:
-        largest, settings = _watched(settings, geometry, return_max_logit)
+        largest, settings = watched(settings, geometry, return_max_logit)
         out, lse = _local.attend_whole(_local.to_usm(arrays, settings.layout), geometry, settings)
         results = _local.results_to_user(out, lse, settings, arrays[0])
         if largest is not None:
@@ -177,7 +177,7 @@ def ulysses_attention(
     return_lse : bool
         Also return the logarithm of the softmax denominators.
     return_max_logit : bool
-        Also return the largest score of every head, which takes several times as long as attention alone.
+        Also return the largest score of every head, for which all scores are computed again.
     return_ctx : bool
         Also return what `ulysses_attention_backward` would otherwise have to send again: q, k and v of the heads of this rank,
         ``(heads + 2 kv_heads) / P · batch · seq · head_dim`` numbers, and lse; and the options, which need not be repeated.
@@ -261,7 +261,7 @@ def distributed(
     # Validate inputs.
     def check() -> Checked[tuple[Array, Sequence[Any], Options, Replicated, Context]]:
         q, k, v = inputs if unpack is None else unpack(*inputs, of_attention.get("layout"))
-        more = _check_more(return_max_logit)
+        more = check_more(return_max_logit)
         given, geometry, settings = _local.check_attention(q, k, v, names, more=more, **of_attention)
         of_tokens: tuple[Array, ...] = ()
         if replicated is not None:
@@ -305,7 +305,7 @@ def distributed(
 
         course = settings.remembered.once((context, *agreement.sizes), lay_out)
         # Delegate.
-        largest, settings = _watched(settings, geometry, return_max_logit)
+        largest, settings = watched(settings, geometry, return_max_logit)
         parts: list[Arrays] = []
         if course is None:
             with device_turn:
@@ -327,13 +327,13 @@ def distributed(
     return _local.alone_or_all(to_user)
 
 
-def _check_more(return_max_logit: Any) -> tuple[str, ...]:
+def check_more(return_max_logit: Any) -> tuple[str, ...]:
     """What more than out and lse is wanted."""
     check_flag("return_max_logit", return_max_logit)
     return ("return_max_logit",) if return_max_logit else ()
 
 
-def _watched(options: Options, geometry: Geometry, wanted: Any) -> tuple[LargestScores | None, Options]:
+def watched(options: Options, geometry: Geometry, wanted: Any) -> tuple[LargestScores | None, Options]:
     """What finds the largest scores, if that is wanted, and the options that carry it."""
     if not wanted:
         return None, options

@@ -22,6 +22,7 @@ from ._ranks.agree import Checked, CollectiveCall, Common, agree
 from ._ranks.orders import Segment
 from ._ranks.partition import HeadMap
 from ._ring import check_lse
+from .attention import check_more, watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ def decode_attention(
     comm: Any = None,
     lengths: int | Sequence[int] | None = None,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     **options: Unpack[LocalOptions],
 ) -> Any:
     """Attention of query rows that all ranks have to keys and values of which every rank has some rows.
@@ -66,6 +68,8 @@ def decode_attention(
         sequence has a number for every batch; then, `bias`, `key_padding_mask` and `dropout_p` are a ValueError.
     return_lse : bool
         Also return the logarithm of the softmax denominators.
+    return_max_logit : bool
+        Also return the largest score of every head, for which all scores are computed again.
 
     Returns
     -------
@@ -73,6 +77,8 @@ def decode_attention(
         The shape of q, but for the head_dim, which is that of v_cache; C-contiguous, the same on all ranks.
     lse : same kind and device as q
         Only with `return_lse`: natural logarithm of the softmax denominator, (batch, heads, seq_q).
+    max_logit : same kind and device as q
+        Only with `return_max_logit`, as the last result: as that of `ulysses_attention`, the same on all ranks.
 
     Raises
     ------
@@ -106,7 +112,8 @@ def decode_attention(
     # Validate inputs.
     def check() -> Checked[tuple[Array, list[Any], Geometry, Options, tuple[int, ...]]]:
         check_flag("return_lse", return_lse)
-        given, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, **options)
+        more = check_more(return_max_logit)
+        given, geometry, settings = _local.check_attention(q, k_cache, v_cache, return_lse=True, more=more, **options)
         if settings.layout == PACKED:
             raise ValueError(f"layout must not be {PACKED!r}: a cache holds one sequence per batch")
         if not settings.backend.in_blocks:
@@ -116,7 +123,8 @@ def decode_attention(
         used = _check_lengths(lengths, rows, settings)
         if len(used) not in (1, geometry.batch):
             raise ValueError(f"lengths must be a number or {geometry.batch}, one for every batch, not {len(used)}")
-        queries = {"seq_q": arrays[0].shape[1], "return_lse": return_lse, "numbers in lengths": len(used)}
+        queries = {"seq_q": arrays[0].shape[1], "numbers in lengths": len(used)}
+        queries |= {"return_lse": return_lse, "return_max_logit": return_max_logit}
         common = vars(geometry) | settings.common() | queries
         return Checked((max(used),), Common(function, common), (given[0], arrays, geometry, settings, used))
 
@@ -128,6 +136,7 @@ def decode_attention(
         for keys_of_batch in everywhere.sum(axis=0).tolist():
             settings.check_lengths(function, seq_q, keys_of_batch)
         # Delegate.
+        largest, settings = watched(settings, geometry, return_max_logit)
         collective = CollectiveCall(ranks, function)
         blocks = []
         for of_batch in everywhere.T.tolist():
@@ -143,7 +152,10 @@ def decode_attention(
         if settings.bias is not None and ranks.size > 1:
             check_lse(lse, "with a bias and a cache that is split over ranks")
         with device_turn:
-            return _results(out, lse, arrays[0], settings, like, return_lse=return_lse)
+            results = _results(out, lse, arrays[0], settings, like, return_lse=return_lse)
+        if largest is not None:
+            results.append(like.give(from_host(largest.of_all(ranks), arrays[0].sycl_queue)))
+        return _local.alone_or_all(results)
 
 
 def _check_lengths(lengths: Any, rows: int, options: Options) -> tuple[int, ...]:
@@ -194,9 +206,9 @@ def _merge(parts: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.
     return np.asarray(out).astype(parts.dtype), lse.swapaxes(1, 2).astype(parts.dtype)
 
 
-def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Array, *, return_lse: bool) -> Any:
+def _results(out: np.ndarray, lse: np.ndarray, usm_q: Any, options: Options, like: Array, *, return_lse: bool) -> list[Any]:
     """As the user wants them."""
     result, near = _local.empty_out(usm_q, options.layout, out.shape[3]), from_host(out, usm_q.sycl_queue)
     copy_arrays((near,), (result,))
     user_out = _local.to_user(result, options.layout, like)
-    return (user_out, like.give(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue))) if return_lse else user_out
+    return [user_out, like.give(from_host(np.ascontiguousarray(lse), usm_q.sycl_queue))] if return_lse else [user_out]

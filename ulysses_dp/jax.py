@@ -17,7 +17,7 @@ from jax.experimental import io_callback
 
 from ._call.definitions import parted, takes
 from ._call.layout import lse_shape, out_shape
-from ._local import LocalOptions
+from ._local import LocalOptions, alone_or_all
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
@@ -33,7 +33,16 @@ __all__ = ["attention", "ulysses_attention"]
 
 
 @takes(LocalOptions)
-def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    return_lse: bool = False,
+    return_max_logit: bool = False,
+    **options: Unpack[LocalOptions],
+) -> Any:
     """`ulysses_dp.attention` of JAX arrays, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Not collective. It may be under ``jax.jit``, ``jax.grad``, ``jax.vmap``, ``jax.checkpoint`` and the like.
@@ -47,6 +56,8 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
         differentiated by.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
+    return_max_logit : bool
+        Also return the largest score of every head, by which there is no gradient.
 
     Returns
     -------
@@ -54,6 +65,8 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
         What `ulysses_dp.attention` returns.
     lse : jax.Array
         Only with `return_lse`.
+    max_logit : jax.Array
+        Only with `return_max_logit`, as the last result.
 
     Raises
     ------
@@ -71,7 +84,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     >>> gradient(q).shape
     (1, 16, 4, 8)
     """
-    return _run("attention", (q, k, v), {}, options, return_lse)
+    return _run("attention", (q, k, v), {}, options, return_lse, return_max_logit)
 
 
 @takes(LocalOptions, MeshOptions)
@@ -83,9 +96,10 @@ def ulysses_attention(
     *,
     comm: Any = None,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     **options: Unpack[UlyssesOptions],
 ) -> Any:
-    """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v and `sinks`.
+    """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Collective over `comm` when it runs, and so is its gradient: every rank is a process of its own, with JAX on one device, and
     runs the same program. The gradient is that of the sum of the losses of all ranks. It may be under ``jax.jit``,
@@ -102,6 +116,8 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
+    return_max_logit : bool
+        Also return the largest score of every head, by which there is no gradient.
     {more names}
         As in `ulysses_dp.ulysses_attention`.
 
@@ -111,6 +127,8 @@ def ulysses_attention(
         What `ulysses_dp.ulysses_attention` returns.
     lse : jax.Array
         Only with `return_lse`.
+    max_logit : jax.Array
+        Only with `return_max_logit`, as the last result.
 
     Raises
     ------
@@ -134,7 +152,7 @@ def ulysses_attention(
     (1, 16, 4, 8)
     """
     ways, of_attention = parted(options, MeshOptions)
-    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse)
+    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse, return_max_logit)
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -150,6 +168,7 @@ class _Call:
     function: str
     how: Mapping[str, Any]  # it is computed
     options: Mapping[str, Any]
+    return_max_logit: bool
 
     def run(self, function: Callable[..., Any], shapes: Any, *arguments: Any) -> Any:
         """Run a method of this on the host, as a part of the program of JAX."""
@@ -157,10 +176,12 @@ class _Call:
             return io_callback(function, shapes, *arguments, ordered=True)
         return jax.pure_callback(function, shapes, *arguments, vmap_method="sequential")
 
-    def forward(self, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The result and its lse."""
+    def forward(self, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The result, its lse, and the largest scores if they are wanted."""
         inputs, options = self._arguments(arrays)
-        return _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
+        options["return_max_logit"] = self.return_max_logit
+        results: tuple[Any, ...] = _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
+        return results
 
     def backward(
         self, dout: Any, dlse: Any, arrays: Mapping[str, Any], wanted: Mapping[str, Any], *results: Any
@@ -182,25 +203,36 @@ class _Call:
         return [host.pop(name) for name in ARRAYS], {**self.how, **self.options, **host}
 
 
-def _run(function: str, inputs: Sequence[Any], how: Mapping[str, Any], options: Mapping[str, Any], return_lse: bool) -> Any:
+def _run(
+    function: str,
+    inputs: Sequence[Any],
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+    return_lse: bool,
+    return_max_logit: bool,
+) -> Any:
     """Call with what JAX may trace apart from the rest."""
     if not all(isinstance(x, jax.Array | np.ndarray) for x in inputs):  # JAX would raise, but on this rank alone
         inputs = [np.empty(x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in inputs]
         return _FUNCTIONS[function][0](*inputs, return_lse=return_lse, **how, **options)
     traced = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
-    call = _Call(function, how, {name: x for name, x in options.items() if name not in traced})
-    out, lse = _attend(call, dict(zip(ARRAYS, map(jnp.asarray, inputs), strict=True)) | traced)
-    return (out, lse) if return_lse else out
+    others = {name: x for name, x in options.items() if name not in traced}
+    call = _Call(function, how, others, return_max_logit)
+    out, lse, *largest = _attend(call, dict(zip(ARRAYS, map(jnp.asarray, inputs), strict=True)) | traced)
+    return alone_or_all([out, *([lse] if return_lse else []), *map(jax.lax.stop_gradient, largest)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, Any]:
+def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, ...]:
     q, layout = arrays["q"], call.options.get("layout", "bshd")
-    lse = jax.ShapeDtypeStruct(lse_shape(q.shape, layout), np.float64 if q.dtype == np.float64 else np.float32)
-    return call.run(call.forward, (jax.ShapeDtypeStruct(out_shape(q.shape, arrays["v"].shape, layout), q.dtype), lse), arrays)
+    of_lse, dtype = lse_shape(q.shape, layout), np.float64 if q.dtype == np.float64 else np.float32
+    out = jax.ShapeDtypeStruct(out_shape(q.shape, arrays["v"].shape, layout), q.dtype)
+    largest = [jax.ShapeDtypeStruct(of_lse[-2:-1], dtype)] if call.return_max_logit else []
+    results: tuple[Any, ...] = call.run(call.forward, (out, jax.ShapeDtypeStruct(of_lse, dtype), *largest), arrays)
+    return results
 
 
-def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The results, and what the gradient needs."""
     for name, x in arrays.items():
         if x.perturbed and name not in DIFFERENTIABLE:
@@ -208,12 +240,12 @@ def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, Any], tuple[A
     values = {name: x.value for name, x in arrays.items()}
     wanted = dict.fromkeys(name for name in ON_DEMAND if name in arrays and arrays[name].perturbed)
     results = _attend(call, values)
-    return results, (values, wanted, *results)
+    return results, (values, wanted, *results[:2])
 
 
-def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
+def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[dict[str, Any]]:
     """The gradients of the arrays, and nothing for those that have none."""
-    dout, dlse = cotangents
+    dout, dlse, *_ = cotangents
     dlse = None if isinstance(dlse, SymbolicZero) else dlse
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)

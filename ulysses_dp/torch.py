@@ -12,7 +12,7 @@ import torch
 
 from ._call.definitions import options_of, takes
 from ._call.layout import lse_shape, out_shape
-from ._local import LocalOptions
+from ._local import LocalOptions, alone_or_all
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
@@ -30,7 +30,16 @@ _WAYS = tuple(options_of(MeshOptions))  # how ranks work together; the compiler 
 
 
 @takes(LocalOptions)
-def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options: Unpack[LocalOptions]) -> Any:
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    return_lse: bool = False,
+    return_max_logit: bool = False,
+    **options: Unpack[LocalOptions],
+) -> Any:
     """`ulysses_dp.attention` of tensors, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
 
     Not collective.
@@ -43,6 +52,8 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
         As in `ulysses_dp.attention`. `sinks`, `alibi_slopes` and `bias` may be tensors that require a gradient.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
+    return_max_logit : bool
+        Also return the largest score of every head, by which there is no gradient.
 
     Returns
     -------
@@ -50,6 +61,8 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
         What `ulysses_dp.attention` returns, as a part of the graph of autograd.
     lse : torch.Tensor
         Only with `return_lse`.
+    max_logit : torch.Tensor
+        Only with `return_max_logit`, as the last result.
 
     Raises
     ------
@@ -65,7 +78,7 @@ def attention(q: Any, k: Any, v: Any, /, *, return_lse: bool = False, **options:
     >>> q.grad.shape
     torch.Size([1, 16, 4, 8])
     """
-    return _run("attention", (q, k, v), {}, options, return_lse)
+    return _run("attention", (q, k, v), {}, options, return_lse, return_max_logit)
 
 
 @takes(LocalOptions, MeshOptions)
@@ -77,6 +90,7 @@ def ulysses_attention(
     *,
     comm: Any = None,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     **options: Unpack[UlyssesOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
@@ -95,6 +109,8 @@ def ulysses_attention(
         The ranks; ``MPI.COMM_WORLD`` by default.
     return_lse : bool
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
+    return_max_logit : bool
+        Also return the largest score of every head, by which there is no gradient.
     {more names}
         As in `ulysses_dp.ulysses_attention`.
 
@@ -104,6 +120,8 @@ def ulysses_attention(
         What `ulysses_dp.ulysses_attention` returns, as a part of the graph of autograd.
     lse : torch.Tensor
         Only with `return_lse`.
+    max_logit : torch.Tensor
+        Only with `return_max_logit`, as the last result.
 
     Raises
     ------
@@ -127,7 +145,7 @@ def ulysses_attention(
     """
     ways = {name: x for name, x in options.items() if name in _WAYS}
     of_attention = {name: x for name, x in options.items() if name not in _WAYS}
-    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse)
+    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse, return_max_logit)
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,7 @@ class _Call:
     how: dict[str, Any]  # it is computed
     options: dict[str, Any]  # that are no tensors
     wanted: tuple[str, ...]  # of the options whose gradient is computed on demand, those that have one
+    return_max_logit: bool
 
     def differentiates(self, name: str) -> bool:
         """Whether a tensor of this name gets a gradient."""
@@ -151,6 +170,7 @@ class _Call:
             for name, x in zip(self.names, tensors, strict=True)
         )
         function = _ulysses_attention if self.function == "ulysses_attention" else _attention
+        wishes["return_max_logit"] = self.return_max_logit
         return function(q, k, v, **wishes, **self.how, **self._all_options(others))
 
     def backward(self, dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, kept: Any = None) -> list[Any]:
@@ -176,41 +196,51 @@ class _Call:
         return self.options | dict(zip(self.names[len(ARRAYS) :], tensors, strict=True))
 
 
-def _run(function: str, arrays: tuple[Any, ...], how: dict[str, Any], options: Mapping[str, object], return_lse: bool) -> Any:
+def _run(
+    function: str,
+    arrays: tuple[Any, ...],
+    how: dict[str, Any],
+    options: Mapping[str, object],
+    return_lse: bool,
+    return_max_logit: bool,
+) -> Any:
     """Call as autograd or the compiler needs it."""
     of_options = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     others = {name: x for name, x in options.items() if name not in of_options}
     names, tensors = (*ARRAYS, *of_options), [*arrays, *of_options.values()]
     wanted = tuple(name for name in ON_DEMAND if name in of_options and of_options[name].requires_grad)
     if torch.compiler.is_compiling():
-        out, lse = _compiled_attention(tensors, _name_of(function, names, tuple(how), wanted, **how, **others))
-        return (out, lse) if return_lse else out
-    call = _Call(function, names, how, others, wanted)
-    if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-        return call.forward(tensors, return_lse=return_lse)
-    out, lse, _ = _Attention.apply(call, *tensors)
-    return (out, lse) if return_lse else out
+        name = _name_of(function, names, tuple(how), wanted, return_max_logit, **how, **others)
+        out, lse, *largest = _compiled_attention(tensors, name)
+        largest = [x.detach() for x in largest]
+    else:
+        call = _Call(function, names, how, others, wanted, return_max_logit)
+        if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+            return call.forward(tensors, return_lse=return_lse)
+        out, lse, *largest, _ = _Attention.apply(call, *tensors)
+    return alone_or_all([out, *([lse] if return_lse else []), *largest])
 
 
 class _Attention(torch.autograd.Function):
     """Attention whose gradient will be computed."""
 
     @staticmethod
-    def forward(call: _Call, *tensors: Any) -> tuple[Any, Any, Any]:
+    def forward(call: _Call, *tensors: Any) -> tuple[Any, ...]:
         with torch.enable_grad():  # so that all ranks refuse a tensor that requires a gradient and gets none
             if call.function == "attention":
                 return *call.forward(tensors, return_lse=True), None
             return call.forward(tensors, return_lse=True, return_ctx=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any, Any]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.call, *tensors = inputs
-        out, lse, ctx.kept = output
+        out, lse, *largest, ctx.kept = output
+        ctx.mark_non_differentiable(*largest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> tuple[Any, ...]:
         # with create_graph=True a gradient of the gradient would be recorded: q, k or v are then refused, for there is none
         *tensors, out, lse = ctx.saved_tensors
         return None, *ctx.call.backward(dout, dlse, tensors, out, lse, ctx.kept)
@@ -221,26 +251,32 @@ _calls: dict[str, _Call] = {}
 
 
 @torch.compiler.assume_constant_result
-def _name_of(function: str, names: tuple[str, ...], how: tuple[str, ...], wanted: tuple[str, ...], **values: Any) -> str:
+def _name_of(
+    function: str,
+    names: tuple[str, ...],
+    how: tuple[str, ...],
+    wanted: tuple[str, ...],
+    return_max_logit: bool,
+    **values: Any,
+) -> str:
     """The name of a call; runs when the compiler traces the call.
 
     It says what the call is, for the compiler keeps what it compiled for other processes.
     """
-    call = _Call(function, names, {name: values.pop(name) for name in how}, values, wanted)
+    call = _Call(function, names, {name: values.pop(name) for name in how}, values, wanted, return_max_logit)
     known = next((name for name, other in _calls.items() if other == call), None)
     if known is None:
         texts = {name: value for name, value in (call.how | call.options).items() if name != "comm"}
-        known = f"{len(_calls)} {function} {names} {texts} {wanted}"
+        known = f"{len(_calls)} {function} {names} {texts} {wanted} {return_max_logit}"
         _calls[known] = call
     return known
 
 
 @torch.library.custom_op("ulysses_dp::attention", mutates_args=())
-def _compiled_attention(tensors: list[torch.Tensor], call: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, and its lse."""
+def _compiled_attention(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
+    """Attention, its lse, and the largest scores if they are wanted."""
     with torch.enable_grad():
-        out, lse = _calls[call].forward(tensors, return_lse=True)
-    return out, lse
+        return list(_calls[call].forward(tensors, return_lse=True))
 
 
 @torch.library.custom_op("ulysses_dp::attention_backward", mutates_args=())
@@ -258,10 +294,12 @@ def _compiled_backward(
 
 
 @_compiled_attention.register_fake
-def _(tensors: Sequence[Any], call: str) -> tuple[Any, Any]:
+def _(tensors: Sequence[Any], call: str) -> list[Any]:
     q, layout = tensors[0], _calls[call].options.get("layout", "bshd")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(out_shape(q.shape, tensors[2].shape, layout)), q.new_empty(lse_shape(q.shape, layout), dtype=dtype)
+    of_lse = lse_shape(q.shape, layout)
+    more = [q.new_empty(of_lse[-2], dtype=dtype)] if _calls[call].return_max_logit else []
+    return [q.new_empty(out_shape(q.shape, tensors[2].shape, layout)), q.new_empty(of_lse, dtype=dtype), *more]
 
 
 @_compiled_backward.register_fake
@@ -270,14 +308,15 @@ def _(dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, call: st
     return [x.new_empty(x.shape) for name, x in named if _calls[call].differentiates(name)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Any]) -> None:
     tensors, ctx.call = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[:2])
 
 
-def _differentiate(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, cotangents: list[Any]) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
+    dout, dlse, *_ = cotangents
     gradients = iter(_compiled_backward(dout, dlse, tensors, out, lse, ctx.call))
     call = _calls[ctx.call]
     return [next(gradients) if call.differentiates(name) else None for name in call.names], None

@@ -39,7 +39,7 @@ def attention(
     bias = np.broadcast_to(0.0 if bias is None else bias, shape)
     seen = np.broadcast_to(seen, shape) & (bias > -np.inf)
     if key_ranges is not None:
-        first, end = (x[:, None, :, None] for x in np.moveaxis(np.reshape(key_ranges, (-1, seq_q, 2)), -1, 0))
+        first, end = (x[:, None, :, None] for x in np.moveaxis(np.broadcast_to(key_ranges, (batch, seq_q, 2)), -1, 0))
         seen = seen & (first <= np.arange(seq_k)) & (np.arange(seq_k) < end)
     if key_padding_mask is not None:
         seen = seen & key_padding_mask[:, None, None, :]

@@ -104,6 +104,36 @@ def test_values_of_another_width(comm):
         np.testing.assert_allclose(x, part(y, rows, comm.rank), rtol=0, atol=1e-12)
 
 
+def test_replicated_tokens(comm):
+    """They get the gradient of all ranks; the loss has what comes of them once."""
+    rows, n = split(9, comm.size, "uneven"), 3
+    whole, dout = random_qkv(12, 2, 9 + n, 4, 2, 8, "float64"), np.random.default_rng(12).standard_normal((2, 9 + n, 4, 8))
+    arrays, tokens = rows_of(comm, [x[:, n:] for x in whole], rows), [jnp.asarray(x[:, :n]) for x in whole]
+
+    def attend(q, k, v, tokens):
+        return ulysses_attention(q, k, v, comm=comm, causal=True, replicated=tokens)
+
+    @jax.jit
+    def run(arrays, tokens, cotangents):
+        results, differentiate = jax.vjp(attend, *arrays, tokens)
+        return results, differentiate(cotangents)
+
+    def parts(x):
+        return part(x[:, n:], rows, comm.rank), x[:, :n]
+
+    results, (*grads, of_tokens) = run(arrays, tokens, tuple(map(jnp.asarray, parts(dout))))
+    of_rows, of_all = zip(*map(parts, dense_gradient(dout, *whole, causal=True)[:3]), strict=True)
+    expected = (*parts(dense_attention(*whole, causal=True)[0]), *of_rows, *of_all)
+    for x, y in zip((*results, *grads, *of_tokens), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y).max(initial=1))
+    largest = ulysses_attention(*arrays, comm=comm, replicated=tokens, return_lse=True, return_max_logit=True)[4]
+    np.testing.assert_allclose(largest, dense_attention(*whole, max_logit=True)[2], rtol=0, atol=1e-12)
+    for bad in (tokens[:2], "tokens", (tokens[0], None, tokens[2])):
+        given = bad if comm.rank == 0 else tokens
+        for error in outcomes(comm, lambda given=given: jax.block_until_ready(attend(*arrays, given))):
+            assert "replicated" in error[1]
+
+
 def test_more_than_one_call(comm):
     """Calls that need each other, calls that do not and calls in a loop run in the same order on all ranks."""
     q, k, v = rows_of(comm, random_qkv(4, 1, 9, 2, 2, 8, "float64"), split(9, comm.size, "uneven"))

@@ -218,6 +218,55 @@ def test_the_largest_scores(comm, compiled):
         torch.testing.assert_close(function(*arrays)[1], largest)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_replicated_tokens(comm, place, compiled):
+    """They get the gradient of all ranks; the loss has what comes of them once."""
+    rows, n = split(9, comm.size, "uneven"), 3
+    whole, rng = random_qkv(12, 2, 9 + n, 4, 2, 8, "float64"), np.random.default_rng(12)
+    dout, dlse = rng.standard_normal((2, 9 + n, 4, 8)), rng.standard_normal((2, 9 + n, 4))
+    of_tokens, of_ranks = (slice(n), slice(n, None)) if place == "start" else (slice(9, None), slice(9))
+    arrays = rows_of(comm, [x[:, of_ranks] for x in whole], rows)
+    tokens = [torch.from_numpy(x[:, of_tokens].copy()).requires_grad_() for x in whole]
+    bias = torch.zeros(1, 4, 1, 9 + n).double().requires_grad_()
+
+    def attend(q, k, v, tokens, bias):
+        how = {"comm": comm, "causal": True, "bias": bias, "replicated": tokens, "replicated_at": place}
+        return ulysses_attention(q, k, v, return_lse=True, return_max_logit=True, **how)
+
+    torch.compiler.reset()
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    *results, largest = function(*arrays, tokens, bias)
+    expected = dense_attention(*whole, causal=True, max_logit=True)
+    np.testing.assert_allclose(largest, expected[2], rtol=0, atol=1e-12)
+
+    def parts(x):
+        return part(x[:, of_ranks], rows, comm.rank), x[:, of_tokens]
+
+    of_lse = [x.swapaxes(1, 2) for x in parts(expected[1].swapaxes(1, 2))]
+    for x, y in zip((*results[::2], *results[1::2]), (*parts(expected[0]), *of_lse), strict=True):
+        np.testing.assert_allclose(x.detach(), y, rtol=0, atol=1e-12)
+    of_out, cotangents_of_lse = parts(dout), [x.swapaxes(1, 2) for x in parts(dlse)]
+    cotangents = [torch.from_numpy(x.copy()) for pair in zip(of_out, cotangents_of_lse, strict=True) for x in pair]
+    grads = torch.autograd.grad(results, [*arrays, *tokens, bias], cotangents)
+    dense = dense_gradient(dout, *whole, causal=True, dlse=dlse.swapaxes(1, 2))[:3]
+    dbias = dense_gradient(dout, *whole, causal=True, dlse=dlse.swapaxes(1, 2), bias=np.zeros((1, 4, 1, 12)), of_scores=True)[1]
+    of_rows, of_all = zip(*map(parts, dense), strict=True)
+    for x, y in zip(grads, (*of_rows, *of_all, dbias.sum(axis=(0, 2), keepdims=True)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * np.abs(y).max(initial=1))
+
+
+def test_what_replicated_tokens_must_be(comm):
+    """Refused on all ranks, whatever is wrong on one."""
+    q, k, v = rows_of(comm, random_qkv(7, 1, 9, 2, 2, 8), split(9, comm.size))
+    for bad in ((q, k), "tokens", (q, None, v)):
+        given = bad if comm.rank == 0 else tuple(x.detach() for x in (q, k, v))
+        errors = outcomes(comm, lambda given=given: ulysses_attention(q, k, v, comm=comm, replicated=given))
+        assert all(error in (TypeError, ValueError) and "replicated" in message for error, message in errors)
+    out, out_r = ulysses_attention(q, k, v, comm=comm, replicated=[torch.ones(1, 1, 2, 8)] * 3)
+    assert (out.requires_grad, out_r.requires_grad) == (True, True)
+
+
 @pytest.mark.single
 def test_compiled_again_for_another_call():
     """Other options are another call; a packed one has another lse."""

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ._ring import Ring
 
 ARRAYS = ("q", "k", "v")
+TOKENS = ("q_r", "k_r", "v_r")  # that every rank has whole
 ON_DEMAND = {"alibi_slopes": "slopes_grad", "bias": "bias_grad"}  # options whose gradient is computed if that is wanted
 DIFFERENTIABLE = (*ARRAYS, "sinks", *ON_DEMAND)  # what has a gradient, in the order of the results
 GRADIENTS = ("dq", "dk", "dv")

@@ -21,15 +21,19 @@ from ._local import LocalOptions, alone_or_all
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
-from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, attention_backward, ulysses_attention_backward
+from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, TOKENS, attention_backward, ulysses_attention_backward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Unpack
 
+    from ._ranks.orders import Place
+
 
 __all__ = ["attention", "ulysses_attention"]
+
+_DIFFERENTIABLE = (*DIFFERENTIABLE, *TOKENS)
 
 
 @takes(LocalOptions)
@@ -97,6 +101,8 @@ def ulysses_attention(
     comm: Any = None,
     return_lse: bool = False,
     return_max_logit: bool = False,
+    replicated: tuple[Any, Any, Any] | None = None,
+    replicated_at: Place = "start",
     **options: Unpack[UlyssesOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of JAX arrays, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
@@ -118,6 +124,12 @@ def ulysses_attention(
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
     return_max_logit : bool
         Also return the largest score of every head, by which there is no gradient.
+    replicated : tuple of q_r, k_r and v_r, optional
+        Tokens that every rank has whole, as `ulysses_dp.ulysses_attention` takes them. They may be differentiated by, which
+        gives the gradient of all ranks, the same on each. The loss has what comes of them once: every rank computes the same of
+        out_r and lse_r.
+    replicated_at : {"start", "end"}
+        Whether these tokens come before the rows of the ranks or after them.
     {more names}
         As in `ulysses_dp.ulysses_attention`.
 
@@ -127,6 +139,8 @@ def ulysses_attention(
         What `ulysses_dp.ulysses_attention` returns.
     lse : jax.Array
         Only with `return_lse`.
+    out_r, lse_r : jax.Array
+        Only with `replicated`: out and lse of its tokens.
     max_logit : jax.Array
         Only with `return_max_logit`, as the last result.
 
@@ -152,7 +166,14 @@ def ulysses_attention(
     (1, 16, 4, 8)
     """
     ways, of_attention = parted(options, MeshOptions)
-    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse, return_max_logit)
+    how = {"comm": comm} | ways
+    if replicated is not None:
+        how["replicated_at"] = replicated_at
+        if type(replicated) in (tuple, list) and len(replicated) == len(TOKENS) and all(map(_is_array, replicated)):
+            of_attention |= zip(TOKENS, map(jnp.asarray, replicated), strict=True)
+        else:  # to be refused
+            how["replicated"] = replicated
+    return _run("ulysses_attention", (q, k, v), how, of_attention, return_lse, return_max_logit)
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -177,30 +198,48 @@ class _Call:
         return jax.pure_callback(function, shapes, *arguments, vmap_method="sequential")
 
     def forward(self, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The result, its lse, and the largest scores if they are wanted."""
-        inputs, options = self._arguments(arrays)
+        """The result and its lse, both of replicated tokens, and the largest scores, if there are such."""
+        inputs, tokens, options = self._arguments(arrays)
+        if tokens:
+            options["replicated"] = tokens
         options["return_max_logit"] = self.return_max_logit
         results: tuple[Any, ...] = _FUNCTIONS[self.function][0](*inputs, return_lse=True, **options)
         return results
 
     def backward(
-        self, dout: Any, dlse: Any, arrays: Mapping[str, Any], wanted: Mapping[str, Any], *results: Any
+        self,
+        cotangents: Sequence[Any],
+        arrays: Mapping[str, Any],
+        wanted: Mapping[str, Any],
+        results: Sequence[Any],
     ) -> dict[str, Any]:
-        """The gradients, by the names of the arrays that have one; without dlse the loss does not depend on lse.
+        """The gradients, by the names of the arrays that have one; without that of an lse, the loss does not depend on it.
 
-        `wanted` has the names of the options whose gradient is computed on demand.
+        `wanted` has the names of the options whose gradient is computed on demand. Results are out and lse, and those of
+        replicated tokens.
         """
-        inputs, options = self._arguments(arrays)
+        inputs, tokens, options = self._arguments(arrays)
         sinks = {} if options.get("sinks") is None else {"sinks": None}
         options |= {ON_DEMAND[name]: True for name in wanted}
-        options |= {} if dlse is None else {"dlse": np.asarray(dlse)}
-        gradients = _FUNCTIONS[self.function][1](np.asarray(dout), *inputs, *map(np.asarray, results), **options)
-        by_name = dict(zip((*ARRAYS, *sinks, *(name for name in ON_DEMAND if name in wanted)), gradients, strict=True))
+        dout, dlse, *of_tokens = (None if x is None else np.asarray(x) for x in cotangents)
+        out, lse, *results_of_tokens = map(np.asarray, results)
+        if tokens:
+            dout_r, *dlse_r = (x for x in of_tokens if x is not None)
+            options["replicated"] = (dout_r, *tokens, *results_of_tokens, *dlse_r)
+        gradients = _FUNCTIONS[self.function][1](dout, *inputs, out, lse, dlse=dlse, **options)
+        names = (*ARRAYS, *(TOKENS if tokens else ()), *sinks, *(name for name in ON_DEMAND if name in wanted))
+        by_name = dict(zip(names, gradients, strict=True))
         return {name: by_name[name].astype(x.dtype, copy=False) for name, x in arrays.items() if name in by_name}
 
-    def _arguments(self, arrays: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, arrays: Mapping[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+        """q, k and v; those of replicated tokens, if there are any; and all options."""
         host = {name: np.asarray(x) for name, x in arrays.items()}
-        return [host.pop(name) for name in ARRAYS], {**self.how, **self.options, **host}
+        inputs, tokens = [host.pop(name) for name in ARRAYS], tuple(host.pop(name) for name in TOKENS if name in host)
+        return inputs, tokens, {**self.how, **self.options, **host}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def _run(
@@ -212,47 +251,55 @@ def _run(
     return_max_logit: bool,
 ) -> Any:
     """Call with what JAX may trace apart from the rest."""
-    if not all(isinstance(x, jax.Array | np.ndarray) for x in inputs):  # JAX would raise, but on this rank alone
+    if not all(map(_is_array, inputs)) or "replicated" in how:  # JAX would raise, but on this rank alone
         inputs = [np.empty(x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in inputs]
-        return _FUNCTIONS[function][0](*inputs, return_lse=return_lse, **how, **options)
+        tokens = {"replicated": tuple(options[name] for name in TOKENS)} if TOKENS[0] in options else {}
+        others = {name: x for name, x in options.items() if name not in TOKENS}
+        return _FUNCTIONS[function][0](*inputs, return_lse=return_lse, **how, **tokens, **others)
     traced = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
     others = {name: x for name, x in options.items() if name not in traced}
     call = _Call(function, how, others, return_max_logit)
-    out, lse, *largest = _attend(call, dict(zip(ARRAYS, map(jnp.asarray, inputs), strict=True)) | traced)
-    return alone_or_all([out, *([lse] if return_lse else []), *map(jax.lax.stop_gradient, largest)])
+    results = _attend(call, dict(zip(ARRAYS, map(jnp.asarray, inputs), strict=True)) | traced)
+    pairs, largest = (results[:-1], results[-1:]) if return_max_logit else (results, ())
+    return alone_or_all([*(pairs if return_lse else pairs[::2]), *map(jax.lax.stop_gradient, largest)])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, ...]:
-    q, layout = arrays["q"], call.options.get("layout", "bshd")
-    of_lse, dtype = lse_shape(q.shape, layout), np.float64 if q.dtype == np.float64 else np.float32
-    out = jax.ShapeDtypeStruct(out_shape(q.shape, arrays["v"].shape, layout), q.dtype)
-    largest = [jax.ShapeDtypeStruct(of_lse[-2:-1], dtype)] if call.return_max_logit else []
-    results: tuple[Any, ...] = call.run(call.forward, (out, jax.ShapeDtypeStruct(of_lse, dtype), *largest), arrays)
+    layout, shape_of = call.options.get("layout", "bshd"), jax.ShapeDtypeStruct
+    of_input = arrays["q"].dtype
+    of_lse = np.float64 if of_input == np.float64 else np.float32
+    shapes = []
+    for q, v in (("q", "v"), ("q_r", "v_r")) if TOKENS[0] in arrays else (("q", "v"),):
+        of_q, of_v = arrays[q].shape, arrays[v].shape
+        shapes += [shape_of(out_shape(of_q, of_v, layout), of_input), shape_of(lse_shape(of_q, layout), of_lse)]
+    if call.return_max_logit:
+        shapes.append(shape_of(shapes[1].shape[-2:-1], of_lse))
+    results: tuple[Any, ...] = call.run(call.forward, tuple(shapes), arrays)
     return results
 
 
 def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The results, and what the gradient needs."""
     for name, x in arrays.items():
-        if x.perturbed and name not in DIFFERENTIABLE:
+        if x.perturbed and name not in _DIFFERENTIABLE:
             raise NotImplementedError(f"there is no gradient of {name}; use jax.lax.stop_gradient({name})")
     values = {name: x.value for name, x in arrays.items()}
     wanted = dict.fromkeys(name for name in ON_DEMAND if name in arrays and arrays[name].perturbed)
     results = _attend(call, values)
-    return results, (values, wanted, *results[:2])
+    return results, (values, wanted, results[:-1] if call.return_max_logit else results)
 
 
 def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[dict[str, Any]]:
     """The gradients of the arrays, and nothing for those that have none."""
-    dout, dlse, *_ = cotangents
-    dlse = None if isinstance(dlse, SymbolicZero) else dlse
-    if isinstance(dout, SymbolicZero):
-        dout = jnp.zeros(dout.shape, dout.dtype)
-    arrays, wanted, *_ = kept
-    names = {name for name in DIFFERENTIABLE if name not in ON_DEMAND or name in wanted}
+    arrays, wanted, results = kept
+    given: list[Any] = []
+    for n, x in enumerate(cotangents[: len(results)]):
+        absent = isinstance(x, SymbolicZero)
+        given.append(x if not absent else None if n % 2 else jnp.zeros(x.shape, x.dtype))
+    names = {name for name in _DIFFERENTIABLE if name not in ON_DEMAND or name in wanted}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in names}
-    return (dict.fromkeys(arrays) | call.run(call.backward, shapes, dout, dlse, *kept),)
+    return (dict.fromkeys(arrays) | call.run(call.backward, shapes, given, *kept),)
 
 
 _attend.defvjp(_keep, _differentiate, symbolic_zeros=True)

@@ -16,16 +16,19 @@ from ._local import LocalOptions, alone_or_all
 from ._mesh import MeshOptions, UlyssesOptions
 from .attention import attention as _attention
 from .attention import ulysses_attention as _ulysses_attention
-from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, attention_backward, ulysses_attention_backward
+from .backward import ARRAYS, DIFFERENTIABLE, ON_DEMAND, TOKENS, attention_backward, ulysses_attention_backward
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from typing_extensions import Unpack
+
+    from ._ranks.orders import Place
 
 
 __all__ = ["attention", "ulysses_attention"]
 
+_DIFFERENTIABLE = (*DIFFERENTIABLE, *TOKENS)
 _WAYS = tuple(options_of(MeshOptions))  # how ranks work together; the compiler warns of what is cached, as that function is
 
 
@@ -91,6 +94,8 @@ def ulysses_attention(
     comm: Any = None,
     return_lse: bool = False,
     return_max_logit: bool = False,
+    replicated: tuple[Any, Any, Any] | None = None,
+    replicated_at: Place = "start",
     **options: Unpack[UlyssesOptions],
 ) -> Any:
     """`ulysses_dp.ulysses_attention` of tensors, with a gradient for q, k, v, `sinks`, `alibi_slopes` and `bias`.
@@ -111,6 +116,12 @@ def ulysses_attention(
         Also return the logarithm of the softmax denominators, by which there is a gradient, too.
     return_max_logit : bool
         Also return the largest score of every head, by which there is no gradient.
+    replicated : tuple of q_r, k_r and v_r, optional
+        Tokens that every rank has whole, as `ulysses_dp.ulysses_attention` takes them. They may require a gradient, on all
+        ranks alike, which is that of all ranks, the same on each. The loss has what comes of them once: every rank computes the
+        same of out_r and lse_r.
+    replicated_at : {"start", "end"}
+        Whether these tokens come before the rows of the ranks or after them.
     {more names}
         As in `ulysses_dp.ulysses_attention`.
 
@@ -120,6 +131,8 @@ def ulysses_attention(
         What `ulysses_dp.ulysses_attention` returns, as a part of the graph of autograd.
     lse : torch.Tensor
         Only with `return_lse`.
+    out_r, lse_r : torch.Tensor
+        Only with `replicated`: out and lse of its tokens.
     max_logit : torch.Tensor
         Only with `return_max_logit`, as the last result.
 
@@ -143,9 +156,15 @@ def ulysses_attention(
     >>> q.grad.shape
     torch.Size([1, 16, 4, 8])
     """
-    ways = {name: x for name, x in options.items() if name in _WAYS}
-    of_attention = {name: x for name, x in options.items() if name not in _WAYS}
-    return _run("ulysses_attention", (q, k, v), {"comm": comm} | ways, of_attention, return_lse, return_max_logit)
+    how = {"comm": comm} | {name: x for name, x in options.items() if name in _WAYS}
+    of_attention: dict[str, Any] = {name: x for name, x in options.items() if name not in _WAYS}
+    if replicated is not None:
+        how["replicated_at"] = replicated_at
+        if type(replicated) in (tuple, list) and len(replicated) == len(TOKENS):
+            of_attention |= zip(TOKENS, replicated, strict=True)
+        else:  # to be refused
+            how["replicated"] = replicated
+    return _run("ulysses_attention", (q, k, v), how, of_attention, return_lse, return_max_logit)
 
 
 @dataclass(frozen=True)
@@ -153,7 +172,7 @@ class _Call:
     """A call without its tensors."""
 
     function: str
-    names: tuple[str, ...]  # of the tensors: q, k, v and options
+    names: tuple[str, ...]  # of the tensors: q, k, v, replicated ones and options
     how: dict[str, Any]  # it is computed
     options: dict[str, Any]  # that are no tensors
     wanted: tuple[str, ...]  # of the options whose gradient is computed on demand, those that have one
@@ -161,39 +180,59 @@ class _Call:
 
     def differentiates(self, name: str) -> bool:
         """Whether a tensor of this name gets a gradient."""
-        return name in DIFFERENTIABLE and (name not in ON_DEMAND or name in self.wanted)
+        return name in _DIFFERENTIABLE and (name not in ON_DEMAND or name in self.wanted)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are replicated ones."""
+        return TOKENS[0] in self.names or TOKENS[0] in self.options
 
     def forward(self, tensors: Sequence[Any], **wishes: Any) -> tuple[Any, ...]:
         """The results for these tensors, of which those that get a gradient have none that is recorded in here."""
-        q, k, v, *others = (
-            x.detach() if name in DIFFERENTIABLE and isinstance(x, torch.Tensor) else x
+        given = self._arguments(
+            x.detach() if name in _DIFFERENTIABLE and isinstance(x, torch.Tensor) else x
             for name, x in zip(self.names, tensors, strict=True)
         )
+        tokens: dict[str, Any] = {"replicated": tuple(map(given.pop, TOKENS))} if self.has_tokens else {}
+        arrays = [*map(given.pop, ARRAYS)]
         function = _ulysses_attention if self.function == "ulysses_attention" else _attention
         wishes["return_max_logit"] = self.return_max_logit
-        return function(q, k, v, **wishes, **self.how, **self._all_options(others))
+        return function(*arrays, **wishes, **self.how, **tokens, **given)
 
-    def backward(self, dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, kept: Any = None) -> list[Any]:
-        """The gradients, in the order of the tensors; without dout, or dlse, the loss does not depend on that result."""
-        q, k, v, *others = tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        options = self._all_options(others)
-        sinks = options.get("sinks")
-        on_demand: dict[str, Any] = {ON_DEMAND[name]: True for name in self.wanted}
+    def backward(
+        self, cotangents: Sequence[Any], tensors: Sequence[Any], results: Sequence[Any], kept: Any = None
+    ) -> list[Any]:
+        """The gradients, in the order of the tensors.
+
+        Without the cotangent of a result, the loss does not depend on it. Results are out and lse, and those of replicated
+        tokens.
+        """
+        given = self._arguments(tensors)
+        arrays = [*map(given.pop, ARRAYS)]
+        sinks = {} if given.get("sinks") is None else {"sinks": None}
+        more: dict[str, Any] = {ON_DEMAND[name]: True for name in self.wanted}
+        dout, dlse, *of_tokens = (
+            torch.zeros_like(y) if x is None and not n % 2 else x
+            for n, (x, y) in enumerate(zip(cotangents, results, strict=False))
+        )
+        if self.has_tokens:
+            dout_r, *dlse_r = (x for x in of_tokens if x is not None)
+            more["replicated"] = (dout_r, *map(given.pop, TOKENS), *results[2:], *dlse_r)
         if self.function == "ulysses_attention":
-            options = self.how | ({"ctx": kept} if kept else options)
-            gradients = ulysses_attention_backward(dout, q, k, v, out, lse, dlse=dlse, **on_demand, **options)
+            more |= self.how | ({"ctx": kept} if kept else given)
+            gradients = ulysses_attention_backward(dout, *arrays, *results[:2], dlse=dlse, **more)
         else:
-            gradients = attention_backward(dout, q, k, v, out, lse, dlse=dlse, **on_demand, **options)
-        given = dict.fromkeys(ARRAYS) | ({} if sinks is None else {"sinks": None}) | dict.fromkeys(self.wanted)
-        by_name = dict(zip(given, gradients, strict=True))
+            gradients = attention_backward(dout, *arrays, *results[:2], dlse=dlse, **more, **given)
+        names = (*ARRAYS, *(TOKENS if self.has_tokens else ()), *sinks, *self.wanted)
+        by_name = dict(zip(names, gradients, strict=True))
         return [
             by_name[name].to(x.dtype) if self.differentiates(name) else None
             for name, x in zip(self.names, tensors, strict=True)
         ]
 
-    def _all_options(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        return self.options | dict(zip(self.names[len(ARRAYS) :], tensors, strict=True))
+    def _arguments(self, tensors: Iterable[Any]) -> dict[str, Any]:
+        """Tensors and options by name."""
+        return self.options | dict(zip(self.names, tensors, strict=True))
 
 
 def _run(
@@ -211,14 +250,15 @@ def _run(
     wanted = tuple(name for name in ON_DEMAND if name in of_options and of_options[name].requires_grad)
     if torch.compiler.is_compiling():
         name = _name_of(function, names, tuple(how), wanted, return_max_logit, **how, **others)
-        out, lse, *largest = _compiled_attention(tensors, name)
-        largest = [x.detach() for x in largest]
+        results = _compiled_attention(tensors, name)
+        results = [*results[:-1], results[-1].detach()] if return_max_logit else results
     else:
         call = _Call(function, names, how, others, wanted, return_max_logit)
         if not torch.is_grad_enabled() or not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
             return call.forward(tensors, return_lse=return_lse)
-        out, lse, *largest, _ = _Attention.apply(call, *tensors)
-    return alone_or_all([out, *([lse] if return_lse else []), *largest])
+        *results, _ = _Attention.apply(call, *tensors)
+    pairs, largest = (results[:-1], results[-1:]) if return_max_logit else (results, [])
+    return alone_or_all([*(pairs if return_lse else pairs[::2]), *largest])
 
 
 class _Attention(torch.autograd.Function):
@@ -234,16 +274,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.call, *tensors = inputs
-        out, lse, *largest, ctx.kept = output
-        ctx.mark_non_differentiable(*largest)
+        *results, ctx.kept = output
+        if ctx.call.return_max_logit:
+            ctx.mark_non_differentiable(results.pop())
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.results = len(results)
+        ctx.save_for_backward(*results, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         # with create_graph=True a gradient of the gradient would be recorded: q, k or v are then refused, for there is none
-        *tensors, out, lse = ctx.saved_tensors
-        return None, *ctx.call.backward(dout, dlse, tensors, out, lse, ctx.kept)
+        saved = ctx.saved_tensors  # which may be asked for only once
+        results, tensors = saved[: ctx.results], saved[ctx.results :]
+        return None, *ctx.call.backward(cotangents, tensors, results, ctx.kept)
 
 
 # The compiler takes operators of tensors, numbers and texts: what else there is of a call has a name.
@@ -274,36 +317,33 @@ def _name_of(
 
 @torch.library.custom_op("ulysses_dp::attention", mutates_args=())
 def _compiled_attention(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
-    """Attention, its lse, and the largest scores if they are wanted."""
+    """Attention, its lse, both of replicated tokens, and the largest scores, if there are such."""
     with torch.enable_grad():
         return list(_calls[call].forward(tensors, return_lse=True))
 
 
 @torch.library.custom_op("ulysses_dp::attention_backward", mutates_args=())
 def _compiled_backward(
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    tensors: list[torch.Tensor],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: str,
+    cotangents: list[torch.Tensor | None], tensors: list[torch.Tensor], results: list[torch.Tensor], call: str
 ) -> list[torch.Tensor]:
     """The gradients, of the tensors that have one."""
     with torch.no_grad():
-        return [x for x in _calls[call].backward(dout, dlse, tensors, out, lse) if x is not None]
+        return [x for x in _calls[call].backward(cotangents, tensors, results) if x is not None]
 
 
 @_compiled_attention.register_fake
 def _(tensors: Sequence[Any], call: str) -> list[Any]:
-    q, layout = tensors[0], _calls[call].options.get("layout", "bshd")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    of_lse = lse_shape(q.shape, layout)
-    more = [q.new_empty(of_lse[-2], dtype=dtype)] if _calls[call].return_max_logit else []
-    return [q.new_empty(out_shape(q.shape, tensors[2].shape, layout)), q.new_empty(of_lse, dtype=dtype), *more]
+    given, layout = dict(zip(_calls[call].names, tensors, strict=True)), _calls[call].options.get("layout", "bshd")
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    results = []
+    for q, v in (("q", "v"), ("q_r", "v_r")) if _calls[call].has_tokens else (("q", "v"),):
+        of_q, of_v = given[q].shape, given[v].shape
+        results += [given[q].new_empty(out_shape(of_q, of_v, layout)), given[q].new_empty(lse_shape(of_q, layout), dtype=dtype)]
+    return results + ([results[1].new_empty(results[1].shape[-2])] if _calls[call].return_max_logit else [])
 
 
 @_compiled_backward.register_fake
-def _(dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, call: str) -> list[Any]:
+def _(cotangents: Any, tensors: Sequence[Any], results: Any, call: str) -> list[Any]:
     named = zip(_calls[call].names, tensors, strict=True)
     return [x.new_empty(x.shape) for name, x in named if _calls[call].differentiates(name)]
 
@@ -311,13 +351,15 @@ def _(dout: Any, dlse: Any, tensors: Sequence[Any], out: Any, lse: Any, call: st
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Any]) -> None:
     tensors, ctx.call = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[:2])
+    results = output[:-1] if _calls[ctx.call].return_max_logit else output
+    ctx.results = len(results)
+    ctx.save_for_backward(*results, *tensors)
 
 
 def _differentiate(ctx: Any, cotangents: list[Any]) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    dout, dlse, *_ = cotangents
-    gradients = iter(_compiled_backward(dout, dlse, tensors, out, lse, ctx.call))
+    saved = list(ctx.saved_tensors)
+    results, tensors = saved[: ctx.results], saved[ctx.results :]
+    gradients = iter(_compiled_backward(cotangents[: ctx.results], tensors, results, ctx.call))
     call = _calls[ctx.call]
     return [next(gradients) if call.differentiates(name) else None for name in call.names], None
 

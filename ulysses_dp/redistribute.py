@@ -193,7 +193,6 @@ def _redistribute(function: str, x: Any, comm: Any, wish: dict[str, Any]) -> Any
             check_axis_count("x", given)
             if given.dtype not in BITS.values():  # which are moved as they are, whatever they hold
                 check_dtype("x", given, None)
-            check_device(given)
             batch, seq, heads, width = shape = tuple(given.shape[axis] for axis in axes)
             common = {
                 "scatter_idx and gather_idx": (heads_axis, rows_axis),
@@ -212,6 +211,7 @@ def _redistribute(function: str, x: Any, comm: Any, wish: dict[str, Any]) -> Any
             return _Kind(to_heads, axes, inverse(axes), shape, sizes, Common(function, common))
 
         kind = ranks.remembered.once((function, given[1:], plain), check_kind) if plain is not None else check_kind()
+        check_device(given)
         usm = permute(given.usm(), kind.axes)
         # what is stored as it is sent needs no memory by heads
         in_place = None if kind.to_heads or exchange == "shared" else _as_sent(usm)

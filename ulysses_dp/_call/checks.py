@@ -14,6 +14,7 @@ from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from .._device.arrays import LIBRARIES, Array, Library, describe, library_of
 from .._device.dtypes import BITS, DTYPES, held_by, names
+from .._device.queue import default_queue
 from .._ranks.partition import group_size
 from .layout import LAYOUTS, PACKED, Layout, bshd_shape
 
@@ -115,17 +116,14 @@ def check_dtype_name(dtype: Any) -> None:
 
 def device_of(x: Array) -> Any:
     """The device on which an array is, or from the host will be."""
-    return x.queue().sycl_device
+    return (default_queue() if x.on_host else x.queue()).sycl_device
 
 
 def check_device(x: Array) -> None:
     """Check that there is a device for the array, with kernels for its dtype: before the other ranks rely on this one."""
-    _check_kernels(x.dtype, device_of(x))
-
-
-def _check_kernels(dtype: str, device: Any) -> None:
-    if dtype == "float64" and not device.has_aspect_fp64:  # float16 is storage here: the kernels compute in float32
-        raise TypeError(f"{dtype} is not supported by the device {device.name.strip()}")
+    device = device_of(x)
+    if x.dtype == "float64" and not device.has_aspect_fp64:  # float16 is storage here: the kernels compute in float32
+        raise TypeError(f"{x.dtype} is not supported by the device {device.name.strip()}")
     manifest.read()
 
 
@@ -142,14 +140,14 @@ def check_inputs(q: Any, k: Any, v: Any, names: Names, layout: Layout, dtype: An
     """Check q, k and v against each other; returns what they are."""
     check_dtype_name(dtype)
     arrays = tuple(check_array(name, x) for name, x in zip(names[:3], (q, k, v), strict=True))
-    return arrays, _check_together(names, layout, dtype, tuple([x[1:] for x in arrays]), device_of(arrays[0]))
+    geometry = _check_together(names, layout, dtype, tuple([x[1:] for x in arrays]))
+    check_device(arrays[0])
+    return arrays, geometry
 
 
 @lru_cache(maxsize=1024)
-def _check_together(
-    names: Names, layout: Layout, dtype: str | None, kinds: tuple[tuple[Any, ...], ...], device: Any
-) -> Geometry:
-    """The checks of `check_inputs` that calls with arrays of the same kinds need not repeat: all but the data."""
+def _check_together(names: Names, layout: Layout, dtype: str | None, kinds: tuple[tuple[Any, ...], ...]) -> Geometry:
+    """The checks of `check_inputs` that calls with arrays of the same kinds need not repeat: all but data and device."""
     arrays, dtypes = [Array(None, *kind) for kind in kinds], []
     for name, x in zip(names[:3], arrays, strict=True):
         check_axis_count(name, x, layout)
@@ -157,7 +155,6 @@ def _check_together(
     shapes = tuple(bshd_shape(x.shape, layout) for x in arrays)
     geometry = _check_shapes(names, tuple(x.library for x in arrays), shapes, tuple(dtypes))
     check_same_device(names[:3], arrays)
-    _check_kernels(arrays[0].dtype, device)
     return geometry
 
 

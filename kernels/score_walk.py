@@ -131,6 +131,16 @@ def kernel(*, dtype: str, kind: str, tile: Tile) -> Callable[..., None]:
                 highest[r] = max(highest[r], score[r * block + j])
 
     @inlined
+    def take_up(
+        score, maximum, normaliser, highest, shift, rescale, block_sum, start, earliest, last, options, edge, zero
+    ):  # fmt: skip
+        """The running maximum and sum of the softmax, with one block more."""
+        find_highest(score, highest, maximum)
+        if edge or may_hide(options):
+            hide(score, highest, maximum, start, earliest, last)
+        softmax(score, normaliser, maximum, highest, shift, rescale, block_sum, edge, zero)
+
+    @inlined
     def find_keep(keep, rows_at, start, h, b, options):
         """By what dropout multiplies the weights of a block."""
         for t in range(scores_size):
@@ -247,10 +257,10 @@ def kernel(*, dtype: str, kind: str, tile: Tile) -> Callable[..., None]:
                     multiply(score, dot, rows_a, of_rows, pitch, cols_a, of_a, cols_a_at.seq, start, columns, size, scale, zero)
                     change(score, per_head, bias, padding, rows_at, centre, spans, b, h, start, columns, options)
                     if not differentiates:
-                        find_highest(score, highest, maximum)
-                        if edge or may_hide(options):
-                            hide(score, highest, maximum, start, earliest, last)
-                        softmax(score, normaliser, maximum, highest, shift, rescale, block_sum, edge, zero)
+                        take_up(
+                            score, maximum, normaliser, highest, shift, rescale, block_sum, start, earliest, last, options,
+                            edge, zero,
+                        )  # fmt: skip
                         continue
                     if edge:
                         hide_outside(score, spans, rows_at, earliest, last, start, columns)

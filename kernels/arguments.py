@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .score import ScoreOptions
 
 
-class Place(NamedTuple):
-    """Where an array (batch, seq, heads, …) lies in its memory: offset and strides, in elements."""
+class Strides(NamedTuple):
+    """Offset and strides of an array (batch, seq, heads, …) in its memory, in elements."""
 
     offset: int
     batch: int
@@ -35,15 +35,15 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
-def place_of(x: Any) -> Place:
-    """The place of a USM array (batch, seq, heads, …)."""
-    return Place(x._element_offset, *x.strides[:3])
+def strides_of(x: Any) -> Strides:
+    """Those of a USM array (batch, seq, heads, …)."""
+    return Strides(x._element_offset, *x.strides[:3])
 
 
-def place_by_head(x: Any) -> Place:
-    """The place of a USM array (batch, heads, seq)."""
+def strides_by_head(x: Any) -> Strides:
+    """Those of a USM array (batch, heads, seq)."""
     batch, head, seq = x.strides
-    return Place(x._element_offset, batch, seq, head)
+    return Strides(x._element_offset, batch, seq, head)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import flash_backward, flash_forward
-from .arguments import place_by_head, place_of
+from .arguments import strides_by_head, strides_of
 from .flash_forward import LARGE_TILE, OPTIONS_TILE, TILES
 from .launch import launch, upload
 from .launch_arguments import DTYPES, option_arguments, sizes_of, spans_of_keys
@@ -42,7 +42,7 @@ def launch_forward(tile: str, q: Any, k: Any, v: Any, out: Any, lse: Any, proble
         flash_forward.name(DTYPES[q.itemsize], head_dim, tile, options=problem.options is not None),
         [*(x.usm_data for x in (q, k, v, out, lse)), spans, *tables],
         (
-            *(*place_of(q), *place_of(k), *place_of(v), *place_of(out), *place_by_head(lse)),
+            *(*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *strides_by_head(lse)),
             *(*sizes, problem.scale, 0.0, *numbers),
         ),
         groups=batch * heads * sizes.row_blocks,
@@ -84,8 +84,8 @@ def launch_backward(
             flash_backward.name(DTYPES[q.itemsize], head_dim, tile, into_keys=into_keys, options=with_options),
             [*(x.usm_data for x in (*arrays, lse, delta)), peaks, spans[into_keys], spans[0], *tables],
             (
-                *(number for x in arrays for number in place_of(x)),
-                *(*place_by_head(lse), *place_by_head(delta), *sizes, problem.scale, 0.0, *numbers),
+                *(number for x in arrays for number in strides_of(x)),
+                *(*strides_by_head(lse), *strides_by_head(delta), *sizes, problem.scale, 0.0, *numbers),
             ),
             groups=batch * (kv_heads if into_keys else heads) * sizes.row_blocks,
             lanes=TILES[tile].lanes,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import Place, Sizes
+from .arguments import Sizes, Strides
 from .flash_forward import LARGE_TILE, OPTIONS_TILE, TILES
 from .score import OPTION_ARGUMENTS
 from .tile import WIDTHS, Tile, general
@@ -44,7 +44,7 @@ ARGUMENTS = (
     *((name, "pointer") for name in (*_ARRAYS, "peaks")),
     *(("spans", "table"), ("centres", "table")),
     *OPTION_ARGUMENTS[:-1],
-    *((f"{name}_at", Place) for name in _ARRAYS),
+    *((f"{name}_at", Strides) for name in _ARRAYS),
     *(("sizes", Sizes), ("scale", "real"), ("zero", "real")),
     OPTION_ARGUMENTS[-1],
 )

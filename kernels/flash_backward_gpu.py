@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arguments import Place, Sizes
+from .arguments import Sizes, Strides
 from .flash_forward_gpu import BUILD_OPTIONS as BUILD_OPTIONS
 from .flash_forward_gpu import CONSTANTS, OPTIONS, SUB_GROUP
 from .score import OPTION_ARGUMENTS
@@ -34,7 +34,7 @@ ARGUMENTS = (
     *((name, "pointer") for name in ("rows", *_ARRAYS)),
     *(("spans", "table"), ("centres", "table")),
     *OPTION_ARGUMENTS[:-1],
-    *((f"{name}_at", Place) for name in _ARRAYS),
+    *((f"{name}_at", Strides) for name in _ARRAYS),
     *(("rows_offset", "int64"), ("sizes", Sizes), ("still", "int64"), ("scale", "real"), ("zero", "real")),
     OPTION_ARGUMENTS[-1],
 )

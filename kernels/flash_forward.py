@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import Place, Sizes
+from .arguments import Sizes, Strides
 from .score import OPTION_ARGUMENTS
 from .tile import WIDTHS, Tile, general
 
@@ -40,7 +40,7 @@ ARGUMENTS = (
     *((name, "pointer") for name in ("q", "k", "v", "out", "lse")),
     ("spans", "table"),
     *OPTION_ARGUMENTS[:-1],
-    *((f"{name}_at", Place) for name in ("q", "k", "v", "out", "lse")),
+    *((f"{name}_at", Strides) for name in ("q", "k", "v", "out", "lse")),
     *(("sizes", Sizes), ("scale", "real"), ("zero", "real")),
     OPTION_ARGUMENTS[-1],
 )

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import flash_backward_gpu, flash_forward_gpu
-from .arguments import Place, place_by_head, place_of
+from .arguments import Strides, strides_by_head, strides_of
 from .flash_forward_gpu import CONSTANTS, GPU_TILES, SUB_GROUP
-from .launch import launch, place, upload
+from .launch import launch, offset_and_strides, upload
 from .launch_arguments import DTYPES, option_arguments, sizes_of, spans_of_keys
 from .panel_copy import Panel
-from .relayout import relayout
+from .relayout import copy_panels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,12 +45,12 @@ def scratch_of(dtype: str, q_shape: Sequence[int], k_shape: Sequence[int], *, ba
 def launch_forward(q: Any, k: Any, v: Any, out: Any, lse: Any, problem: Problem, scratch: Callable[..., Any]) -> None:
     """Write `out` and `lse`; see `schedules.Schedule.forward`."""
     if out.size:
-        _launch_forward((q, k, v), (out.usm_data, place_of(out)), lse, problem, scratch)
+        _launch_forward((q, k, v), (out.usm_data, strides_of(out)), lse, problem, scratch)
 
 
 def _launch_forward(
     inputs: tuple[Any, Any, Any],
-    target: tuple[Any, Place],
+    target: tuple[Any, Strides],
     lse: Any,
     problem: Problem,
     scratch: Callable[..., Any],
@@ -67,18 +67,18 @@ def _launch_forward(
     tables, numbers = option_arguments(q, problem.options)
     spans = q.usm_data if problem.options is None else upload(queue, problem.options.spans)
     constants = _constants((k, v), tile_size, problem, numbers, peaks=peaks)
-    q_place = place_of(q)
+    q_at = strides_of(q)
     if not tile.q_in_registers:
         ((slot, size),) = scratch_of(dtype, q.shape, k.shape, backward=False).items()
         panels = scratch(slot, (size,))
         _pack_rows([q], panels, tile_size)
-        q, q_place = panels, Place(place(panels)[0], 0, 0, 0)
+        q, q_at = panels, Strides(offset_and_strides(panels)[0], 0, 0, 0)
     launch(
         queue,
         flash_forward_gpu.name(dtype, head_dim),
         [*(x.usm_data for x in (q, k, v)), target[0], lse.usm_data, spans, *tables],
         (
-            *(*q_place, *place_of(k), *place_of(v), *target[1], *place_by_head(lse)),
+            *(*q_at, *strides_of(k), *strides_of(v), *target[1], *strides_by_head(lse)),
             *(*sizes, problem.scale, 0.0, *numbers),
         ),
         groups=batch * heads * sizes.row_blocks * tile.parts,
@@ -144,13 +144,13 @@ def launch_backward(
     tile_size = flash_backward_gpu.tile_for(dtype, head_dim)
     tile = flash_backward_gpu.GPU_TILES[dtype][tile_size]
     tables, numbers = option_arguments(q, options)
-    spans, lse_memory, lse_place = [q.usm_data] * 2, lse.usm_data, place_by_head(lse)
+    spans, lse_memory, lse_at = [q.usm_data] * 2, lse.usm_data, strides_by_head(lse)
     if options is not None:
         spans = [upload(queue, x) for x in (options.spans, spans_of_keys(options.spans, k.shape[1]))]
     if options is not None and lse.size:
         peaks = scratch("peaks and rates", (2 * lse.size,))
-        lse_memory, lse_place = peaks.usm_data, Place(place(peaks)[0], 2 * heads * seq_q, 2, 2 * seq_q)
-        _launch_forward((q, k, k), (lse_memory, lse_place), lse, problem, scratch, peaks=True)
+        lse_memory, lse_at = peaks.usm_data, Strides(offset_and_strides(peaks)[0], 2 * heads * seq_q, 2, 2 * seq_q)
+        _launch_forward((q, k, k), (lse_memory, lse_at), lse, problem, scratch, peaks=True)
 
     ((slot, size),) = scratch_of(dtype, q.shape, k.shape, backward=True).items()
     of_queries, *of_keys = flash_backward_gpu.kernels_of(tile)
@@ -171,8 +171,8 @@ def launch_backward(
                 flash_backward_gpu.name(gradients, dtype, head_dim),
                 [*memories, lse_memory, delta.usm_data, spans[into_keys], spans[0], *tables],
                 (
-                    *(number for x in (*columns, *targets) for number in place_of(x)),
-                    *(*lse_place, *place_by_head(delta), place(panels)[0], *sizes, 0, problem.scale, 0.0, *numbers),
+                    *(number for x in (*columns, *targets) for number in strides_of(x)),
+                    *(*lse_at, *strides_by_head(delta), offset_and_strides(panels)[0], *sizes, 0, problem.scale, 0.0, *numbers),
                 ),
                 groups=row_tiles * tile.parts,
                 lanes=SUB_GROUP,
@@ -190,7 +190,7 @@ def _pack_rows(arrays: Sequence[Any], panels: Any, panel_dim: int) -> None:
     head_size = (full + (rest > 0)) * block_size
     entries = []
     for number, x in enumerate(arrays):
-        offset, batch_stride, seq_stride, head_stride, dim_stride = place(x)
+        offset, batch_stride, seq_stride, head_stride, dim_stride = offset_and_strides(x)
         for h in range(heads):
             source, target = offset + h * head_stride, h * head_size + number * size
             # relayout's rows are the elements of head_dim here, its slots are row blocks, and its width are their rows
@@ -207,4 +207,4 @@ def _pack_rows(arrays: Sequence[Any], panels: Any, panel_dim: int) -> None:
                 zeros = 0, target + full * block_size + rest, SUB_GROUP, heads * head_size, block_size
                 entries.append(Panel(len(arrays), 0, 0, 0, 0, 0, *zeros, 1, SUB_GROUP - rest))
     zero = SimpleNamespace(usm_data=upload(panels.sycl_queue, np.zeros(1, panels.dtype)))
-    relayout([*arrays, zero], [panels], entries, rows=head_dim, batch=batch)
+    copy_panels([*arrays, zero], [panels], entries, rows=head_dim, batch=batch)

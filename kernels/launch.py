@@ -210,8 +210,8 @@ def _uploaded(queue: Any, content: bytes) -> Any:
     return memory
 
 
-def place(x: Any) -> tuple[int, ...]:
-    """Where a USM array lies in its allocation: offset and strides, in elements."""
+def offset_and_strides(x: Any) -> tuple[int, ...]:
+    """Where a USM array lies in its allocation, in elements: offset, and strides of all axes."""
     return x._element_offset, *x.strides
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import Sizes
-from .launch import place, upload
+from .launch import offset_and_strides, upload
 from .score import OptionNumbers, option_numbers, option_tables
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def option_arguments(q: Any, options: ScoreOptions | None) -> tuple[list[Any], O
         return [q.usm_data] * 3, OptionNumbers()
     queue, heads, bias = q.sycl_queue, q.shape[2], options.bias
     per_head, padding = (upload(queue, table.astype(q.dtype)) for table in option_tables(options, heads))
-    bias_place = (0,) * 5 if bias is None else place(bias)
-    numbers = option_numbers(options, heads, bias_place, float(np.finfo(q.dtype).max))
+    bias_at = (0,) * 5 if bias is None else offset_and_strides(bias)
+    numbers = option_numbers(options, heads, bias_at, float(np.finfo(q.dtype).max))
     return [per_head, (q if bias is None else bias).usm_data, padding], numbers
 
 

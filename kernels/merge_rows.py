@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import place_by_head, place_of
+from .arguments import strides_by_head, strides_of
 from .launch import launch
 from .row_merge import LANES, name
 
 
-def merge_rows(out: Any, lse: Any, part: Any, part_lse: Any, merged_lse: Any) -> None:
+def merge(out: Any, lse: Any, part: Any, part_lse: Any, merged_lse: Any) -> None:
     """Merge `part` into `out`, (batch, seq, heads, head_dim) arrays that are dense in the last axis, and write the merged lse.
 
     The others are (batch, heads, seq); `merged_lse` is not `lse`. Rows of `part` whose lse is -inf have seen no key.
@@ -24,7 +24,8 @@ def merge_rows(out: Any, lse: Any, part: Any, part_lse: Any, merged_lse: Any) ->
         name(out.dtype.itemsize),
         [x.usm_data for x in (out, lse, part, part_lse, merged_lse)],
         (
-            *(*place_of(out), *place_by_head(lse), *place_of(part), *place_by_head(part_lse), *place_by_head(merged_lse)),
+            *(*strides_of(out), *strides_by_head(lse)),
+            *(*strides_of(part), *strides_by_head(part_lse), *strides_by_head(merged_lse)),
             *(seq, heads, head_dim, 0.0),
         ),
         groups=batch * seq * heads,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .launch import KEPT_BYTES, place, ready, upload
+from .launch import KEPT_BYTES, offset_and_strides, ready, upload
 from .panel_copy import LANES, MAX_SOURCES, MAX_TARGETS, Panel, name
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def source_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
     """The source fields of a panel that is read from array `number`, (batch, row, slot, width), from slot `first` on."""
-    return source_at(number, place(x), first)
+    return source_at(number, offset_and_strides(x), first)
 
 
 def source_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def source_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int,
 
 def target_of(number: int, x: Any, first: int = 0) -> tuple[int, ...]:
     """The target fields of a panel that goes to array `number`, (batch, row, slot, width), from slot `first` on."""
-    return target_at(number, place(x), first)
+    return target_at(number, offset_and_strides(x), first)
 
 
 def target_at(number: int, where: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Relayout:
 _relayout = lru_cache(maxsize=128)(Relayout)
 
 
-def relayout(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
+def copy_panels(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
     """Copy `panels` from `sources` (up to six USM arrays of one dtype) to `targets` (up to three), all on one queue."""
     new = _relayout if Relayout.is_small(panels) else Relayout
     new(targets[0].sycl_queue, sources[0].dtype, targets[0].dtype, tuple(panels), rows, batch).run(sources, targets)

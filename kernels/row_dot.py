@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import place_by_head, place_of
+from .arguments import strides_by_head, strides_of
 from .launch import launch
 from .row_product import LANES, name
 
 
-def row_dot(x: Any, y: Any, out: Any) -> None:
+def dot_rows(x: Any, y: Any, out: Any) -> None:
     """Sum x * y over the last axis, in which these (batch, seq, heads, head_dim) arrays are dense, into (batch, heads, seq).
 
     Where y is 0, x does not matter.
@@ -24,7 +24,7 @@ def row_dot(x: Any, y: Any, out: Any) -> None:
         x.sycl_queue,
         name(x.dtype.itemsize),
         [a.usm_data for a in (x, y, out)],
-        (*place_of(x), *place_of(y), *place_by_head(out), seq, heads, rows, head_dim, 0.0),
+        (*strides_of(x), *strides_of(y), *strides_by_head(out), seq, heads, rows, head_dim, 0.0),
         groups=-(-rows // LANES),
         lanes=LANES,
     )

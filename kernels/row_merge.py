@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import Place
+from .arguments import Strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ LANES = 16
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 ARGUMENTS = (
     *((name, "pointer") for name in ("out", "lse", "part", "part_lse", "merged_lse")),
-    *((f"{name}_at", Place) for name in ("out", "lse", "part", "part_lse", "merged_lse")),
+    *((f"{name}_at", Strides) for name in ("out", "lse", "part", "part_lse", "merged_lse")),
     *((name, "int64") for name in ("seq", "heads", "head_dim")),
     ("zero", "real"),
 )

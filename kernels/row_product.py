@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Place
+from .arguments import Strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ LANES = 16
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 ARGUMENTS = (
     *((name, "pointer") for name in ("x", "y", "out")),
-    *((f"{name}_at", Place) for name in ("x", "y", "out")),
+    *((f"{name}_at", Strides) for name in ("x", "y", "out")),
     *((name, "int64") for name in ("seq", "heads", "rows", "head_dim")),
     ("zero", "real"),
 )

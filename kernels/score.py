@@ -75,10 +75,10 @@ class OptionNumbers(NamedTuple):
 OPTION_ARGUMENTS = (("per_head", "pointer"), ("bias", "pointer"), ("padding", "pointer"), ("options", OptionNumbers))
 
 
-def option_numbers(options: ScoreOptions, heads: int, bias_place: tuple[int, ...], largest: float) -> OptionNumbers:
+def option_numbers(options: ScoreOptions, heads: int, bias_at: tuple[int, ...], largest: float) -> OptionNumbers:
     """The numbers for these many query heads; of the bias offset and strides, of the dtype of the scores the largest number."""
     slopes, padding, softcap = options.slopes, options.padding, options.softcap
-    bias_offset, bias_batch, bias_head, bias_seq, bias_key = bias_place
+    bias_offset, bias_batch, bias_head, bias_seq, bias_key = bias_at
     return OptionNumbers(
         per_head_batch=0 if slopes is None or slopes.shape[0] == 1 else 2 * heads,
         use_slopes=int(slopes is not None),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arguments import Place, Sizes
+from .arguments import Sizes, Strides
 from .flash_forward import TILES
 from .score import OPTION_ARGUMENTS
 
@@ -46,7 +46,7 @@ ARGUMENTS = (
     *((name, "pointer") for name in _ARRAYS),
     ("spans", "table"),
     *OPTION_ARGUMENTS[:-1],
-    *(("cols_a_at", Place), ("cols_b_at", Place), ("sizes", Sizes), ("walk", Walk)),
+    *(("cols_a_at", Strides), ("cols_b_at", Strides), ("sizes", Sizes), ("walk", Walk)),
     *(("scale", "real"), ("zero", "real")),
     OPTION_ARGUMENTS[-1],
 )

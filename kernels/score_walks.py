@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arguments import place_of
-from .launch import launch, place, upload
+from .arguments import strides_of
+from .launch import launch, offset_and_strides, upload
 from .launch_arguments import option_arguments, sizes_of
 from .score_walk import DTYPES, GROUP_ROWS, TILE, Walk, name
 
@@ -64,13 +64,13 @@ def _launch(
     rows = panels[0].shape[3]
     sizes = sizes_of(q, k, problem, rows=rows, tile_rows=GROUP_ROWS)
     tables, numbers = option_arguments(q, problem.options)
-    if any(place(x)[0] for x in (*panels, of_queries, result)):
+    if any(offset_and_strides(x)[0] for x in (*panels, of_queries, result)):
         raise RuntimeError("panels and results of a walk over scores must start where their memory does")
     launch(
         q.sycl_queue,
         name(DTYPES[result.itemsize], kind),
         [*(x.usm_data for x in (*panels, *columns, result, of_queries)), upload(q.sycl_queue, problem.options.spans), *tables],
-        (*place_of(columns[0]), *place_of(columns[1]), *sizes, *walk, problem.scale, 0.0, *numbers),
+        (*strides_of(columns[0]), *strides_of(columns[1]), *sizes, *walk, problem.scale, 0.0, *numbers),
         groups=result.shape[0] * result.shape[1] * sizes.row_blocks,
         lanes=TILE.lanes,
     )

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from gpu import oclgrind, standin
 standin.install()
-from ulysses_dp.kernels.row_dot import row_dot
+from ulysses_dp.kernels.row_dot import dot_rows
 machine = oclgrind.Oclgrind(standin.manifest().FOLDER, Path(tempfile.mkdtemp()))
 x = np.ones((1, 3, 2, 5), np.float32)
 out = standin.empty(machine, (1, 2, 3), np.float32)
@@ -34,7 +34,7 @@ faults = {
              standin.Array(out.usm_data, x.dtype, (1, 2, 3), (0, 0, 0))),
 }
 left, target = faults[sys.argv[2]]
-row_dot(left, given, target)
+dot_rows(left, given, target)
 print("sums", standin.asnumpy(target).ravel())
 """
 REACH = """

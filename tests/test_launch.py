@@ -20,8 +20,8 @@ from ulysses_dp.kernels import (
     score_walk,
 )
 from ulysses_dp.kernels.launch import Replay, _kernel, check_headers, launch
+from ulysses_dp.kernels.row_dot import dot_rows
 from ulysses_dp.kernels.row_dot import reference as dots_of
-from ulysses_dp.kernels.row_dot import row_dot
 
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.copies import copy_arrays
@@ -121,7 +121,7 @@ def test_replay():
 
         def step():
             steps.append((a, b))
-            row_dot(arrays[a], arrays[b], out)
+            dot_rows(arrays[a], arrays[b], out)
 
         replay.run("dot", (arrays[a], arrays[b], out), step)
         np.testing.assert_allclose(tensor.asnumpy(out), dots_of(host[a], host[b]), rtol=1e-5, atol=1e-5)

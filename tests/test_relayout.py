@@ -5,7 +5,7 @@ import pytest
 from helpers import numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, reference, relayout
+from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, copy_panels, reference
 
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
@@ -27,7 +27,7 @@ def run(sources, targets, panels, **sizes):
     reference(sources, expected, panels, **sizes)
     queue = default_queue()
     sources, targets = ([tensor.asarray(x, sycl_queue=queue) for x in arrays] for arrays in (sources, targets))
-    relayout(sources, targets, panels, **sizes)
+    copy_panels(sources, targets, panels, **sizes)
     return [tensor.asnumpy(x) for x in targets], expected
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.merge_rows import merge_rows
+from ulysses_dp.kernels import merge_rows
 from ulysses_dp.kernels.score import largest_exact_lse
 
 from . import _local
@@ -328,7 +328,7 @@ class _Forward:
             part_lse = new if first else ring.temporary("part lse", new.shape)
             _local.attend(q_rows, k[:, keys], v[:, keys], part, part_lse, options, ring.heads)
             if not first:
-                merge_rows(out, old, part, part_lse, new)
+                merge_rows.merge(out, old, part, part_lse, new)
             self._merges[rows.start] += 1
 
     def give(self, out: Any, lse: Any) -> None:

@@ -175,9 +175,9 @@ def _merge(check: Check) -> Result:
     arrays = [_random(n, shape if n % 2 == 0 else (1, HEADS, ROWS[1]), check.dtype) for n in range(4)]
     expected = merge_rows.reference(*arrays)
     out, lse, part, part_lse, merged = (x.get_array() for x in _on_device([*arrays, arrays[1]]))
-    merge_rows.merge_rows(out, lse, part, part_lse, merged)
+    merge_rows.merge(out, lse, part, part_lse, merged)
     error = max(_error(dpnp.asnumpy(dpnp.asarray(x)), y) for x, y in zip((out, merged), expected, strict=True))
-    seconds = _seconds(lambda: merge_rows.merge_rows(out, lse, part, part_lse, merged))
+    seconds = _seconds(lambda: merge_rows.merge(out, lse, part, part_lse, merged))
     return Result(check.name, error=error, seconds=seconds)
 
 

@@ -305,7 +305,7 @@ def copy(machine: Machine, kind: tuple[str, str, bool], seed: int, *, compare: b
     targets = [numbers(rng, n, target_type) for n in goals]
     given = [standin.asarray(machine, x) for x in sources]
     results = [standin.asarray(machine, x) for x in targets]
-    relayout.relayout(given, results, panels, rows=rows, batch=batch)
+    relayout.copy_panels(given, results, panels, rows=rows, batch=batch)
     if not compare:
         return
     if (source_type, target_type) == ("uint16", "float32"):
@@ -338,7 +338,7 @@ def dot(machine: Machine, dtype: str, seed: int, *, compare: bool = True) -> Non
     x[0, 0, 0] = np.nan
     order = (*map(int, rng.permutation(3)), 3)
     out, whole = target(machine, (shape[0], shape[2], shape[1]), (2, 0, 1), dtype)
-    row_dot.row_dot(inside(machine, x, order)[0], inside(machine, y, order)[0], out)
+    row_dot.dot_rows(inside(machine, x, order)[0], inside(machine, y, order)[0], out)
     if not compare:
         return
     found = error(standin.asnumpy(out), row_dot.reference(x, y))
@@ -361,7 +361,7 @@ def merge(machine: Machine, dtype: str, seed: int, *, compare: bool = True) -> N
     into, whole = inside(machine, out, order, GUARD)
     merged, merged_whole = target(machine, lse.shape, (2, 0, 1), dtype)
     given = [inside(machine, x, o)[0] for x, o in ((lse, (1, 0, 2)), (part, order), (part_lse, (0, 2, 1)))]
-    merge_rows.merge_rows(into, *given, merged)
+    merge_rows.merge(into, *given, merged)
     if not compare:
         return
     for name, got, expected, around in zip(

@@ -140,7 +140,7 @@ def free_uploads() -> None:
     """Nothing is kept."""
 
 
-def place(x: Array) -> tuple[int, ...]:
+def offset_and_strides(x: Array) -> tuple[int, ...]:
     """Offset and strides."""
     return x._element_offset, *x.strides
 

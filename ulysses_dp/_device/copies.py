@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
+from ulysses_dp.kernels.relayout import Panel, copy_panels, source_of, target_of
 
 from .arrays import view
 from .trace import note
@@ -22,7 +22,7 @@ def copy_arrays(sources: Sequence[Any], targets: Sequence[Any], *, add: bool = F
     batch, seq, _, _ = sources[0].shape
     pairs = enumerate(zip(sources, targets, strict=True))
     panels = [Panel(*source_of(n, x), *target_of(n, y), *x.shape[2:], add=int(add)) for n, (x, y) in pairs]
-    relayout(sources, targets, panels, rows=seq, batch=batch)
+    copy_panels(sources, targets, panels, rows=seq, batch=batch)
     note(passes=1)
 
 

@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ulysses_dp.kernels.launch import place
-from ulysses_dp.kernels.relayout import Panel, Relayout, relayout, source_at, target_at
+from ulysses_dp.kernels.launch import offset_and_strides
+from ulysses_dp.kernels.relayout import Panel, Relayout, copy_panels, source_at, target_at
 
 from .._device.arrays import tensor, view
 from .._device.copies import copy_arrays
@@ -136,7 +136,9 @@ class Redistribution:
         """Copy the arrays of the items, with the rows of this rank, to where they travel from."""
         with stage("pack"):
             sources = [_in_message(item, arrays[item.name], self._layout.dtype) for item in self._layout.items]
-            _packing(self._layout, self._queue, tuple(map(place, sources))).run(sources, [self._by_rows, self._by_heads])
+            _packing(self._layout, self._queue, tuple(map(offset_and_strides, sources))).run(
+                sources, [self._by_rows, self._by_heads]
+            )
             note(passes=1)
 
     def unpack(self, arrays: Mapping[str, Any]) -> None:
@@ -150,7 +152,9 @@ class Redistribution:
         results = [_of_dtype(x, item.dtype) for item, x in zip(items, given, strict=True)]
         targets = [_in_message(item, x, dtype) for item, x in zip(items, results, strict=True)]
         with stage("unpack"):
-            _unpacking(self._layout, self._queue, tuple(map(place, targets))).run([self._by_rows, self._by_heads], targets)
+            _unpacking(self._layout, self._queue, tuple(map(offset_and_strides, targets))).run(
+                [self._by_rows, self._by_heads], targets
+            )
             note(passes=1)
         for number, (x, result) in enumerate(zip(given, results, strict=True)):
             if number in self._layout.without_heads:
@@ -177,7 +181,7 @@ class Redistribution:
             for first, rows in ((0, before), (after, sum(transfer.rows) - after)):
                 source = self._layout.window[transfer.rank] + first * row
                 panel = Panel(0, source, row, 0, 0, 1, 0, first * row, row, 0, 0, 1, row)
-                relayout([self._in_window], [self._by_heads], [panel], rows=rows, batch=1)
+                copy_panels([self._in_window], [self._by_heads], [panel], rows=rows, batch=1)
             note(passes=1)
 
     def arrays_by_heads(self) -> dict[str, Any]:
@@ -274,7 +278,7 @@ class Redistribution:
         sides = [self._members, self._by_rows], [self._groups, self._by_heads]
         with stage("turn"):
             for rows, of_these in panels.items():
-                relayout(*(sides if to_heads else sides[::-1]), of_these, rows=rows, batch=1)
+                copy_panels(*(sides if to_heads else sides[::-1]), of_these, rows=rows, batch=1)
             note(passes=1)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.row_dot import row_dot
+from ulysses_dp.kernels.row_dot import dot_rows
 
 from .._device.copies import readable
 
@@ -88,7 +88,7 @@ class Backend:
     def delta(self, dout: Any, out: Any, delta: Any) -> None:
         """Write the sum of dout * out of every query row."""
         dout, out = readable((dout, out), "dout, out", delta.dtype, by_head=False)
-        row_dot(dout, out, delta)
+        dot_rows(dout, out, delta)
 
 
 def compute_dtype(x: Any) -> np.dtype:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ulysses_dp.kernels.relayout import Panel, relayout, source_of, target_of
+from ulysses_dp.kernels.relayout import Panel, copy_panels, source_of, target_of
 
 from .._call.spans import UNLIMITED, spans
 from .._device.arrays import tensor
@@ -119,7 +119,7 @@ def add_up(parts: Any, grad: Any, heads: HeadMap) -> None:
         Panel(*source_of(0, parts, head), *target_of(0, total, kv), 1, width, add=int(kv in kv_heads[:head]))
         for head, kv in enumerate(kv_heads)
     ]
-    relayout((parts,), (total,), panels, rows=seq, batch=batch)
+    copy_panels((parts,), (total,), panels, rows=seq, batch=batch)
     note(passes=1)
     if total is not grad:
         copy_arrays((total,), (grad,))

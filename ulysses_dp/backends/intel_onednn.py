@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ulysses_dp.kernels.launch import upload
-from ulysses_dp.kernels.row_dot import row_dot
+from ulysses_dp.kernels.row_dot import dot_rows
 
 from .._device.arrays import tensor
 from .._device.copies import copy_arrays, readable
@@ -352,7 +352,7 @@ def _projection(dout: Any, delta: Any) -> Any:
     size = tensor.where(size > 0, size, 1)
     unit = exact / size  # squares of tiny gradients would be 0
     square = scratch(queue, "oneDNN square", (dout.shape[0], dout.shape[2], dout.shape[1]), delta.dtype)
-    row_dot(unit, unit, square)  # not `tensor.sum`, which adds in any order
+    dot_rows(unit, unit, square)  # not `tensor.sum`, which adds in any order
     square = _as_rows(square)
     result = unit * (delta / size / tensor.where(square > 0, square, 1))
     if dout.dtype == result.dtype:

@@ -8,7 +8,7 @@ from ._call.checks import check_exchange, check_node_size, check_overlap, shared
 from ._call.definitions import Option, options_of
 from ._local import LocalOptions
 from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
-from ._ranks.partition import kv_heads_are_shared, part_heads, share_heads
+from ._ranks.partition import column, kv_heads_are_shared, part_heads, share_heads
 from .mesh import RingSize, check_ring
 
 if TYPE_CHECKING:
@@ -195,13 +195,27 @@ class Course(NamedTuple):
     @classmethod
     def of(
         cls,
-        placement: Placement,
-        counts: Sequence[tuple[int, ...]],
+        function: str,
+        ranks: mpi.Ranks,
+        wish: Wish,
+        sizes: Sequence[tuple[int, ...]],
         geometry: Geometry,
+        options: Options,
+        tokens: Sequence[tuple[Rows, ...]],
+        *,
         parts: Callable[[bool], int],
         travels: Callable[..., Any],
-    ) -> Course:
-        """The course of a call in so many parts, which may depend on whether several ranks read one kv head."""
+    ) -> Course | None:
+        """The course of a call whose ranks have arrays of these sizes, or None on one rank, where nothing travels.
+
+        How many parts it has may depend on whether several ranks read one kv head; `tokens` are the shares of replicated ones.
+        Raises, on all ranks alike, if the sizes do not fit the options or the order of rows. Collective for the first time.
+        """
+        counts = column(sizes, 0), column(sizes, 1)
+        options.check_lengths(function, *map(sum, counts))
+        if ranks.size == 1:
+            return None
+        placement = Placement.of(function, ranks, wish, counts, options, tokens)
         heads = share_heads(geometry.heads, geometry.kv_heads, placement.group.size)
         shares = part_heads(heads, geometry.group, parts(kv_heads_are_shared(heads)))
         q_rows, k_rows = map(placement.of_group, counts)

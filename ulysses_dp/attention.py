@@ -18,11 +18,11 @@ from ._device.trace import call
 from ._device.workspace import empty_like
 from ._findings import LargestScores
 from ._local import LocalOptions
-from ._mesh import Course, MeshOptions, Placement, UlyssesOptions, Wish, check_mesh
+from ._mesh import Course, MeshOptions, UlyssesOptions, Wish, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, Common, agree
-from ._ranks.partition import HeadMap, column
+from ._ranks.partition import HeadMap
 from ._ranks.redistribution import as_columns
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
@@ -294,14 +294,15 @@ def distributed(
         geometry, wish = context.geometry, context.wish
 
         def lay_out() -> Course | None:
-            counts = column(agreement.sizes, 0), column(agreement.sizes, 1)
-            settings.check_lengths(function, *map(sum, counts))
-            if ranks.size == 1:
-                return None
-            placement = Placement.of(function, ranks, wish, counts, settings, tokens.shares)
             travels = partial(_path.forward_lists, geometry, arrays[0].dtype, lse=settings.return_lse)
-            # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
-            return Course.of(placement, counts, geometry, lambda shared: 1 if return_ctx and shared else wish.overlap, travels)
+
+            def parts(shared: bool) -> int:
+                # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together
+                return 1 if return_ctx and shared else wish.overlap
+
+            return Course.of(
+                function, ranks, wish, agreement.sizes, geometry, settings, tokens.shares, parts=parts, travels=travels
+            )
 
         course = settings.remembered.once((context, *agreement.sizes), lay_out)
         # Delegate.

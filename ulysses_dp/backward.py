@@ -25,11 +25,11 @@ from ._device.trace import call, stage
 from ._device.workspace import scratch
 from ._findings import ScoreGradients
 from ._local import LocalOptions
-from ._mesh import Course, MeshOptions, Placement, UlyssesOptions, check_mesh
+from ._mesh import Course, MeshOptions, UlyssesOptions, check_mesh
 from ._path import Arrays, Description
 from ._ranks import mpi
 from ._ranks.agree import Checked, Common, agree
-from ._ranks.partition import HeadMap, column
+from ._ranks.partition import HeadMap
 from ._replicated import Replicated, check_replicated
 from ._ring import new_ring
 from .attention import Context
@@ -279,15 +279,14 @@ def ulysses_attention_backward(
         kept = ctx.parts if ctx else ()
 
         def lay_out() -> Course | None:
-            counts = column(agreement.sizes, 0), column(agreement.sizes, 1)
-            settings.check_lengths(function, *map(sum, counts))
-            if ranks.size == 1:
-                return None
-            placement = Placement.of(function, ranks, wish, counts, settings, tokens.shares)
             travels = partial(_path.gradient_lists, geometry, arrays[1].dtype, context=bool(kept))
-            # the sums of a kv head that several ranks read have the order of the ranks: they stay together
+
+            def parts(shared: bool) -> int:
+                # the sums of a kv head that several ranks read have the order of the ranks: they stay together
+                return len(kept) if kept else 1 if shared else wish.overlap
+
             return Course.of(
-                placement, counts, geometry, lambda shared: len(kept) if kept else 1 if shared else wish.overlap, travels
+                function, ranks, wish, agreement.sizes, geometry, settings, tokens.shares, parts=parts, travels=travels
             )
 
         course = settings.remembered.once((function, ranks, wish, tokens, len(kept), *agreement.sizes), lay_out)

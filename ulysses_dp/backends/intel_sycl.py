@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,8 +49,8 @@ class IntelSycl(Backend):
     def for_call(
         self, q: Array, device: Any, geometry: Geometry, options: Options, *, backward: bool, more: Sequence[str] = ()
     ) -> Backend:
-        wishes = Wishes.read()
-        backend = self if wishes == self.wishes else replace(self, wishes=wishes)
+        kind = IntelSycl if geometry.head_dim == geometry.head_dim_v else OfTwoWidths
+        backend = _backend(kind, Wishes.read())
         backend.check(device, geometry, options, backward=backward, more=more)
         return backend
 
@@ -78,12 +78,6 @@ class IntelSycl(Backend):
         options.replay.run(key, arrays, step)
 
     def _forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
-        if q.shape[3] != v.shape[3]:
-            (wide,) = _like_wide((out,), q.shape[3], v.shape[3])
-            q, k, v = _of_one_width(q, k, v)
-            self._forward(q, k, v, wide, lse, options, heads)
-            copy_arrays((wide[..., : out.shape[3]],), (out,))
-            return
         queue, compute = q.sycl_queue, compute_dtype(q)
         schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options)
         operand = schedule.operands[q.dtype]
@@ -96,12 +90,6 @@ class IntelSycl(Backend):
 
     def _backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
         dout, q, k, v, lse, delta = arrays
-        if q.shape[3] != v.shape[3]:
-            wide = _like_wide(grads, q.shape[3], v.shape[3])
-            self._backward((*_of_one_width(dout, q, k, v), lse, delta), wide, options, heads)
-            for x, grad in zip(wide, grads, strict=True):
-                copy_arrays((x[..., : grad.shape[3]],), (grad,))
-            return
         runs = options.runs(q.shape[1], k.shape[1])
         if len(runs) > 1:
             self._backward_by_runs(arrays, grads, runs, heads)
@@ -153,8 +141,6 @@ class IntelSycl(Backend):
     ) -> np.ndarray:
         dout, q, k, v, lse, delta = arrays
         of_queries = _of_queries(q, k, lse, delta, options, heads)
-        if q.shape[3] != v.shape[3]:
-            dout, q, k, v = _of_one_width(dout, q, k, v)
         dout, q = readable((dout, q), "dout, q", lse.dtype, by_head=False)
         k, v = readable((k, v), "k, v", lse.dtype, by_head=False)
         (batch, seq_q, count, _), seq_k = q.shape, k.shape[1]
@@ -180,8 +166,39 @@ class IntelSycl(Backend):
         return found[..., None] if keeps_rows else found.sum(axis=2, dtype=np.float64)[..., None, None]
 
 
-def _of_one_width(*arrays: Any) -> list[Any]:
-    """Arrays whose head_dim is as large as the largest, in scratch memory where they got zeros for that: no kernel has two."""
+class OfTwoWidths(IntelSycl):
+    """The same where v has another head_dim than q and k, which no kernel has: the narrower arrays get zeros for the rest."""
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        q, k, v = _widened(q, k, v)
+        (wide,) = _like_wide((out,), q.shape[3])
+        super().forward(q, k, v, wide, lse, options, heads)
+        copy_arrays((wide[..., : out.shape[3]],), (out,))
+
+    def backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
+        dout, q, k, v, lse, delta = arrays
+        dout, q, k, v = _widened(dout, q, k, v)
+        wide = _like_wide(grads, q.shape[3])
+        super().backward((dout, q, k, v, lse, delta), wide, options, heads)
+        for x, grad in zip(wide, grads, strict=True):
+            copy_arrays((x[..., : grad.shape[3]],), (grad,))
+
+    def score_gradient(
+        self, arrays: Sequence[Any], options: Options, heads: HeadMap, *, keeps: Sequence[bool], by_slope: bool
+    ) -> np.ndarray:
+        dout, q, k, v, lse, delta = arrays
+        dout, q, k, v = _widened(dout, q, k, v)
+        return super().score_gradient((dout, q, k, v, lse, delta), options, heads, keeps=keeps, by_slope=by_slope)
+
+
+@cache
+def _backend(kind: type[IntelSycl], wishes: Wishes) -> IntelSycl:
+    """One for all calls of a kind: what they launched is remembered for it."""
+    return kind(wishes)
+
+
+def _widened(*arrays: Any) -> list[Any]:
+    """The arrays with the largest head_dim of them, the narrower ones in scratch memory, where zeros follow."""
     width, found = max(x.shape[3] for x in arrays), []
     for n, x in enumerate(arrays):
         if x.shape[3] < width:
@@ -192,9 +209,9 @@ def _of_one_width(*arrays: Any) -> list[Any]:
     return found
 
 
-def _like_wide(arrays: Sequence[Any], *widths: int) -> list[Any]:
-    """Scratch memory for results like these, but of the largest head_dim."""
-    return [scratch(x.sycl_queue, f"wide result {n}", (*x.shape[:3], max(widths)), x.dtype) for n, x in enumerate(arrays)]
+def _like_wide(arrays: Sequence[Any], width: int) -> list[Any]:
+    """Scratch memory for results like these, but of this head_dim."""
+    return [scratch(x.sycl_queue, f"wide result {n}", (*x.shape[:3], width), x.dtype) for n, x in enumerate(arrays)]
 
 
 def _softmax_of_rows(q: Any, k: Any, options: Options, heads: HeadMap) -> np.ndarray:

@@ -199,6 +199,7 @@ def mended(case):
     if foreign or c["attn_type"] in ("AUTO", "user"):
         c |= {x: False for x in SPACE if x.startswith("nan")}
     c["unit"] = UNIT["float64" if c["form"] == "float64" else c["form"] if foreign else "float32"]  # of the computation
+    c["unit_of_scores"] = UNIT["float64"] if c["attn_type"] == "NUMPY" else c["unit"]
     c["of_lse"] = "float64" if c["form"] == "float64" else "float32"
     return c
 
@@ -414,7 +415,15 @@ def attention(c, comm):
     inputs = (decode(whole[x]).astype(float) for x in ("q", "k", "v", "dout"))
     dlse = rng.standard_normal((c["batch"], c["heads"], queries[0])).astype(c["of_lse"]) if c["dlse"] else None
     bias_shape = np.shape(options["bias"]) if c["bias"] else None
-    expected = oracle.attention(*inputs, dlse=dlse, bias_shape=bias_shape, unit=c["unit"], stored=UNIT[form], **dense)
+    expected = oracle.attention(
+        *inputs,
+        dlse=dlse,
+        bias_shape=bias_shape,
+        unit=c["unit"],
+        unit_of_scores=c["unit_of_scores"],
+        stored=UNIT[form],
+        **dense,
+    )
     options |= {"dtype": "bfloat16"} if form == "bits" else {}
     attn_type = USER if c["attn_type"] == "user" else getattr(library.AttnType, c["attn_type"])
     accept = "^NotImplementedError" if c["attn_type"] in ("TORCH", "INTEL_ONEDNN") else "^$"

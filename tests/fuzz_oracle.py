@@ -25,12 +25,14 @@ def attention(
     dlse=None,
     bias_shape=None,
     unit=2.0**-23,
+    unit_of_scores=None,
     stored=0.0,
 ):
     """Results by name, each (value, tolerance), of (batch, seq, heads, head_dim) arrays; packed sequences are one batch.
 
-    `unit` is the rounding of the computation, `stored` that of out and the gradients. What may depend on nan has no tolerance:
-    a row that sees nan, and a key that such a row sees. A bias that swallows all scores of a row is taken to do just that.
+    `unit` is the rounding of the computation, `unit_of_scores` that of its scores where it is another, `stored` that of out and
+    the gradients. What may depend on nan has no tolerance: a row that sees nan, and a key that such a row sees. A bias that
+    swallows all scores of a row is taken to do just that.
     """
     (batch, seq_q, heads, width), (seq_k, kv_heads) = q.shape, k.shape[1:3]
     group, scale = heads // kv_heads if kv_heads else 1, width**-0.5 if softmax_scale is None else softmax_scale
@@ -50,17 +52,18 @@ def attention(
     spoilt = np.isnan(q).any(-1) | (seen & spoilt_key[:, :, None, :]).any(-1)
     q, k, v = (np.nan_to_num(x, nan=0.0) for x in (q, k, v))
 
-    score, error = scale * (q @ t(k)), 4 * unit * abs(scale) * (abs(q) @ t(abs(k)))
+    of_scores = unit if unit_of_scores is None else unit_of_scores
+    score, error = scale * (q @ t(k)), 4 * of_scores * abs(scale) * (abs(q) @ t(abs(k)))
     bend, bend_error = np.ones(shape), 0.0
     if softcap:
         bent = np.tanh(score / softcap)
-        bend, bend_error = 1 - bent**2, np.minimum(1, 2 * error / softcap + 8 * unit)
-        score, error = softcap * bent, np.minimum(error, 2 * softcap) + 4 * unit * softcap
+        bend, bend_error = 1 - bent**2, np.minimum(1, 2 * error / softcap + 8 * of_scores)
+        score, error = softcap * bent, np.minimum(error, 2 * softcap) + 4 * of_scores * softcap
     slopes = np.broadcast_to(0.0 if alibi_slopes is None else np.asarray(alibi_slopes), (batch, heads))[..., None, None]
     score = score - slopes * abs(ahead)
-    swallowed = min(unit, 2.0**-23) * abs(np.where(seen, bias, 0)) > 4 * abs(score)
+    swallowed = min(of_scores, 2.0**-23) * abs(np.where(seen, bias, 0)) > 4 * abs(score)
     swallowed = (swallowed | ~seen).all(-1, keepdims=True) & seen
-    error = np.where(swallowed, 0, error + 2 * unit * (abs(slopes * ahead) + abs(np.where(seen, bias, 0)) + abs(score)))
+    error = np.where(swallowed, 0, error + 2 * of_scores * (abs(slopes * ahead) + abs(np.where(seen, bias, 0)) + abs(score)))
     score = np.where(seen, np.where(swallowed, bias, score + np.where(seen, bias, 0)), -np.inf)
 
     sinks = np.broadcast_to(-np.inf if sinks is None else np.asarray(sinks), (heads,))[:, None]
@@ -80,9 +83,9 @@ def attention(
     relative = error + by_lse + 16 * unit
     relative[relative > 0.2] = 1e30  # nothing is left of the weight
     tiny = 2.0**-24 if stored > 2.0**-20 else 0.0  # what is left of the smallest numbers of 16 bits
-    slack = times(weight, relative)
+    weight_error = times(weight, relative)
     out = weight @ v
-    out_error = slack @ abs(v) + 8 * unit * weight @ abs(v) + stored * abs(out) + tiny
+    out_error = weight_error @ abs(v) + 8 * unit * weight @ abs(v) + stored * abs(out) + tiny
 
     def spoil(x, where):
         return np.where(where, np.inf, 4 * x + 1e-30 + tiny)
@@ -127,7 +130,7 @@ def attention(
 
     dq, dq_error = ds @ k, ds_error @ abs(k) + 8 * unit * abs(ds) @ abs(k)
     dk, dk_error = t(ds) @ q, t(ds_error) @ abs(q) + 8 * unit * t(abs(ds)) @ abs(q)
-    dv, dv_error = t(weight) @ dout, t(slack) @ abs(dout) + 8 * unit * t(weight) @ abs(dout)
+    dv, dv_error = t(weight) @ dout, t(weight_error) @ abs(dout) + 8 * unit * t(weight) @ abs(dout)
     results["dq"] = dq.swapaxes(1, 2), spoil(dq_error + stored * abs(dq), spoilt[..., None]).swapaxes(1, 2)
     for name, x, x_error in (("dk", dk, dk_error), ("dv", dv, dv_error)):
         if not heads:

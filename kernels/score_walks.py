@@ -21,33 +21,10 @@ def softmax_of_rows(q: Any, k: Any, panels: Any, result: Any, problem: Problem) 
     `GROUP_ROWS`. The result is not written if there are no keys. A query without keys has -inf and 0; sinks do not count.
     """
     walk = Walk(batch=q.shape[0], sum_batch=0, sum_heads=0, sum_columns=1, by_slope=0)
-    _launch("softmax", q, k, (panels, panels), (k, k), result, result, problem, walk)
+    walk_scores("softmax", q, k, (panels, panels), (k, k), result, result, problem, walk)
 
 
-def score_gradient(
-    q: Any,
-    k: Any,
-    panels: tuple[Any, Any],
-    columns: tuple[Any, Any],
-    of_queries: Any,
-    result: Any,
-    problem: Problem,
-    walk: Walk,
-    *,
-    into_keys: bool,
-) -> None:
-    """Write the gradient of what is added to scores, added up over some axes.
-
-    The panels are q and dout, or `into_keys` k and v, as (batch, heads, head_dim, rows), C-contiguous, with rows up to a
-    multiple of `GROUP_ROWS`; the columns are the others, (batch, seq, heads, head_dim), dense in the last axis. `of_queries` is
-    (batch, heads, seq_q, 3): of every query the peak and the rate with which p = exp(score - peak) rate, and delta. The result
-    is (batch, heads, rows), or if columns are not added up (batch, heads, columns, rows), of which only the columns that some
-    row sees are written; of an axis that is added up there is one. Both are C-contiguous.
-    """
-    _launch("keys" if into_keys else "queries", q, k, panels, columns, of_queries, result, problem, walk)
-
-
-def _launch(
+def walk_scores(
     kind: str,
     q: Any,
     k: Any,
@@ -58,6 +35,15 @@ def _launch(
     problem: Problem,
     walk: Walk,
 ) -> None:
+    """Write the gradient of what is added to scores, added up over some axes.
+
+    The panels are q and dout, or for the kind "keys" instead of "queries" k and v, as (batch, heads, head_dim, rows),
+    C-contiguous, with rows up to a multiple of `GROUP_ROWS`; the columns are the others, (batch, seq, heads, head_dim), dense
+    in the last axis. `of_queries` is (batch, heads, seq_q, 3): of every query the peak and the rate with which p = exp(score -
+    peak) rate, and delta. The result is (batch, heads, rows), or if columns are not added up (batch, heads, columns, rows), of
+    which only the columns that some row sees are written; of an axis that is added up there is one. Both are C-contiguous. The
+    kind "softmax" is for `softmax_of_rows`.
+    """
     assert problem.options is not None
     if result.size == 0 or columns[0].size == 0:
         return

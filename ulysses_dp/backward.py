@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 ARRAYS = ("q", "k", "v")
 TOKENS = ("q_r", "k_r", "v_r")  # that every rank has whole
 ON_DEMAND = {"alibi_slopes": "slopes_grad", "bias": "bias_grad"}  # options whose gradient is computed if that is wanted
-DIFFERENTIABLE = (*ARRAYS, "sinks", *ON_DEMAND)  # what has a gradient, in the order of the results
+DIFFERENTIABLE = (*ARRAYS, "sinks", *ON_DEMAND, *TOKENS)  # what has a gradient
 GRADIENTS = ("dq", "dk", "dv")
 GIVEN = ("dout", *ARRAYS, "out", "lse", "dlse")
 

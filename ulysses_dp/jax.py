@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["attention", "ulysses_attention"]
 
-_DIFFERENTIABLE = (*DIFFERENTIABLE, *TOKENS)
-
 
 @takes(LocalOptions)
 def attention(
@@ -282,7 +280,7 @@ def _attend(call: _Call, arrays: dict[str, Any]) -> tuple[Any, ...]:
 def _keep(call: _Call, arrays: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The results, and what the gradient needs."""
     for name, x in arrays.items():
-        if x.perturbed and name not in _DIFFERENTIABLE:
+        if x.perturbed and name not in DIFFERENTIABLE:
             raise NotImplementedError(f"there is no gradient of {name}; use jax.lax.stop_gradient({name})")
     values = {name: x.value for name, x in arrays.items()}
     wanted = dict.fromkeys(name for name in ON_DEMAND if name in arrays and arrays[name].perturbed)
@@ -297,7 +295,7 @@ def _differentiate(call: _Call, kept: tuple[Any, ...], cotangents: tuple[Any, ..
     for n, x in enumerate(cotangents[: len(results)]):
         absent = isinstance(x, SymbolicZero)
         given.append(x if not absent else None if n % 2 else jnp.zeros(x.shape, x.dtype))
-    names = {name for name in _DIFFERENTIABLE if name not in ON_DEMAND or name in wanted}
+    names = {name for name in DIFFERENTIABLE if name not in ON_DEMAND or name in wanted}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items() if name in names}
     return (dict.fromkeys(arrays) | call.run(call.backward, shapes, given, *kept),)
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["attention", "ulysses_attention"]
 
-_DIFFERENTIABLE = (*DIFFERENTIABLE, *TOKENS)
 _WAYS = tuple(options_of(MeshOptions))  # how ranks work together; the compiler warns of what is cached, as that function is
 
 
@@ -180,7 +179,7 @@ class _Call:
 
     def differentiates(self, name: str) -> bool:
         """Whether a tensor of this name gets a gradient."""
-        return name in _DIFFERENTIABLE and (name not in ON_DEMAND or name in self.wanted)
+        return name in DIFFERENTIABLE and (name not in ON_DEMAND or name in self.wanted)
 
     @property
     def has_tokens(self) -> bool:
@@ -190,7 +189,7 @@ class _Call:
     def forward(self, tensors: Sequence[Any], **wishes: Any) -> tuple[Any, ...]:
         """The results for these tensors, of which those that get a gradient have none that is recorded in here."""
         given = self._arguments(
-            x.detach() if name in _DIFFERENTIABLE and isinstance(x, torch.Tensor) else x
+            x.detach() if name in DIFFERENTIABLE and isinstance(x, torch.Tensor) else x
             for name, x in zip(self.names, tensors, strict=True)
         )
         tokens: dict[str, Any] = {"replicated": tuple(map(given.pop, TOKENS))} if self.has_tokens else {}

@@ -12,7 +12,7 @@ from ulysses_dp.kernels.arguments import Problem
 from ulysses_dp.kernels.reference import largest_exact_lse
 from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
 from ulysses_dp.kernels.score_walk import GROUP_ROWS, Walk
-from ulysses_dp.kernels.score_walks import score_gradient, softmax_of_rows
+from ulysses_dp.kernels.score_walks import softmax_of_rows, walk_scores
 
 from .._call.options import ALL_MORE, OPTIONS
 from .._device.arrays import from_host, tensor, to_host
@@ -159,7 +159,7 @@ class IntelSycl(Backend):
             by_slope=int(by_slope),
         )
         problem = _problem(q, k, options, heads, walks=True)
-        score_gradient(q, k, panels, columns, of_queries, result, problem, walk, into_keys=keeps_keys)
+        walk_scores("keys" if keeps_keys else "queries", q, k, panels, columns, of_queries, result, problem, walk)
         found = to_host(result)
         if keeps_keys:
             return found if keeps_rows else found[:, :, None, :]

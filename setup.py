@@ -55,7 +55,9 @@ class BuildSpirv(Command):
             "OCL_ICD_FILENAMES": str(libraries / "libintelocl.so"),
             "ONEAPI_DEVICE_SELECTOR": "opencl:cpu",
         }
-        subprocess.run([sys.executable, "-m", "kernels.compile", str(SPIRV)], cwd=ROOT, env=environment, check=True)
+        # not `-m`: the processes that compile would import such a module again
+        command = "import pathlib, sys, kernels.compile; kernels.compile.main(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", command, str(SPIRV)], cwd=ROOT, env=environment, check=True)
 
     @staticmethod
     def _up_to_date() -> bool:

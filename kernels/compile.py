@@ -1,17 +1,19 @@
 """Build time: compile every variant of every kernel to SPIR-V and write the manifest beside them.
 
-Run by setup.py in the build environment as ``python -m kernels.compile FOLDER``; needs numba-dpex and a SYCL CPU device.
+setup.py calls `main` in the build environment; needs numba-dpex and a SYCL CPU device.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from numba.core import types
@@ -35,18 +37,23 @@ from . import (  # noqa: E402
     row_product,
     score_walk,
 )
+from .numba_shortcuts import take_shortcuts  # noqa: E402
 
 logging.disable(logging.NOTSET)
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# those that take longest first: they are compiled in this order, and no core waits long for the last one
 KERNELS = (
-    *(flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu),
-    *(panel_copy, row_merge, row_product, score_walk),
+    *(flash_backward_gpu, score_walk, flash_backward, flash_forward_gpu, flash_forward),
+    *(panel_copy, row_merge, row_product),
 )
-PARTS = 8
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 
 # numba loads the lowering of range, min, max, … only when it first compiles for the host
 cpu_target.target_context.refresh()
+take_shortcuts()
 
 
 class _NoArray(USMNdArray):
@@ -98,12 +105,13 @@ def _flat(parameters):
             yield name, kind
 
 
-def _finish(spirv: bytes, sub_group: int | None) -> bytes:
-    """The SPIR-V module without the names of its values, and with one more execution mode, SubgroupSize, where it is given.
+def _finish(spirv: bytes, kernel_name: str, sub_group: int | None) -> bytes:
+    """The SPIR-V module of a kernel of this name, without the names of its values, and with one more execution mode,
+    SubgroupSize, where it is given.
 
-    The names would be two fifths of a wheel; those that drivers read, of the kernel and of what is linked, belong to other
-    instructions. For the execution mode numba-dpex has no name. A module is a header of five words and a list of instructions;
-    the first word of each holds its length and its opcode.
+    The name that numba gives a kernel is long, and counts what it has compiled. The names of values would be two fifths of a
+    wheel; those that drivers read, of what is linked, belong to other instructions. For the execution mode numba-dpex has no
+    name. A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
     """
     name, member_name, capability, entry_point, execution_mode, function = 5, 6, 17, 15, 16, 54
     subgroup_dispatch, subgroup_size = 58, 35
@@ -115,6 +123,8 @@ def _finish(spirv: bytes, sub_group: int | None) -> bytes:
         position += length
         if opcode == capability:
             capabilities.append(instruction)
+        elif opcode == entry_point:
+            rest.append(_renamed(instruction, kernel_name))
         elif opcode not in (name, member_name):
             rest.append(instruction)
         if opcode == entry_point and sub_group:
@@ -126,12 +136,21 @@ def _finish(spirv: bytes, sub_group: int | None) -> bytes:
     return np.concatenate([*head, words[position:]]).tobytes()
 
 
+def _renamed(entry_point: np.ndarray, name: str) -> np.ndarray:
+    """The instruction of an entry point with another name: bytes up to a zero, in whole words, from the fourth word on."""
+    after = 4 + entry_point[3:].tobytes().index(0) // 4
+    text = np.frombuffer(name.encode().ljust(len(name) // 4 * 4 + 4, b"\0"), dtype=np.uint32)
+    renamed = np.concatenate([entry_point[:3], text, entry_point[after:]])
+    renamed[0] = len(renamed) << 16 | entry_point[0] & 0xFFFF
+    return renamed
+
+
 def compile_variant(module, name, type_names, constants) -> tuple[dict[str, Any], bytes]:
     """The entry of the manifest, and the SPIR-V, of one kernel."""
     device_module = _compile(module.kernel(**constants), module.ARGUMENTS, type_names)
-    spirv = _finish(device_module.kernel_bitcode, getattr(module, "SUB_GROUP", None))
+    spirv = _finish(device_module.kernel_bitcode, name, getattr(module, "SUB_GROUP", None))
     entry = {
-        "entry": device_module.kernel_name,
+        "entry": name,
         "build_options": getattr(module, "BUILD_OPTIONS", {}),
         "arguments": [
             (argument, type_names.get(kind, kind) if kind in SCALARS else "pointer")
@@ -148,25 +167,30 @@ def _sources() -> set[str]:
     return {f"{name}.py" for name in (used | {"compile"}) - {"manifest"}}
 
 
-def _compile_part(part: int) -> tuple[dict[str, dict], dict[str, bytes], set[str]]:
-    """Entries of the manifest and SPIR-V of every `PARTS`-th kernel, by name; and the sources they were made of."""
-    entries, modules = {}, {}
-    variants = [(module, *variant) for module in KERNELS for variant in module.variants()]
-    for module, name, type_names, constants in variants[part::PARTS]:
-        entries[name], modules[name] = compile_variant(module, name, type_names, constants)
-        print("compiled", name, flush=True)
-    return entries, modules, _sources()
+def _compile_kernel(number: int) -> tuple[str, dict[str, Any], bytes, set[str]]:
+    """Name, entry of the manifest and SPIR-V of the kernel of this number; and the sources that it was made of."""
+    gc.disable()  # there is little to collect, and much to look through; the process ends with the kernel
+    module, name, type_names, constants = _variants()[number]
+    entry, spirv = compile_variant(module, name, type_names, constants)
+    print("compiled", name, flush=True)
+    return name, entry, spirv, _sources()
+
+
+def _variants() -> list[tuple[ModuleType, str, dict[str, str], dict[str, Any]]]:
+    return [(module, *variant) for module in KERNELS for variant in module.variants()]
 
 
 def main(folder: Path) -> None:
+    """Compile all kernels into a folder."""
     entries, modules, sources = {}, {}, set()
-    # Every part in a process of its own, on all cores: numba slows down with every function that it has compiled. The parts
-    # are the same on any machine, because the names of the entry points count the kernels of a process.
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for part_entries, part_modules, part_sources in pool.map(_compile_part, range(PARTS)):
-            entries |= part_entries
-            modules |= part_modules
-            sources |= part_sources
+    # Every kernel in a process of its own, on all cores: numba slows down with every function that it has compiled. The
+    # processes are forks of one that has imported everything.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.compile"])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1) as pool:
+        for name, entry, spirv, used in pool.map(_compile_kernel, range(len(_variants()))):
+            entries[name], modules[name] = entry, spirv
+            sources |= used
     # only now, so that what was there stays until it can be replaced
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.iterdir():
@@ -174,7 +198,3 @@ def main(folder: Path) -> None:
     for name, spirv in modules.items():
         (folder / f"{name}.spv").write_bytes(spirv)
     manifest.write(folder, entries, sources)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

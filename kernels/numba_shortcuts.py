@@ -1,0 +1,48 @@
+"""What numba does again and again while it compiles one kernel, done once. Build time only; the SPIR-V is the same."""
+
+from __future__ import annotations
+
+from numba.core import base, compiler_machinery, ir, ssa, types
+from numba.core.inline_closurecall import InlineWorker
+
+_run_untyped_passes = InlineWorker.run_untyped_passes
+
+
+def _run_untyped_passes_once(self, func, enable_ssa=False):
+    """The form of a function before its types are known, once for all places where it is inlined: each takes a copy."""
+    forms = self.__dict__.setdefault("_forms", {})
+    if func not in forms:
+        forms[func] = _run_untyped_passes(self, func, enable_ssa)
+    return forms[func]
+
+
+def _copy_scope(self, memo):
+    """A scope with the same variables: it is copied with every block of a function."""
+    scope = memo[id(self)] = ir.Scope(self.parent, self.loc)
+    scope.localvars._con.update(self.localvars._con)
+    scope.redefined.update(self.redefined)
+    scope.var_redefinitions.update({name: set(versions) for name, versions in self.var_redefinitions.items()})
+    return scope
+
+
+def _select_compatible(self, signature):
+    """The implementations that fit a signature: of hundreds, those are tried whose first type fits."""
+    if self.__dict__.get("_grouped", -1) != len(self.versions):
+        self._grouped, self._groups = len(self.versions), {}
+        for number, (formal, _) in enumerate(self.versions):
+            self._groups.setdefault(formal[0] if formal else None, []).append(number)
+    fitting = []
+    for first, numbers in self._groups.items():
+        if first is None or isinstance(first, types.VarArg) or (signature and self._match(first, signature[0])):
+            fitting += numbers
+    versions = [self.versions[number] for number in sorted(fitting)]
+    return {formal: implementation for formal, implementation in versions if self._match_arglist(formal, signature)}
+
+
+def take_shortcuts() -> None:
+    """Replace the functions of numba 0.59, the last one for which numba-dpex was made."""
+    InlineWorker.run_untyped_passes = _run_untyped_passes_once
+    ir.Scope.__deepcopy__ = _copy_scope
+    ir.Loc.__deepcopy__ = lambda self, memo: self
+    base.OverloadSelector._select_compatible = _select_compatible
+    ssa.pformat = compiler_machinery.pformat = lambda value: ""  # for debugging, and nobody reads them

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from numba.core import base, compiler_machinery, ir, ssa, types
+from numba.core import base, compiler_machinery, ir, postproc, ssa, transforms, types
 from numba.core.inline_closurecall import InlineWorker
+from numba_dpex.kernel_api_impl.spirv.target import SPIRVTargetContext
 
 _run_untyped_passes = InlineWorker.run_untyped_passes
+_load_additional_registries = SPIRVTargetContext.load_additional_registries
+_post_process = postproc.PostProcessor.run
+_forms = {}
 
 
 def _run_untyped_passes_once(self, func, enable_ssa=False):
     """The form of a function before its types are known, once for all places where it is inlined: each takes a copy."""
-    forms = self.__dict__.setdefault("_forms", {})
-    if func not in forms:
-        forms[func] = _run_untyped_passes(self, func, enable_ssa)
-    return forms[func]
+    self.flags.enable_ssa = enable_ssa
+    if (func, enable_ssa) not in _forms:
+        _forms[func, enable_ssa] = _run_untyped_passes(self, func, enable_ssa)
+    return _forms[func, enable_ssa]
+
+
+def _load_additional_registries_once(self):
+    """All that numba-dpex implements: it would be added again whenever something new is looked up, to ever longer lists."""
+    if self.__dict__.get("_loaded"):
+        for registry in tuple(self._registries):
+            self.install_registry(registry)  # what is new: intrinsics of the kernels
+        return
+    _load_additional_registries(self)
+    self._loaded = True
+
+
+def _post_process_in_short(self, emit_dels=False, extend_lifetimes=False):
+    """What follows a pass. Between two of them, only generators and the interpreter ask which variables live where."""
+    if emit_dels or self.func_ir.is_generator:
+        _post_process(self, emit_dels, extend_lifetimes)
+        return
+    self.func_ir.blocks = transforms.canonicalize_cfg(self.func_ir.blocks)
+    self.func_ir.variable_lifetime = postproc.VariableLifetime(self.func_ir.blocks)
+    self.func_ir.generator_info = None
 
 
 def _copy_scope(self, memo):
@@ -42,6 +66,8 @@ def _select_compatible(self, signature):
 def take_shortcuts() -> None:
     """Replace the functions of numba 0.59, the last one for which numba-dpex was made."""
     InlineWorker.run_untyped_passes = _run_untyped_passes_once
+    SPIRVTargetContext.load_additional_registries = _load_additional_registries_once
+    postproc.PostProcessor.run = _post_process_in_short
     ir.Scope.__deepcopy__ = _copy_scope
     ir.Loc.__deepcopy__ = lambda self, memo: self
     base.OverloadSelector._select_compatible = _select_compatible

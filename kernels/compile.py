@@ -31,11 +31,13 @@ from . import (  # noqa: E402
     flash_backward_gpu,
     flash_forward,
     flash_forward_gpu,
+    flash_forward_matrix,
     manifest,
     panel_copy,
     row_merge,
     row_product,
     score_walk,
+    value_panels,
 )
 from .numba_shortcuts import take_shortcuts  # noqa: E402
 
@@ -46,8 +48,8 @@ if TYPE_CHECKING:
 
 # those that take longest first: they are compiled in this order, and no core waits long for the last one
 KERNELS = (
-    *(flash_backward_gpu, score_walk, flash_backward, flash_forward_gpu, flash_forward),
-    *(panel_copy, row_merge, row_product),
+    *(flash_backward_gpu, score_walk, flash_backward, flash_forward_gpu, flash_forward_matrix, flash_forward),
+    *(panel_copy, row_merge, row_product, value_panels),
 )
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 

@@ -98,7 +98,9 @@ def _constants(
     """The specialisation constants of a launch that reads these arrays column by column."""
     fours = numbers.step == 1 and numbers.first_key % 4 == 0  # whether four keys may share a draw of random numbers
     values = {
-        "two_dimensional": _has_block_loads(columns[0].sycl_queue.sycl_device) and all(map(_block_loads_read, columns)),
+        "two_dimensional": columns[0].itemsize == 4
+        and has_block_loads(columns[0].sycl_queue.sycl_device)
+        and all(map(block_loads_read, columns)),
         "exact": columns[0].shape[3] == tile_size,
         "spans": problem.options is not None,
         "softcap": numbers.softcap != 0,
@@ -112,20 +114,18 @@ def _constants(
 
 
 @cache
-def _has_block_loads(device: Any) -> bool:
+def has_block_loads(device: Any) -> bool:
     """Whether the device has two-dimensional block loads: GPUs that no longer have sub-groups of 8, from Max and Arc B on."""
     return device.is_gpu and 8 not in device.sub_group_sizes
 
 
-def _block_loads_read(x: Any) -> bool:
-    """Whether such loads can read the rows of every head of an array (batch, seq, heads, head_dim): of float32."""
-    if x.itemsize != 4:
-        return False
-    batch, seq, head, _ = (4 * stride for stride in x.strides)
-    starts = (x.usm_data._pointer + 4 * x._element_offset, batch, head)
-    limit = 2**24  # of width, height and pitch
-    aligned = all(start % 64 == 0 for start in starts) and seq % 16 == 0
-    return aligned and 4 * x.shape[3] >= 64 and 4 * x.shape[3] <= seq < limit and x.shape[1] < limit
+def block_loads_read(x: Any) -> bool:
+    """Whether such loads can read the rows of every head of an array (batch, seq, heads, head_dim)."""
+    batch, seq, head, _ = (x.itemsize * stride for stride in x.strides)
+    starts = (x.usm_data._pointer + x.itemsize * x._element_offset, batch, head)
+    width, limit = x.itemsize * x.shape[3], 2**24  # of width, height and pitch
+    aligned = all(start % 64 == 0 for start in starts) and seq % 16 == 0 and width % 4 == 0
+    return aligned and 64 <= width <= seq < limit and x.shape[1] < limit
 
 
 def launch_backward(

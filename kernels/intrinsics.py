@@ -153,8 +153,7 @@ def _bfloat16_to_float32(builder, x):
     return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), _F32)
 
 
-@_conversion(types.float32, types.uint16)
-def _bfloat16_from_float32(builder, x):
+def bfloat16_of(builder, x):
     """Rounds to the nearest, ties to even; a nan stays one, whose payload the rounding could carry over to infinity."""
     bits = builder.bitcast(x, _I32)
     odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
@@ -162,6 +161,9 @@ def _bfloat16_from_float32(builder, x):
     quiet = builder.or_(bits, ir.Constant(_I32, 0x400000))
     result = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
     return builder.trunc(builder.lshr(result, ir.Constant(_I32, 16)), _I16)
+
+
+_bfloat16_from_float32 = _conversion(types.float32, types.uint16)(bfloat16_of)
 
 
 @_conversion(types.uint16, types.float32)

@@ -34,14 +34,17 @@ def sizes_of(q: Any, k: Any, problem: Problem, *, rows: int, tile_rows: int) -> 
     )
 
 
-def option_arguments(q: Any, options: ScoreOptions | None) -> tuple[list[Any], OptionNumbers]:
-    """The tables and numbers of the options; the plain kernels do not look at them."""
+def option_arguments(q: Any, options: ScoreOptions | None, dtype: Any = None) -> tuple[list[Any], OptionNumbers]:
+    """The tables and numbers of the options, in the dtype of the scores, by default that of q.
+
+    The plain kernels do not look at them.
+    """
     if options is None:
         return [q.usm_data] * 3, OptionNumbers()
-    queue, heads, bias = q.sycl_queue, q.shape[2], options.bias
-    per_head, padding = (upload(queue, table.astype(q.dtype)) for table in option_tables(options, heads))
+    queue, heads, bias, dtype = q.sycl_queue, q.shape[2], options.bias, dtype or q.dtype
+    per_head, padding = (upload(queue, table.astype(dtype)) for table in option_tables(options, heads))
     bias_at = (0,) * 5 if bias is None else offset_and_strides(bias)
-    numbers = option_numbers(options, heads, bias_at, float(np.finfo(q.dtype).max))
+    numbers = option_numbers(options, heads, bias_at, float(np.finfo(dtype).max))
     return [per_head, (q if bias is None else bias).usm_data, padding], numbers
 
 

@@ -14,7 +14,7 @@ from numba.core.types import UniTuple, int32, int64
 
 from .register_tile import each_column, each_four_columns, tanh
 from .score import stages
-from .subgroup import lane_index, transpose_fours
+from .subgroup import WIDTH, lane_index, transpose_fours
 
 
 def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNamespace:
@@ -78,6 +78,8 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
         even, odd = w2 if number & 2 else w0, w3 if number & 2 else w1
         return kept(weight, odd if number & 1 else even, threshold, keep_scale)
 
+    across_lanes = UniTuple(number, columns // WIDTH) if columns > WIDTH and not into_keys else number
+
     def each(stage, *argument_types, across=0):
         return each_column(dtype, columns, stage, *argument_types, across=across)
 
@@ -86,7 +88,7 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
         cap=each(cap_column, number, number),
         slope=each(slope_column, number, number, number, number, across=int(into_keys)),  # of queries the centre
         bias=each(bias_column, UniTuple(number, columns)),
-        pad=each(pad_column, number, across=int(not into_keys)),  # of keys whether they take part
+        pad=each(pad_column, across_lanes, across=int(not into_keys)),  # of keys whether they take part
         hide=each(hide_column, int32, int32),
         drop_fours=each_four_columns(
             dtype, columns, drop_four_queries if into_keys else drop_four, int64, int64, int64, int64, int64, number

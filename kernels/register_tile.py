@@ -46,14 +46,15 @@ def specialisation(number: int) -> Callable[[], int]:
     @intrinsic
     def constant(typing_context):
         def generate(context, builder, signature, arguments):
-            return _constant(Emitter(context, builder), number)
+            return constant_of(Emitter(context, builder), number)
 
         return types.int32(), generate
 
     return constant
 
 
-def _constant(emitter, number):
+def constant_of(emitter, number):
+    """Emits the specialisation constant of this number."""
     return emitter.call("_Z20__spirv_SpecConstantii", _I32, [ir.Constant(_I32, number), ir.Constant(_I32, 0)])
 
 
@@ -89,7 +90,7 @@ def tanh(typing_context, x):
     return x(x), generate
 
 
-def _choose(emitter, condition, yes, no):
+def choose(emitter, condition, yes, no):
     """What `yes` or `no` emits, lists of as many numbers, by a condition."""
     builder = emitter.builder
     with builder.if_else(condition) as (then, otherwise):
@@ -181,7 +182,7 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
         return Emitter(context, builder, real)
 
     def is_set(emitter, name):
-        return emitter.builder.icmp_signed("!=", _constant(emitter, constants[name]), ir.Constant(_I32, 0))
+        return emitter.builder.icmp_signed("!=", constant_of(emitter, constants[name]), ir.Constant(_I32, 0))
 
     def read(emitter, source, d, first):
         """Registers with numbers d to d + 15 of all columns of a step, `at_once` after another."""
@@ -189,13 +190,13 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
             place = source, d, emitter.builder.add(first, ir.Constant(_I64, r)), at_once
 
             def in_one_dimension(place=place):
-                return _choose(
+                return choose(
                     emitter, is_set(emitter, "exact"), lambda: _read_rows(emitter, *place), lambda: _read_lanes(emitter, *place)
                 )
 
             if dtype == "float32":
                 blocks = is_set(emitter, "two_dimensional")
-                yield from _choose(emitter, blocks, lambda p=place: _read_blocks(emitter, *p), in_one_dimension)
+                yield from choose(emitter, blocks, lambda p=place: _read_blocks(emitter, *p), in_one_dimension)
             else:
                 yield from in_one_dimension()
 
@@ -209,7 +210,7 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
                 for e, x in enumerate(numbers)
             ]
 
-        return _choose(emitter, is_set(emitter, "exact"), lambda: numbers, cut)
+        return choose(emitter, is_set(emitter, "exact"), lambda: numbers, cut)
 
     @intrinsic
     def fill(typing_context, value):
@@ -282,18 +283,6 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
             return emit_dot(emitter, row_part, Columns(*arguments[2:7]), arguments[7])
 
         return scores(rows, types.int64, x, *[types.int64] * 5), generate
-
-    @intrinsic
-    def gather(typing_context, x, origin, stride, count, first):
-        """One number for each row and column; the last column again after it."""
-
-        def generate(context, builder, signature, arguments):
-            emitter = emitter_of(context, builder)
-            x, *place = arguments
-            places = _places(emitter, *place, columns)
-            return emitter.pack(scores, [builder.load(builder.gep(x, [p]), align=emitter.size) for p in places])
-
-        return scores(x, *[types.int64] * 4), generate
 
     @intrinsic
     def lowest(typing_context, score):
@@ -387,10 +376,30 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
         return types.void(out, types.int64, types.int64, total_type, real), generate
 
     return SimpleNamespace(
-        fill=fill, fill_scores=fill_scores, load_row=load_row, dot=dot, dot_panel=dot_panel, gather=gather, lowest=lowest,
-        softmax=softmax, mark=mark, store=store, accumulate=accumulation(None), accumulate_unmarked=accumulation(is_unmarked),
-        accumulate_nonzero=accumulation(is_something),
+        fill=fill, fill_scores=fill_scores, load_row=load_row, dot=dot, dot_panel=dot_panel, lowest=lowest,
+        gather=gathering(dtype, columns), softmax=softmax, mark=mark, store=store, accumulate=accumulation(None),
+        accumulate_unmarked=accumulation(is_unmarked), accumulate_nonzero=accumulation(is_something),
     )  # fmt: skip
+
+
+def gathering(dtype: str, columns: int):
+    """A function for kernels that loads one number for each row and column of a step."""
+    real = getattr(types, dtype)
+    scores = UniTuple(real, columns)
+
+    @intrinsic
+    def gather(typing_context, x, origin, stride, count, first):
+        """One number for each row and column; the last column again after it."""
+
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder, real)
+            x, *place = arguments
+            places = _places(emitter, *place, columns)
+            return emitter.pack(scores, [builder.load(builder.gep(x, [p]), align=emitter.size) for p in places])
+
+        return scores(x, *[types.int64] * 4), generate
+
+    return gather
 
 
 def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument_types: Any, across: int = 0):
@@ -398,11 +407,12 @@ def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument
     the number of the column in the step.
 
     Of an argument that is a tuple of as many numbers, a stage gets that of the column; so it does of the first `across` ones,
-    registers that hold the numbers of the columns lane by lane. What the tuple has more than scores comes first, and stays.
+    registers that hold the numbers of the columns lane by lane, a tuple of them for more columns than lanes. What the tuple of
+    scores has more than these comes first, and stays.
     """
     real = getattr(types, dtype)
     scores, rest_type = UniTuple(real, columns), types.BaseTuple.from_types(argument_types)
-    call = signature(real, real, types.int32, *(real if x == scores else x for x in argument_types))
+    call = signature(real, real, types.int32, *(real if isinstance(x, UniTuple) else x for x in argument_types))
 
     @intrinsic
     def apply(typing_context, given, arguments):
@@ -415,7 +425,10 @@ def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument
             def argument(i, t):
                 if argument_types[i] == scores:
                     return builder.extract_value(rest[i], t)
-                return emitter.broadcast(rest[i], t) if i < across else rest[i]
+                if i >= across:
+                    return rest[i]
+                register = builder.extract_value(rest[i], t // WIDTH) if isinstance(argument_types[i], UniTuple) else rest[i]
+                return emitter.broadcast(register, t % WIDTH)
 
             changed = [
                 context.compile_internal(

@@ -1,7 +1,7 @@
 """The schedules: what each can do, what it costs on which device, and the choice between them.
 
-A schedule is one way to compute attention: a tile of the kernels for CPU vectors, or the kernels for GPU registers. What a
-caller needs to know of one is a `Schedule`; nobody asks for its name.
+A schedule is one way to compute attention: a tile of the kernels for CPU vectors, or the kernels for GPU registers or matrix
+engines. What a caller needs to know of one is a `Schedule`; nobody asks for its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import cpu_schedule, gpu_schedule
+from . import cpu_schedule, gpu_schedule, matrix_schedule
 from .flash_forward import TILES
 from .flash_forward_gpu import SUB_GROUP
 
@@ -62,8 +62,8 @@ class Schedule:
 
     ``forward(q, k, v, out, lse, problem, scratch)`` writes `out`, (batch, seq_q, heads, head_dim), and `lse`, the natural
     logarithm of the softmax denominator of every row, (batch, heads, seq_q); q is (batch, seq_q, heads, head_dim), k and v are
-    (batch, seq_k, kv_heads, head_dim). They are USM arrays of any strides, but dense in the last axis. ``scratch(slot, shape)``
-    gives USM memory of the dtype of lse.
+    (batch, seq_k, kv_heads, head_dim). They are USM arrays of any strides, but dense in the last axis; `out` has the dtype of q
+    or that of lse. ``scratch(slot, shape, dtype=)`` gives USM memory, by default of the dtype of lse.
 
     ``backward((dout, q, k, v), lse, delta, (dq, dk, dv), problem, scratch)`` writes the gradients; delta is the sum of
     dout * out of every query row.
@@ -77,7 +77,7 @@ class Schedule:
     options: frozenset[str] | None  # of the score, by their public names, that its kernels have; None: all that there are
     by_head: bool  # whether it runs faster where the rows of a head follow each other
     forward: Callable[..., None] = field(repr=False)
-    backward: Callable[..., None] = field(repr=False)
+    backward: Callable[..., None] | None = field(repr=False)  # None: there is none, and `serves` says so
     # numbers of every slot of scratch memory: (dtype of the computation, shape of q, shape of k, backward=)
     scratch: Callable[..., dict[str, int]] = field(default=lambda *_, **__: {}, repr=False)
 
@@ -121,6 +121,18 @@ _ALL = (
         forward=gpu_schedule.launch_forward,
         backward=gpu_schedule.launch_backward,
         scratch=gpu_schedule.scratch_of,
+    ),
+    Schedule(
+        name="matrix",
+        rows=SUB_GROUP,
+        operands=matrix_schedule.OPERANDS,
+        serves=matrix_schedule.serves,
+        costs={"gpu": 0.1},
+        options=GPU_OPTIONS,
+        by_head=False,
+        forward=matrix_schedule.launch_forward,
+        backward=None,
+        scratch=matrix_schedule.scratch_of,
     ),
 )
 SCHEDULES = {schedule.name: schedule for schedule in _ALL}

@@ -11,6 +11,8 @@ from numba_dpex.kernel_api_impl.spirv.target import LLVM_SPIRV_ARGS
 
 WIDTH = 16  # lanes of a sub-group
 
+# What the translator must be told to allow: block reads; rounding to bfloat16; vectors of more than 16 elements.
+_EXTENSIONS = "+SPV_INTEL_subgroups,+SPV_INTEL_bfloat16_conversion,+SPV_INTEL_vector_compute"
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 # 2**x by powers of x, up to 0.5, to the last bit of float64
@@ -26,8 +28,7 @@ class Emitter:
         self.real = context.get_value_type(real)
         self.size = real.bitwidth // 8  # in bytes
         self.letter = {4: "f", 8: "d"}[self.size]  # in mangled names
-        # block reads are an extension that the translator must be told to allow
-        context.extra_compile_options[LLVM_SPIRV_ARGS] = ["--spirv-ext=+SPV_INTEL_subgroups"]
+        context.extra_compile_options[LLVM_SPIRV_ARGS] = [f"--spirv-ext={_EXTENSIONS}"]
 
     def number(self, value):
         return ir.Constant(self.real, value)
@@ -98,14 +99,19 @@ class Emitter:
         return self.context.make_tuple(self.builder, tuple_type, values)
 
 
-@intrinsic
-def lane_index(typing_context):
-    """Number of the lane in its sub-group."""
+def _index(symbol):
+    @intrinsic
+    def index(typing_context):
+        def generate(context, builder, signature, arguments):
+            return builder.zext(Emitter(context, builder).call(symbol, _I32, []), _I64)
 
-    def generate(context, builder, signature, arguments):
-        return builder.zext(Emitter(context, builder).call("_Z22get_sub_group_local_idv", _I32, []), _I64)
+        return types.int64(), generate
 
-    return types.int64(), generate
+    return index
+
+
+lane_index = _index("_Z22get_sub_group_local_idv")  # of the lane in its sub-group
+sub_group_index = _index("_Z16get_sub_group_idv")  # of the sub-group in its work-group
 
 
 def _over_lanes(symbol):

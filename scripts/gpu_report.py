@@ -19,9 +19,11 @@ float; "reach" is the share of these cycles in which it does dpas or mad: what t
 
 Kernels of one module for all options are compiled without any, with all but dropout ("+options"), with all ("+dropout"), and
 for rows that block loads cannot read ("+views"); those for the forward also as they find peaks for the gradient ("+peaks").
+Those for matrix engines are compiled for bfloat16, and also for float16 ("+float16").
 
-A bar breaks where a kernel spills or uses private memory on pvc (Max) or bmg (Arc B), or where the hot loop of a float32 kernel
-on pvc has too few mad. The bars are for compilers from 2025 on. Ends with 1 if one breaks.
+A bar breaks where a kernel spills or uses private memory on pvc (Max) or bmg (Arc B), where the hot loop of a float32 kernel
+on pvc has too few mad, or where that of a kernel for matrix engines has too many instructions for a dpas, or has a pipe that is
+busier than the engine. The bars are for compilers from 2025 on. Ends with 1 if one breaks.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ CLEAN = ("pvc", "bmg")  # where nothing may spill
 BARS_FROM = (25,)  # the first version of ocloc to which the bars apply
 # Share of mad in the hot loop on pvc, of float32 kernels: by a part of the name and the head_dims.
 MAD_BARS = {"forward": ((64, 96, 128), 0.83), "backward": ((64, 128), 0.80)}
+# Most instructions of the hot loop for a dpas, of kernels for matrix engines, by head_dim; the engine is the busiest pipe.
+DPAS_BARS = {64: 9.2, 96: 8.0, 128: 8.0, 192: 7.0, 256: 7.0}
 WITHOUT_BLOCK_LOADS = ("dg2",)  # of two dimensions
 LANES = {"dg2": 8}  # of a pipe in a cycle; 16 elsewhere
 DOUBLE = {"pvc": 1, "cri": 1}  # cycles of a float64 instruction for one of float32; 16 elsewhere
@@ -253,6 +257,14 @@ def judge(report: Report) -> None:
     if report.spill_bytes or report.private_bytes or report.scratch:
         report.broken.append("spills or private memory")
     head_dim = manifest.read()[report.kernel.partition("+")[0]]["constants"].get("head_dim")
+    most = (
+        DPAS_BARS.get(head_dim) if "_matrix_" in report.kernel and not report.kernel.endswith(("options", "dropout")) else None
+    )
+    if most is not None and not report.problem:
+        if report.loop > most * report.dpas:
+            report.broken.append(f"{report.loop / max(report.dpas, 1):.1f} instructions for a dpas > {most}")
+        if report.bound != "xmx":
+            report.broken.append(f"{report.bound} is busier than the engine")
     head_dim = None if "+" in report.kernel else head_dim  # the bars are for loops without options
     for part, (head_dims, least) in MAD_BARS.items():
         concerned = part in report.kernel and "float32" in report.kernel and head_dim in head_dims and report.device == "pvc"

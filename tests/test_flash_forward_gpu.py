@@ -167,5 +167,5 @@ def test_what_block_loads_read(head_dim, offset, readable):
     """Rows that start at multiples of 64 bytes for every head, of at least 64 bytes."""
     shape = (1, 9, 2, head_dim)
     memory = tensor.empty(int(np.prod(shape)) + offset, dtype="f4", sycl_queue=default_queue())
-    assert gpu_schedule._block_loads_read(tensor.reshape(memory[offset:], shape)) == readable
-    assert not gpu_schedule._block_loads_read(tensor.reshape(memory[offset:], shape)[:, ::-1])
+    assert gpu_schedule.block_loads_read(tensor.reshape(memory[offset:], shape)) == readable
+    assert not gpu_schedule.block_loads_read(tensor.reshape(memory[offset:], shape)[:, ::-1])

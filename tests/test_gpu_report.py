@@ -107,6 +107,21 @@ def test_bars(gpu_report, change, device, broken):
     assert report.broken == broken
 
 
+@pytest.mark.parametrize(
+    ("count", "broken"), [(3, []), (1, ["12.0 instructions for a dpas > 9.2", "send is busier than the engine"])]
+)
+def test_bars_of_matrix_engines(gpu_report, count, broken):
+    clean = re.sub("; hword scratch.*|spill size 128|private memory size 64", "", LISTING).replace("send.dc0", "send.ugm")
+    dpas = "        dpas.8x8 (16|M0)         r10:f         r20:f             r30:bf            r40.0:bf         {$4} // $8\n"
+    clean = clean.replace(
+        "        math.exp", (dpas * count) + "        sync.nop  null // $8\n" * 2 * (count == 1) + "        math.exp"
+    )
+    report = read(gpu_report, clean, kernel="flash_forward_matrix_d64")
+    report.cycles["send"] += 10 * (count == 1)
+    gpu_report.judge(report)
+    assert report.broken == broken
+
+
 def test_kernel_that_does_not_compile_breaks_a_bar(gpu_report):
     report = gpu_report.Report("flash_forward_gpu_float32_d64", "bmg", problem="ocloc ended with 134")
     gpu_report.judge(report)

@@ -13,11 +13,13 @@ from ulysses_dp.kernels import (
     flash_backward_gpu,
     flash_forward,
     flash_forward_gpu,
+    flash_forward_matrix,
     manifest,
     panel_copy,
     row_merge,
     row_product,
     score_walk,
+    value_panels,
 )
 from ulysses_dp.kernels.launch import Replay, _kernel, check_headers, launch
 from ulysses_dp.kernels.row_dot import dot_rows
@@ -46,8 +48,8 @@ def test_manifest_lists_every_variant():
     expected = {
         name
         for kernel in (
-            *(flash_forward, flash_forward_gpu, flash_backward, flash_backward_gpu),
-            *(panel_copy, row_merge, row_product, score_walk),
+            *(flash_forward, flash_forward_gpu, flash_forward_matrix, flash_backward, flash_backward_gpu),
+            *(panel_copy, row_merge, row_product, score_walk, value_panels),
         )
         for name, *_ in kernel.variants()
     }

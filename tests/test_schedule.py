@@ -75,6 +75,17 @@ def test_gpu_gets_no_kernel_for_cpus():
         )
 
 
+def test_matrix_engines_of_16_lanes_get_their_kernels():
+    """For numbers of 16 bits, with all options, forward; Arc A, whose engine takes 8 lanes, and CPUs do not."""
+    engine, vectors = Device(is_gpu=True, sub_group_sizes=[16, 32]), Device(is_gpu=True)
+    for dtype, head_dim, options in product(("float16", "uint16"), range(1, 257), ((), schedules.GPU_OPTIONS)):
+        assert schedules.choose(engine, dtype, head_dim, 100, options=options).name == "matrix"
+        assert schedules.choose(engine, dtype, head_dim, 100, options=options, backward=True).name == "gpu"
+        assert schedules.choose(vectors, dtype, head_dim, 100, options=options).name == "gpu"
+        assert schedules.choose(Device(), dtype, head_dim, 100, options=options).name in TILES
+    assert schedules.choose(engine, F32, 64, 100).name == "gpu"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint16"])
 @pytest.mark.parametrize("options", [(), schedules.GPU_OPTIONS, ("an option of later",)], ids=["none", "all", "new"])
 @pytest.mark.parametrize("backward", [False, True])
@@ -117,8 +128,8 @@ def test_nothing_fits():
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_wish(monkeypatch, name):
     monkeypatch.setenv(schedules.SCHEDULE, name)
-    device = Device()
-    assert schedules.choose(device, F32, 64, 100).name == name
+    device, dtype = Device(), np.dtype("float16") if name == "matrix" else F32
+    assert schedules.choose(device, dtype, 64, 100).name == name
     # the only one of CPUs for float64
     assert schedules.choose(device, F64, 50, 100).name == (name if name == "gpu" else "short")
 

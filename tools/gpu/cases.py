@@ -19,13 +19,20 @@ if TYPE_CHECKING:
     from .standin import Array, Machine
 
 # Sizes that fill the tiles of the kernels, and others; each makes other specialisations, and not all can be translated.
-HEAD_DIMS = {"float32": (7, 16, 32, 40, 64, 80, 96, 100, 128, 192, 256), "float64": (7, 16, 64, 100, 250)}
+HEAD_DIMS = {
+    "float32": (7, 16, 32, 40, 64, 80, 96, 100, 128, 192, 256),
+    "float64": (7, 16, 64, 100, 250),
+    "float16": (40, 64, 127),
+    "uint16": (7, 64, 80, 128, 160, 256),
+}
 # with all options at once; in float32 on the smallest tile also with each one alone
-WITH_OPTIONS = {"float32": (7, 64, 100, 256), "float64": (7, 100)}
+WITH_OPTIONS = {"float32": (7, 64, 100, 256), "float64": (7, 100), "float16": (64,), "uint16": (7, 128)}
 OPTIONS = ("window", "softcap", "slopes", "sinks", "bias", "padding", "dropout")
 GUARD = 7.0  # around results
-# Largest error that passes, relative to the largest number of the result, or to 1 where that is larger.
+# Largest error that passes, relative to the largest number of the result, or to 1 where that is larger. Numbers of 16 bits, of
+# which uint16 are bfloat16, are those of arrays: the results of their kernels are float32 here, to see what the weights lose.
 LIMITS = {"float32": 2e-5, "float64": 1e-6}
+LIMITS_OF_HALVES = {"float16": 2e-3, "uint16": 1e-2}
 # (dtype of the sources, dtype of the targets, whether there are sums)
 COPIES = (
     *(("uint16", "uint16", False), ("float32", "float32", False), ("float64", "float64", False)),
@@ -51,6 +58,11 @@ class Case:
     diagonal: int = 14
     dense: bool = False  # inputs are C-contiguous, each an allocation of its own, which 2-D block loads can read
     seed: int = 0
+
+    @property
+    def compute(self) -> str:
+        """The dtype of sums and of lse."""
+        return "float32" if self.dtype in LIMITS_OF_HALVES else self.dtype
 
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
@@ -97,6 +109,7 @@ def wanted(call: Callable[[Machine], Any]) -> set[tuple[str, tuple[tuple[int, in
 
 def inside(machine: Machine, x: np.ndarray, order: tuple[int, ...], fill: float = np.nan) -> tuple[Array, Array]:
     """x in memory, its axes in this order from the outermost one, as a view between `fill`; the view and the whole."""
+    fill = 0xFFFF if x.dtype == np.uint16 else fill  # nan of bfloat16, too
     stored = np.pad(x.transpose(order), 1, constant_values=fill)
     whole = standin.asarray(machine, stored)
     view = whole[(slice(1, -1),) * x.ndim].permute(tuple(map(order.index, range(x.ndim))))
@@ -142,7 +155,7 @@ def problem_of(case: Case, rng: np.random.Generator, heads: int) -> tuple[Any, d
             first, end = np.clip(i - 9, 0, case.seq_k), np.clip(i + case.diagonal // 2, 0, case.seq_k)
         spans = np.stack([first, np.maximum(first, end), i + case.diagonal], axis=-1).astype(np.int64).reshape(case.seq_q, 3)
         shape = [int(rng.choice([1, n])) for n in (case.batch, heads, case.seq_q, case.seq_k)]
-        bias = np.where(rng.random(shape) < 0.1, -np.inf, rng.standard_normal(shape)).astype(case.dtype)
+        bias = np.where(rng.random(shape) < 0.1, -np.inf, rng.standard_normal(shape)).astype(case.compute)
         given = {
             "softcap": ("softcap", 2.0),
             "slopes": ("slopes", rng.random((int(rng.choice([1, case.batch])), heads)) - 0.3),
@@ -176,7 +189,8 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
     heads = max(case.kv_heads * case.group - case.head_shift - int(rng.integers(0, case.group)), 1)
     problem, numbers = problem_of(case, rng, heads)
     of_q, of_k = (case.batch, case.seq_q, heads, case.head_dim), (case.batch, case.seq_k, case.kv_heads, case.head_dim)
-    q, k, v = (rng.standard_normal(shape).astype(case.dtype) for shape in (of_q, of_k, of_k))
+    stored = [numbers_of(rng, shape, case.dtype) for shape in (of_q, of_k, of_k)]
+    q, k, v = (widened(x) if case.dtype == "uint16" else x.astype(case.compute) for x in stored)
     order = (*map(int, rng.permutation(3)), 3)
     options = schedules.GPU_OPTIONS if case.options else ()
     schedule = schedules.choose(
@@ -184,8 +198,8 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
     )
     problem = bias_on(machine, problem)
 
-    def scratch(slot: str, shape: tuple[int, ...]) -> Array:
-        return standin.empty(machine, shape, case.dtype)
+    def scratch(slot: str, shape: tuple[int, ...], dtype: Any = case.compute) -> Array:
+        return standin.empty(machine, shape, dtype)
 
     def read_only(*arrays: np.ndarray) -> list[Array]:
         if case.dense:
@@ -201,8 +215,8 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
         schedule.backward(tuple(read_only(dout, q, k, v)), *read_only(lse, delta), results, problem, scratch)
     else:
         names, shapes, orders = ("out", "lse"), (of_q, (case.batch, heads, case.seq_q)), (order, (2, 0, 1))
-        results, around = zip(*(target(machine, s, o, case.dtype) for s, o in zip(shapes, orders, strict=True)), strict=True)
-        schedule.forward(*read_only(q, k, v), *results, problem, scratch)
+        results, around = zip(*(target(machine, s, o, case.compute) for s, o in zip(shapes, orders, strict=True)), strict=True)
+        schedule.forward(*read_only(*stored), *results, problem, scratch)
     if not compare:
         return []
     got = [standin.asnumpy(x) for x in results]
@@ -213,14 +227,16 @@ def attention(machine: Machine, case: Case, *, compare: bool = True) -> list[np.
     for name, x, y, whole in zip(names, got, expected, around, strict=True):
         if surroundings_changed(whole):
             raise AssertionError(f"{case}: written outside of {name}")
-        if not error(x, y) <= LIMITS[case.dtype]:
-            raise AssertionError(f"{case}: error of {name} {error(x, y):.2e} > {LIMITS[case.dtype]}")
+        limit = LIMITS_OF_HALVES[case.dtype] if name == "out" and case.compute != case.dtype else LIMITS[case.compute]
+        if not error(x, y) <= limit:
+            raise AssertionError(f"{case}: error of {name} {error(x, y):.2e} > {limit}")
     return got
 
 
 def kinds() -> Iterator[Case]:
     """A small case of every kind of call."""
-    for dtype, backward in product(LIMITS, (False, True)):
+    directions = *product(LIMITS, (False, True)), *product(LIMITS_OF_HALVES, (False,))
+    for dtype, backward in directions:
         for head_dim, dense in product(HEAD_DIMS[dtype], (False, True)):
             yield Case(dtype, head_dim, backward=backward, dense=dense, seq_q=21, seq_k=35, diagonal=14)
         for head_dim in WITH_OPTIONS[dtype]:
@@ -235,7 +251,7 @@ def small(case: Case) -> Case:
 def random_case(seed: int, rows: int) -> Case:
     """Any case up to so many rows."""
     rng = np.random.default_rng(seed)
-    group, dtype = int(rng.integers(1, 5)), str(rng.choice(["float32", "float32", "float64"]))
+    group, dtype = int(rng.integers(1, 5)), str(rng.choice(["float32", "float32", "float64", *LIMITS_OF_HALVES]))
     some, options = bool(rng.random() < 0.5), OPTIONS
     head_dim = int(rng.choice((WITH_OPTIONS if some else HEAD_DIMS)[dtype]))
     if (dtype, head_dim) == ("float32", min(HEAD_DIMS[dtype])):
@@ -244,7 +260,7 @@ def random_case(seed: int, rows: int) -> Case:
         dtype=dtype,
         head_dim=head_dim,
         options=options if some else (),
-        backward=bool(rng.random() < 0.5),
+        backward=bool(rng.random() < 0.5) and dtype in LIMITS,
         batch=int(rng.integers(1, 4)),
         kv_heads=int(rng.integers(1, 4)),
         group=group,
@@ -278,6 +294,12 @@ def numbers(rng: np.random.Generator, size: int, dtype: str) -> np.ndarray:
     if dtype == "uint16":
         return narrowed(rng.standard_normal(size).astype(np.float32))
     return (rng.standard_normal(size) * 100).astype(dtype)
+
+
+def numbers_of(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Normally distributed numbers of a shape."""
+    x = rng.standard_normal(shape)
+    return narrowed(x.astype(np.float32)) if dtype == "uint16" else x.astype(dtype)
 
 
 def copy(machine: Machine, kind: tuple[str, str, bool], seed: int, *, compare: bool = True) -> None:

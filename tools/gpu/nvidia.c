@@ -53,3 +53,4 @@ DEFINE(i64, abs_l, "_Z3absl", (i64 x)) { return x < 0 ? -x : x; }
 DEFINE(int, abs_i, "_Z3absi", (int x)) { return x < 0 ? -x : x; }
 static BUILT_IN float of_f16(u32 x) { return (float)BITS(_Float16, (u16)x); }
 DPAS(dpas_hf, "_Z38intel_sub_group_f16_f16_matrix_mad_k16Dv8_sDv8_iDv8_f", of_f16)
+DEFINE(_Float16x2, to_hf2, "_Z13convert_half2Dv2_f", (floatx2 x)) { _Float16x2 r; for (int i = 0; i < 2; i++) r[i] = (_Float16)x[i]; return r; }

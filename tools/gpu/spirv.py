@@ -32,6 +32,8 @@ def forms(name: str, *, two_dimensional: bool = True) -> dict[str, tuple[tuple[i
     """
     from ulysses_dp.kernels.flash_forward_gpu import CONSTANTS, OPTIONS
 
+    if "_matrix_" in name:
+        return _matrix_forms()
     if "_gpu_" not in name:
         return {"": ()}
     with_dropout = dict.fromkeys(OPTIONS, 1)
@@ -42,5 +44,17 @@ def forms(name: str, *, two_dimensional: bool = True) -> dict[str, tuple[tuple[i
         found["peaks"] = blocks | without_dropout | {"peaks": 1}
     return {
         form: tuple((CONSTANTS[key], value) for key, value in ({"exact": 1} | values).items() if value)
+        for form, values in found.items()
+    }
+
+
+def _matrix_forms() -> dict[str, tuple[tuple[int, int], ...]]:
+    """The same of a kernel for matrix engines: bfloat16 without options; float16; all options but dropout, or all."""
+    from ulysses_dp.kernels.flash_forward_matrix import CONSTANTS, OPTIONS
+
+    with_dropout = {"changed": 1} | dict.fromkeys(OPTIONS, 1)
+    found = {"": {}, "float16": {"half": 1}, "options": with_dropout | {"dropout": 0}, "dropout": with_dropout}
+    return {
+        form: tuple((CONSTANTS[key], value) for key, value in ({"hardware": 1} | values).items() if value)
         for form, values in found.items()
     }

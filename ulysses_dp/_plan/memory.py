@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ulysses_dp.kernels.schedules import KINDS, NO_WISHES, choose
 
 from .._device.dtypes import DTYPES
@@ -101,7 +103,13 @@ class _Attended(NamedTuple):
 
     def _schedule(self, *, backward: bool) -> Schedule:
         device = KINDS["gpu" if self.problem.gpu else "cpu"]
-        return choose(device, self._dtype, max(self.problem.widths), self.rows, backward=backward, wishes=NO_WISHES)
+        stored = DTYPES[self.problem.dtype].stored
+        return choose(device, stored, max(self.problem.widths), self.rows, backward=backward, wishes=NO_WISHES)
+
+    def _converts(self, schedule: Schedule) -> bool:
+        """Whether it reads arrays of another dtype than they have."""
+        stored = np.dtype(DTYPES[self.problem.dtype].stored)
+        return schedule.operands[stored] != stored
 
     def _scratch(self, slots: _Slots, *, backward: bool) -> None:
         """What the schedule takes."""
@@ -133,12 +141,14 @@ class _Attended(NamedTuple):
         self._widened(slots, "qkv", "q", compute if problem.travels is not None else problem.itemsize)
         if not lse:  # the kernels write it whether it is wanted or not
             slots.need("lse", problem.batch * self.rows * self.share.q_count, compute)
-        if problem.converts:
+        schedule = self._schedule(backward=False)
+        converts = self._converts(schedule)
+        if converts:
             slots.need("q", q_size, compute)
             if problem.travels is None:
                 slots.need("result before rounding", q_size, compute)
-        by_head = self._walks_far and self._schedule(backward=False).by_head
-        if problem.converts or (by_head and self.kv_by_head and kv_size):
+        by_head = self._walks_far and schedule.by_head
+        if converts or (by_head and self.kv_by_head and kv_size):
             slots.need("k, v", 2 * kv_size, compute)
         self._scratch(slots, backward=False)
 

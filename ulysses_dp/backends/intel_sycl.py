@@ -83,7 +83,7 @@ class IntelSycl(Backend):
         operand = schedule.operands[q.dtype]
         (q,) = readable((q,), "q", operand, by_head=False)
         k, v = readable((k, v), "k, v", operand, by_head=schedule.by_head and _walks_far(q))
-        result = out if out.dtype == operand else scratch(queue, "result before rounding", out.shape, operand)
+        result = out if out.dtype in (operand, compute) else scratch(queue, "result before rounding", out.shape, operand)
         schedule.forward(q, k, v, result, lse, _problem(q, k, options, heads), partial(scratch, queue, dtype=compute))
         if result is not out:
             copy_arrays((result,), (out,))
@@ -263,7 +263,7 @@ def _problem(q: Any, k: Any, options: Options, heads: HeadMap, *, walks: bool = 
         diagonal=options.diagonal(q.shape[1], k.shape[1]),
         group=heads.group,
         head_shift=heads.shift,
-        options=score_options(q, k.shape[1], heads.first),
+        options=score_options(q, k.shape[1], heads.first, compute_dtype(q)),
     )
 
 

@@ -74,6 +74,16 @@ def test_attention(kind, dtype):
 
 
 @pytest.mark.single
+def test_options_of_batches(kind):
+    """A bias is cut by batches where these have ranges of keys of their own."""
+    rng = np.random.default_rng(0)
+    q, k, v = random_qkv(0, 3, 9, 2, 2, 8)
+    bias, ranges = rng.standard_normal((3, 2, 9, 9)).astype(np.float32), rng.integers(0, 10, (3, 9, 2))
+    out = attention(*(as_kind(x, kind) for x in (q, k, v)), bias=as_kind(bias, kind), key_ranges=ranges)
+    assert_close(out, oracle.dense_attention(q, k, v, bias=bias, key_ranges=ranges)[0])
+
+
+@pytest.mark.single
 def test_strided_arrays(kind):
     whole = random_qkv(1, 2, 11, 4, 4, 16)
     swapped = [permute(as_kind(np.ascontiguousarray(x.transpose(BHSD)), kind), BHSD) for x in whole]

@@ -464,7 +464,7 @@ class Options:
         one, ranges = slice(b, b + 1), self.key_ranges
         bias, slopes, padding = self.bias, self.alibi_slopes, self.key_padding_mask
         if bias is not None and bias.shape[0] > 1:
-            bias = describe(bias.data[one], bias.library)
+            bias = describe(bias.data[one, ...], bias.library)  # array_api_strict wants every axis
         return replace(
             self,
             key_ranges=ranges if ranges is None or ranges.ndim == 2 else ranges[b],

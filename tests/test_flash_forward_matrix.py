@@ -186,6 +186,23 @@ def test_options(monkeypatch, name):
     np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [13, 32])
+def test_scratch_memory_is_as_declared(head_dim):
+    """For dense arrays: what `plan` counts."""
+    (q, k, v), _ = drawn(5, "bfloat16", 2, 21, 4, 2, head_dim, seq_k=70)
+    given = [as_view(x.view(np.float16), "usm", "C", default_queue()) for x in (q, k, v)]
+    taken = {}
+
+    def memory(slot, shape):
+        taken[slot] = int(np.prod(shape))
+        return tensor.empty(shape, dtype="float32", sycl_queue=default_queue())
+
+    out, lse = (tensor.empty(shape, dtype="float32", sycl_queue=default_queue()) for shape in (q.shape, (2, 4, 21)))
+    problem = Problem(scale=0.125, diagonal=49, group=2)
+    SCHEDULES["matrix"].forward(*given, out, lse, problem, memory)
+    assert taken == SCHEDULES["matrix"].scratch("float32", q.shape, k.shape, backward=False)
+
+
 def test_repetition_is_bit_identical():
     stored, _ = drawn(5, "bfloat16", 2, 100, 4, 2, 32)
     problem = {"scale": 0.125, "diagonal": 0, "group": 2}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from numba.core import base, compiler_machinery, ir, postproc, ssa, transforms, types
 from numba.core.inline_closurecall import InlineWorker
+from numba.core.runtime.context import NRTContext
 from numba_dpex.kernel_api_impl.spirv.target import SPIRVTargetContext
 
 _run_untyped_passes = InlineWorker.run_untyped_passes
 _load_additional_registries = SPIRVTargetContext.load_additional_registries
 _post_process = postproc.PostProcessor.run
+_get_meminfos = NRTContext.get_meminfos
+_rec_list_vars = ir.Inst._rec_list_vars
 _forms = {}
+_WITHOUT_VARIABLES = frozenset({str, int, float, bool, type(None), ir.Loc})
 
 
 def _run_untyped_passes_once(self, func, enable_ssa=False):
@@ -49,6 +55,23 @@ def _copy_scope(self, memo):
     return scope
 
 
+def _get_few_meminfos(self, builder, ty, value):
+    """What counts references in a value: it takes apart a tuple of numbers, in code that is of no use, only to find nothing."""
+    return _get_meminfos(self, builder, ty, value) if _counts_references(self._context.data_model_manager, ty) else []
+
+
+@cache
+def _counts_references(models, ty):
+    return models[ty].contains_nrt_meminfo()
+
+
+def _list_variables(self, value):
+    """The variables in a part of an instruction: most parts are one, or have none."""
+    if type(value) is ir.Var:
+        return [value]
+    return [] if type(value) in _WITHOUT_VARIABLES else _rec_list_vars(self, value)
+
+
 def _select_compatible(self, signature):
     """The implementations that fit a signature: of hundreds, those are tried whose first type fits."""
     if self.__dict__.get("_grouped", -1) != len(self.versions):
@@ -68,6 +91,8 @@ def take_shortcuts() -> None:
     InlineWorker.run_untyped_passes = _run_untyped_passes_once
     SPIRVTargetContext.load_additional_registries = _load_additional_registries_once
     postproc.PostProcessor.run = _post_process_in_short
+    NRTContext.get_meminfos = _get_few_meminfos
+    ir.Inst._rec_list_vars = _list_variables
     ir.Scope.__deepcopy__ = _copy_scope
     ir.Loc.__deepcopy__ = lambda self, memo: self
     base.OverloadSelector._select_compatible = _select_compatible

@@ -1,6 +1,6 @@
-"""The kernel for dot products of rows: the sum of dout * out over head_dim, which every backward pass needs first.
+"""The kernel for dot products of rows on CPUs: the sum of dout * out over head_dim, which every backward pass needs first.
 
-One work-item takes one row (batch, seq, head); both arrays are read once.
+One work-item takes one row (batch, seq, head); both arrays are read once. GPUs have row_product_gpu.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .arguments import Strides
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LANES = 16
+LANES = ROWS = 16  # of a work-group, a row each
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 ARGUMENTS = (
     *((name, "pointer") for name in ("x", "y", "out")),

@@ -138,6 +138,17 @@ any_lane = _over_lanes("_Z13sub_group_anyi")
 
 
 @intrinsic
+def sum_of_lanes(typing_context, x):
+    """The sum of a floating-point number in each lane, in all lanes."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(context, builder, x)
+        return emitter.call(f"_Z20sub_group_reduce_add{emitter.letter}", emitter.real, arguments, convergent=True)
+
+    return x(x), generate
+
+
+@intrinsic
 def transpose_fours(typing_context, words):
     """Of every four lanes, word i of lane j becomes word j of lane i."""
 

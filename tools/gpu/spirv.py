@@ -34,7 +34,7 @@ def forms(name: str, *, two_dimensional: bool = True) -> dict[str, tuple[tuple[i
 
     if "_matrix_" in name:
         return _matrix_forms()
-    if "_gpu_" not in name:
+    if not name.startswith(("flash_forward_gpu_", "flash_backward_gpu_")):
         return {"": ()}
     with_dropout = dict.fromkeys(OPTIONS, 1)
     without_dropout = with_dropout | {"dropout": 0}

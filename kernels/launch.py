@@ -25,6 +25,7 @@ except ImportError:
     from dpctl.program import create_program_from_spirv as create_kernel_bundle_from_spirv
 
 from . import manifest
+from .build_log import build_log
 from .constants import specialise
 
 if TYPE_CHECKING:
@@ -95,7 +96,14 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
         spirv = specialise(spirv, constants)
     options = entry["build_options"].get(device.backend.name, "") if device.is_gpu else ""
     # a program is built through a queue, but belongs to its context and device alone
-    program = create_kernel_bundle_from_spirv(SyclQueue(context, device), spirv, options)
+    try:
+        program = create_kernel_bundle_from_spirv(SyclQueue(context, device), spirv, options)
+    except Exception as error:  # of a class that differs between versions of dpctl, and without a text
+        text = build_log(device, spirv, options) or str(error) or "neither dpctl nor the driver says why"
+        raise RuntimeError(
+            f"kernel {name} with the constants {dict(constants)} and the options {options!r} cannot be built for "
+            f"{device.backend.name}:{device.device_type.name} {device.name.strip()}: {text}"
+        ) from error
     kernel = program.get_sycl_kernel(entry["entry"])
     expected = len(entry["arguments"])
     if kernel.num_args != expected:

@@ -79,7 +79,16 @@ def test_missing_source(copied):
 
 @pytest.mark.parametrize(
     "source",
-    ["launch.py", "schedules.py", "cpu_schedule.py", "launch_arguments.py", "relayout.py", "row_dot.py", "manifest.py"],
+    [
+        "launch.py",
+        "build_log.py",
+        "schedules.py",
+        "cpu_schedule.py",
+        "launch_arguments.py",
+        "relayout.py",
+        "row_dot.py",
+        "manifest.py",
+    ],
 )
 def test_changed_launcher(copied, source):
     """A change of what only launches kernels does not make these stale."""
@@ -111,6 +120,17 @@ def test_wrong_number_of_arguments(monkeypatch):
     queue = default_queue()
     with pytest.raises(RuntimeError, match=f"kernel {name} takes .* arguments, its manifest lists"):
         _kernel.__wrapped__(queue.sycl_context, queue.sycl_device, name)
+
+
+def test_kernel_that_the_compiler_refuses():
+    """A CPU has no matrix engine. The driver says what it lacks, which dpctl drops."""
+    queue = default_queue()
+    if not queue.sycl_device.is_cpu:
+        pytest.skip("a device that may have what the kernel asks for")
+    name, constants = "flash_forward_matrix_d64", ((flash_forward_matrix.CONSTANTS["hardware"], 1),)
+    message = rf"^kernel {name} with the constants .* cannot be built for opencl:cpu (?s:.)*Symbols not found: .*matrix_mad"
+    with pytest.raises(RuntimeError, match=message):
+        _kernel(queue.sycl_context, queue.sycl_device, name, constants)
 
 
 def test_replay():

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,9 @@ class Oclgrind:
         self.log = folder / "log"
         self.log.touch()
         os.environ.update(CHECKS, OCLGRIND_LOG=str(self.log))
-        self.cl = ctypes.CDLL("/usr/lib/oclgrind/liboclgrind-rt.so")
+        # beside the program, which need not be installed to be found
+        program = Path(shutil.which("oclgrind") or "/usr/bin/oclgrind").resolve()
+        self.cl = ctypes.CDLL(str(program.parents[1] / "lib/oclgrind/liboclgrind-rt.so"))
         for function in ("Context", "CommandQueue", "ProgramWithBinary", "Kernel", "Buffer"):
             getattr(self.cl, f"clCreate{function}").restype = ctypes.c_void_p
         platform, self.device = ctypes.c_void_p(), ctypes.c_void_p()
@@ -164,6 +167,7 @@ class Oclgrind:
 
     def _watch(self) -> None:
         """Do not wait for the end of a launch that is wrong: thousands of messages take minutes."""
-        while True:
-            time.sleep(1)
-            self.stop_at_fault()
+        with suppress(FileNotFoundError):  # the folder goes when all is done
+            while True:
+                time.sleep(1)
+                self.stop_at_fault()

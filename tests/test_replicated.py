@@ -7,7 +7,17 @@ from gradients import dense_gradient
 from helpers import as_kind, as_numpy, needs_ranks, outcomes, random_qkv, split
 from oracle import TOLERANCE, dense_attention, from_bfloat16, to_bfloat16
 
-from ulysses_dp import trace, ulysses_attention, ulysses_attention_backward
+from ulysses_dp import (
+    LongContextAttention,
+    UlyssesAttention,
+    trace,
+    ulysses_attention,
+    ulysses_attention_backward,
+    ulysses_flash_attn_func,
+    ulysses_flash_attn_kvpacked_func,
+    ulysses_flash_attn_qkvpacked_func,
+    ulysses_flash_attn_varlen_func,
+)
 from ulysses_dp._ranks.orders import ORDERS, PLACES, positions, rows_of_ranks
 
 OPTIONS = ("window", "softcap", "alibi", "bias", "mask", "sinks", "dropout", "ranges")
@@ -171,6 +181,66 @@ def test_kinds_and_layouts(comm, kind, layout):
     np.testing.assert_allclose(out.transpose(axes), mine(comm, expected[:, 4:], 1, "contiguous"), atol=1e-5)
     np.testing.assert_allclose(out_r.transpose(axes), expected[:, :4], atol=1e-5)
     np.testing.assert_allclose(lse_r, expected_lse[..., :4], atol=1e-5)
+
+
+def by_name(comm, name, rows, tokens, **options):
+    """Out, lse and those of the tokens, of a function by the name of another package."""
+    q, k, v = rows
+    how = {"causal": True, "return_attn_probs": True, "replicated": tokens} | options
+    if name == "UlyssesAttention":
+        layer, swapped = UlyssesAttention(comm, 1, 2), [x.swapaxes(1, 2) for x in (*rows, *tokens)]
+        out, lse, nothing, out_r, lse_r = layer(*swapped[:3], **how | {"replicated": swapped[3:]})
+        out, out_r = out.swapaxes(1, 2), out_r.swapaxes(1, 2)
+    elif name == "LongContextAttention":
+        layer = LongContextAttention(ring_impl_type="zigzag", sequence_process_group=comm, ring=comm.size)
+        out, lse, nothing, out_r, lse_r = layer(*rows, **how)
+    elif name == "varlen":
+        ends = [0, 5, comm.allreduce(q.shape[1]) + tokens[0].shape[1]]
+        how["replicated"] = [x[0] for x in tokens]
+        results = ulysses_flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, group=comm, **how)
+        out, lse, nothing, out_r, lse_r = (x if x is None else x[None] for x in results)
+    else:
+        function, arrays = {
+            "flash": (ulysses_flash_attn_func, lambda: rows),
+            "qkv": (ulysses_flash_attn_qkvpacked_func, lambda: [np.stack(rows, 2)]),
+            "kv": (ulysses_flash_attn_kvpacked_func, lambda: [q, np.stack((k, v), 2)]),
+        }[name]
+        out, lse, nothing, out_r, lse_r = function(*arrays(), group=comm, **how)
+    assert nothing is None
+    return out, lse, out_r, lse_r
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["UlyssesAttention", "LongContextAttention", "flash", "qkv", "kv", "varlen"])
+def test_functions_by_other_names(comm, name, place):
+    """Their results, and the gradient that belongs to these."""
+    kv_heads = HEADS if name == "qkv" else KV_HEADS
+    whole, tokens = random_qkv(9, 1, 16 * comm.size + 5, HEADS, kv_heads, WIDTH), 5
+    ends = {"cu_seqlens_q": (0, 5, whole[0].shape[1])} if name == "varlen" else {}
+    dense_options, sequences = {"causal": True} | ends, [x[0] for x in whole] if ends else whole
+    dout = np.random.default_rng(4).standard_normal(whole[0].shape, dtype=np.float32)
+    expected, expected_lse = dense_attention(*sequences, **dense_options)
+    *dense, _ = dense_gradient(dout[0] if ends else dout, *sequences, **dense_options)
+    expected, expected_lse, *dense = (x[None] if ends else x for x in (expected, expected_lse, *dense))
+
+    how = {"ring": comm.size, "order": "zigzag"} if name == "LongContextAttention" else {"ring": 1, "order": "contiguous"}
+    of_tokens, rows = zip(*(parted(x, tokens, place) for x in (*whole, dout)), strict=True)
+    rows = [mine(comm, x, *how.values()) for x in rows]
+    results = by_name(comm, name, rows[:3], of_tokens[:3], replicated_at=place)
+    out, lse, out_r, lse_r = results
+    packed = {"layout": "thd", **ends} if ends else {}
+    arrays = rows[3], *rows[:3], out, lse
+    arrays_r = of_tokens[3], *of_tokens[:3], out_r, lse_r
+    arrays, arrays_r = ([np.ascontiguousarray(x[0] if ends else x) for x in some] for some in (arrays, arrays_r))
+    grads = ulysses_attention_backward(
+        *arrays, comm=comm, causal=True, replicated=arrays_r, replicated_at=place, **how, **packed
+    )
+    grads = [x[None] if ends else x for x in grads]
+    lses = [np.moveaxis(x, 1, 2)[..., None] for x in (lse, lse_r, expected_lse)]
+    for got, got_r, of_all in ((out, out_r, expected), lses, *zip(grads[:3], grads[3:], dense, strict=True)):
+        dense_r, of_rows = parted(of_all, tokens, place)
+        np.testing.assert_allclose(got, mine(comm, of_rows, *how.values()), atol=1e-4)
+        np.testing.assert_allclose(got_r, dense_r, atol=1e-4)
 
 
 def test_bits(comm):

@@ -70,6 +70,24 @@ class RingOptions(OrderOptions, total=False):
     ]
 
 
+class TokenOptions(TypedDict, total=False):
+    """Tokens that every rank has whole, in functions by the names of other packages."""
+
+    replicated: Annotated[
+        tuple[Any, Any, Any] | None,
+        Option(None, _checked_together, "tuple of q_r, k_r and v_r, optional", "Tokens that every rank has whole."),
+    ]
+    replicated_at: Annotated[
+        Place,
+        Option(
+            "start",
+            _checked_together,
+            '{"start", "end"}',
+            "Whether these tokens come before the rows of the ranks or after them.",
+        ),
+    ]
+
+
 class ExchangeOptions(TypedDict, total=False):
     """How what ranks send each other travels."""
 

@@ -8,7 +8,7 @@ from ._call.checks import Names, check_array
 from ._call.definitions import takes
 from ._call.layout import PACKED
 from ._call.options import CallOptions, MoreOptions
-from ._mesh import OrderOptions, RingOptions
+from ._mesh import OrderOptions, RingOptions, TokenOptions
 from .attention import distributed
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ _NAMES_OF_QKV = Names("q of qkv", "k of qkv", "v of qkv", *_NAMES[3:])
 _NAMES_OF_KV = Names("q", "k of kv", "v of kv", *_NAMES[3:])
 
 
-class FlashAttnKeywords(MoreOptions, RingOptions, CallOptions, total=False):
+class FlashAttnKeywords(MoreOptions, RingOptions, TokenOptions, CallOptions, total=False):
     """The options that the functions have besides those of flash-attn."""
 
 
-class KvPackedKeywords(MoreOptions, OrderOptions, CallOptions, total=False):
+class KvPackedKeywords(MoreOptions, OrderOptions, TokenOptions, CallOptions, total=False):
     """Those of functions in which kv is an array: keys get to other groups by ``kv="ring"``."""
 
 
@@ -73,6 +73,8 @@ out : same kind, dtype and device as {like}
     ({rows}, heads, head_dim).
 lse : same kind and device as {like}
     Only with `return_attn_probs`: ({of_lse}), followed by None.
+out_r, lse_r : arrays
+    Only with `replicated`, after the others: out of its tokens, and with `return_attn_probs` lse, the same on all ranks.
 max_logit : same kind and device as {like}
     Only with `return_max_logit`, as the last result; see `ulysses_attention`.
 

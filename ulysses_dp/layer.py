@@ -8,6 +8,7 @@ from ._call.checks import Names, check_axes
 from ._call.definitions import takes
 from ._call.layout import LAYOUTS, PACKED, axes_to_bshd
 from ._call.options import CallOptions, LayerOptions
+from ._mesh import TokenOptions
 from .backends import AttnType, LocalAttention
 from .flash_attn import ByPosition, flash_attn
 
@@ -23,7 +24,7 @@ _CLASS_NAMES = Names("query", "key", "value", comm="sequence_process_group", ret
 _ORDERS: dict[str, Order] = {"basic": "contiguous", "zigzag": "zigzag", "stripe": "striped", "strip": "striped"}
 
 
-class LayerKeywords(LayerOptions, CallOptions, total=False):
+class LayerKeywords(LayerOptions, TokenOptions, CallOptions, total=False):
     """The options that a call of a layer has besides those of flash-attn."""
 
 
@@ -128,6 +129,9 @@ class UlyssesAttention:
             Shape of query, but for the head_dim, which is that of value.
         lse : same kind and device as query
             Only with `return_attn_probs`: (batch, heads, seq_local), or (heads, rows) with `cu_seqlens_q`; followed by None.
+        out_r, lse_r : arrays
+            Only with `replicated`, after the others: out of its tokens, and with `return_attn_probs` lse, the same on all
+            ranks.
         max_logit : same kind and device as query
             Only with `return_max_logit`, as the last result; see `ulysses_attention`.
         """

@@ -45,6 +45,11 @@ standin.install()
 dry = cases.Dry()
 for case in cases.kinds():
     cases.attention(dry, case, compare=False)
+for kind in cases.COPIES:
+    cases.copy(dry, kind, 0, compare=False)
+for dtype in cases.LIMITS:
+    cases.dot(dry, dtype, 0, compare=False)
+    cases.merge(dry, dtype, 0, compare=False)
 print(*sorted({name for name in standin.manifest().read() if spirv.for_gpu(name)} - {name for name, _ in dry.wanted}))
 """
 

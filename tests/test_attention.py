@@ -29,6 +29,7 @@ from oracle import TOLERANCE
 
 import ulysses_dp.backends.intel_sycl
 from ulysses_dp import attention, free_workspace, ulysses_attention
+from ulysses_dp.backends.intel_sycl import IntelSycl
 
 DTYPES = ("float32", "float64")
 # heads and kv_heads: MHA, GQA, MQA; fewer than ranks, multiples of their number, and not
@@ -310,6 +311,20 @@ def test_repetition_is_bit_identical(comm, function):
     for _ in range(5):
         for result, expected in zip(function(*mine, comm, causal=True, return_lse=True), first, strict=True):
             np.testing.assert_array_equal(result, expected)
+
+
+def test_a_call_like_the_last_one_finds_what_that_has_found(comm, function, monkeypatch):
+    """Only the first one chooses kernels and lists their arguments; the others launch the same on their arrays."""
+    steps, first = [], IntelSycl._forward
+
+    def count(*arguments):
+        steps.append(1)
+        first(*arguments)
+
+    monkeypatch.setattr(IntelSycl, "_forward", count)
+    for seed in range(3):
+        check(comm, random_qkv(seed, 1, 23, 12, 12, 16), function=function, softmax_scale=0.37, kind="dpnp")
+    assert len(steps) <= 1  # none after the same calls of another function
 
 
 @pytest.mark.single

@@ -69,7 +69,9 @@ def check_attention(
         settings = replace(settings, backend=backend_for(attn_type))
     of_q = arrays[0]
     backend = settings.backend.for_call(of_q, device_of(of_q), geometry, settings, backward=backward, more=more)
-    return arrays, geometry, settings if backend is settings.backend else replace(settings, backend=backend)
+    if backend is not settings.backend:  # once for options that come back, which have then found out more
+        settings = settings.remembered.once(backend, lambda: replace(settings, backend=backend))
+    return arrays, geometry, settings
 
 
 @lru_cache(maxsize=256)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def form_for(device: Any, rows: int) -> ModuleType:
     """The module of the kernel that a device gets."""
-    can = row_product_gpu.SUB_GROUP in device.sub_group_sizes and rows <= row_product_gpu.MAX_ROWS
-    return row_product_gpu if device.is_gpu and can else row_product
+    return row_product_gpu if row_product_gpu.serves(device, rows) else row_product
 
 
 def dot_rows(x: Any, y: Any, out: Any, *, form: ModuleType | None = None) -> None:

@@ -1,9 +1,10 @@
-"""The kernel that joins attention over different keys: two results of the same queries, weighted by their softmax denominators.
+"""The kernel that joins attention over different keys on CPUs: two results of the same queries, weighted by their softmax
+denominators.
 
 With w = exp(lse - max(lse_a, lse_b)) of each part, out is the average of the two with the weights w_a and w_b, and lse is the
 maximum + log(w_a + w_b) (Dao et al., arXiv:2205.14135, section 3.1). The weights are not exp(lse - merged lse), which would get
 the rounding error of the merged lse. The lanes of a work-group share a row (batch, seq, head). out changes in place; lse does
-not, because other lanes may still read it.
+not, because other lanes may still read it. GPUs have row_merge_gpu.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .arguments import Strides
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LANES = 16
+LANES = 16  # of a work-group, all for one row
+ROWS = 1
 DTYPES = {4: "float32", 8: "float64"}  # by itemsize
 ARGUMENTS = (
     *((name, "pointer") for name in ("out", "lse", "part", "part_lse", "merged_lse")),

@@ -30,10 +30,15 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
         yield name(itemsize), {"pointer": dtype, "real": dtype}, {"lanes": SUB_GROUP, "group_rows": ROWS}
 
 
+def serves(device: Any, rows: int) -> bool:
+    """Whether a device gets it for so many rows."""
+    return device.is_gpu and SUB_GROUP in device.sub_group_sizes and rows <= MAX_ROWS
+
+
 def kernel(*, lanes: int, group_rows: int) -> Callable[..., None]:
     """Make the numba-dpex kernel function; the element type is that of its pointers."""
     from .intrinsics import element, group_index, inlined, mad
-    from .subgroup import divide, lane_index, sub_group_index, sum_of_lanes
+    from .subgroup import divide, lane_index, remainder, sub_group_index, sum_of_lanes
 
     @inlined
     def add_product(x, y, total, zero):
@@ -44,10 +49,10 @@ def kernel(*, lanes: int, group_rows: int) -> Callable[..., None]:
         row = group_index() * group_rows + sub_group_index()
         # the last work-group may have too many sub-groups: they do the last row again, and write nothing
         index = min(row, rows - 1)
+        h = remainder(index, heads)
         of_heads = divide(index, heads)
-        h = index - of_heads * heads
+        i = remainder(of_heads, seq)
         b = divide(of_heads, seq)
-        i = of_heads - b * seq
         lane = lane_index()
         x_start = element(x_at, b, h, i) + lane
         y_start = element(y_at, b, h, i) + lane

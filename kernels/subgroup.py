@@ -169,13 +169,19 @@ def transpose_fours(typing_context, words):
     return words_type(words_type), generate
 
 
-@intrinsic
-def divide(typing_context, a, b):
-    """Quotient of two numbers from 0 to 2**31. A 64-bit division is a loop on a GPU, after which the compiler no longer knows
-    that all lanes have the same quotient, and every load that depends on it becomes one load per lane."""
+def _division(emit):
+    """Of two numbers from 0 to 2**31. A 64-bit division is a loop on a GPU, after which the compiler no longer knows that all
+    lanes have the same result, and every load that depends on it becomes one load per lane."""
 
-    def generate(context, builder, signature, arguments):
-        x, y = (builder.trunc(x, _I32) for x in arguments)
-        return builder.zext(builder.udiv(x, y), _I64)
+    @intrinsic
+    def divide(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return builder.zext(emit(builder, *(builder.trunc(x, _I32) for x in arguments)), _I64)
 
-    return types.int64(types.int64, types.int64), generate
+        return types.int64(types.int64, types.int64), generate
+
+    return divide
+
+
+divide = _division(ir.IRBuilder.udiv)
+remainder = _division(ir.IRBuilder.urem)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,11 @@ AT_ONCE = 2
 
 def calls() -> Iterator[tuple[str, Callable]]:
     """By title, all that may be run: calls of every kind, and endless random ones."""
-    for kind in cases.COPIES:
-        for seed in range(3):
-            yield f"copy {kind} {seed}", lambda machine, kind=kind, seed=seed, **more: cases.copy(machine, kind, seed, **more)
-    for dtype in cases.LIMITS:
-        yield f"row_dot {dtype}", lambda machine, dtype=dtype, **more: cases.dot(machine, dtype, 0, **more)
-        yield f"merge {dtype}", lambda machine, dtype=dtype, **more: cases.merge(machine, dtype, 0, **more)
+    for kind, seed in product(cases.COPIES, range(3)):
+        yield f"copy {kind} {seed}", lambda machine, kind=kind, seed=seed, **more: cases.copy(machine, kind, seed, **more)
+    for dtype, seed in product(cases.LIMITS, range(3)):
+        yield f"row_dot {dtype} {seed}", lambda machine, dtype=dtype, seed=seed, **more: cases.dot(machine, dtype, seed, **more)
+        yield f"merge {dtype} {seed}", lambda machine, dtype=dtype, seed=seed, **more: cases.merge(machine, dtype, seed, **more)
     for case in cases.kinds():
         # two tiles of rows, the second one not full
         small = cases.small(case)

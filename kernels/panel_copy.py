@@ -34,7 +34,7 @@ class Panel(NamedTuple):
     add: int = 0  # 1: add to the target what earlier panels put there
 
 
-LANES = 16
+LANES = SUB_GROUP = 16  # of a work-group: of GPUs that are not told so, the compiler takes 32, and half of them are idle
 MAX_SOURCES, MAX_TARGETS = 6, 3
 
 # (dtype of the sources, dtype of the targets): what is compiled. bfloat16 is stored as uint16, which USM arrays know.
@@ -75,6 +75,7 @@ def variants() -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
 def kernel(*, lanes: int, conversion: str | None, sums: bool) -> Callable[..., None]:
     """Make the numba-dpex kernel function; the element types are those of its pointers. `sums` honours `Panel.add`."""
     from .intrinsics import CONVERSIONS, group_index, inlined, lane_index
+    from .subgroup import divide
 
     convert = CONVERSIONS[conversion]
     columns = len(Panel._fields)
@@ -90,10 +91,9 @@ def kernel(*, lanes: int, conversion: str | None, sums: bool) -> Callable[..., N
         return x0 if number == 0 else (x1 if number == 1 else x2)
 
     @inlined
-    def copy_dense(source, origin, target, place, width, lane):
-        """Copy a slot that is dense on both sides. Four loads before their stores keep more of the memory busy: 1.8 times as
-        fast for what is in no cache."""
-        full = width - width % (4 * lanes)
+    def copy_dense(source, origin, target, place, full, width, lane):
+        """Copy a slot that is dense on both sides. Four loads before their stores, up to `full`, keep more of the memory busy:
+        1.8 times as fast for what is in no cache."""
         for chunk in range(0, full, 4 * lanes):
             value_0 = convert(source[origin + chunk])
             value_1 = convert(source[origin + chunk + lanes])
@@ -122,7 +122,8 @@ def kernel(*, lanes: int, conversion: str | None, sums: bool) -> Callable[..., N
     ):  # fmt: skip
         index = group_index()
         lane = lane_index()
-        row = index // batch
+        # a division of 64 bits takes a GPU as long as the copy of a head
+        row = divide(index, batch) if index < 2**31 else index // batch
         b = index - row * batch
         # a work-item handles the same element of all panels, one after the other, so that sums have an order
         for panel in range(panels):
@@ -139,8 +140,12 @@ def kernel(*, lanes: int, conversion: str | None, sums: bool) -> Callable[..., N
             adds = sums and table[entry + 13] != 0
             # apart from strided copies, whose loads are gathers: 2.4 times as fast
             if step == 1 and not adds:
-                for slot in range(slots):
-                    copy_dense(source, start + slot * source_slot + lane, target, goal + slot * target_slot + lane, width, lane)
+                full = width - width % (4 * lanes)
+                origin, place = start + lane, goal + lane
+                for _ in range(slots):
+                    copy_dense(source, origin, target, place, full, width, lane)
+                    origin += source_slot
+                    place += target_slot
             else:
                 for slot in range(slots):
                     copy_strided(source, start + slot * source_slot, step, target, goal + slot * target_slot, width, lane, adds)

@@ -21,7 +21,7 @@ def sub_group_size(name: str) -> int | None:
 
 
 def for_gpu(name: str) -> bool:
-    """Whether a kernel is made for GPUs: only these are made of sub-groups."""
+    """Whether a GPU gets a kernel: only these are made of sub-groups."""
     return sub_group_size(name) is not None
 
 

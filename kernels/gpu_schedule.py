@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -188,23 +189,19 @@ def _pack_rows(arrays: Sequence[Any], panels: Any, panel_dim: int) -> None:
     size = SUB_GROUP * panel_dim
     block_size = len(arrays) * size
     head_size = (full + (rest > 0)) * block_size
-    entries = []
-    for number, x in enumerate(arrays):
-        offset, batch_stride, seq_stride, head_stride, dim_stride = offset_and_strides(x)
-        for h in range(heads):
-            source, target = offset + h * head_stride, h * head_size + number * size
-            # relayout's rows are the elements of head_dim here, its slots are row blocks, and its width are their rows
-            for first, slots, width in ((0, full, SUB_GROUP), (full, 1, rest)):
-                start = source + first * SUB_GROUP * seq_stride
-                entries.append(
-                    Panel(
-                        *(number, start, dim_stride, batch_stride, SUB_GROUP * seq_stride, seq_stride),
-                        *(0, target + first * block_size, SUB_GROUP, heads * head_size, block_size),
-                        *(slots, width),
-                    )
-                )
-            if rest:
-                zeros = 0, target + full * block_size + rest, SUB_GROUP, heads * head_size, block_size
-                entries.append(Panel(len(arrays), 0, 0, 0, 0, 0, *zeros, 1, SUB_GROUP - rest))
     zero = SimpleNamespace(usm_data=upload(panels.sycl_queue, np.zeros(1, panels.dtype)))
-    copy_panels([*arrays, zero], [panels], entries, rows=head_dim, batch=batch)
+    # Relayout's rows are row blocks here, its batch are heads: a work-group each. Its slots are the elements of head_dim, its
+    # width are their rows: a load takes a number of each of 16 rows, and the next one finds their cache lines in the cache.
+    for first, blocks, width in ((0, full, SUB_GROUP), (full, 1, rest)):
+        entries = []
+        for (number, x), b in product(enumerate(arrays), range(batch)):
+            offset, batch_stride, seq_stride, head_stride, dim_stride = offset_and_strides(x)
+            start = offset + b * batch_stride + first * SUB_GROUP * seq_stride
+            goal = offset_and_strides(panels)[0] + b * heads * head_size + first * block_size + number * size
+            to = block_size, head_size, SUB_GROUP, head_dim
+            entries.append(
+                Panel(number, start, SUB_GROUP * seq_stride, head_stride, dim_stride, seq_stride, 0, goal, *to, width)
+            )
+            if 0 < width < SUB_GROUP:
+                entries.append(Panel(len(arrays), *[0] * 5, 0, goal + width, *to, SUB_GROUP - width))
+        copy_panels([*arrays, zero], [panels], entries, rows=blocks, batch=heads)

@@ -1,4 +1,4 @@
-"""Specialisation constants: numbers that a SPIR-V module leaves open until a driver compiles it."""
+"""What stands in a SPIR-V module: its specialisation constants, numbers that it leaves open until a driver compiles it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Constants = tuple[tuple[int, int], ...]  # those that are not 0: (number, value)
 HEADER = 5  # words of a module before its instructions
 DECORATE, SPEC_ID, SPEC_CONSTANT = 71, 1, 50
+EXECUTION_MODE, SUB_GROUP_SIZE, FUNCTION = 16, 35, 54
 
 
 def instructions(words: Words) -> Iterator[tuple[int, Words]]:
@@ -35,3 +36,13 @@ def specialise(spirv: bytes, constants: Constants) -> bytes:
         elif opcode == SPEC_CONSTANT and numbers.get(int(operands[1])) in values:
             operands[2] = values[numbers[int(operands[1])]]
     return words.tobytes()
+
+
+def sub_group_size(spirv: bytes) -> int | None:
+    """The size of sub-groups that the kernel of a module demands."""
+    for opcode, operands in instructions(np.frombuffer(spirv, np.uint32)):
+        if opcode == EXECUTION_MODE and operands[1] == SUB_GROUP_SIZE:
+            return int(operands[2])
+        if opcode == FUNCTION:  # execution modes stand before all functions
+            break
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+import warnings
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ except ImportError:
 
 from . import manifest
 from .build_log import build_log
-from .constants import specialise
+from .constants import specialise, sub_group_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,7 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
     """The kernel, compiled by the driver for this context, device and constants on first use."""
     entry = manifest.read()[name]
     spirv = (manifest.FOLDER / f"{name}.spv").read_bytes()
+    warn_of_kernel_for_cpus(device, name, spirv)
     if constants:
         spirv = specialise(spirv, constants)
     options = entry["build_options"].get(device.backend.name, "") if device.is_gpu else ""
@@ -109,6 +111,13 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
     if kernel.num_args != expected:
         raise RuntimeError(f"kernel {name} takes {kernel.num_args} arguments, its manifest lists {expected}")
     return kernel
+
+
+def warn_of_kernel_for_cpus(device: Any, name: str, spirv: bytes) -> None:
+    """Warn of a kernel that was not made for the GPU that has to take it: those that were are made of sub-groups."""
+    if device.is_gpu and sub_group_size(spirv) is None:
+        what = f"{device.name.strip()} computes with the kernel {name}, which is made for CPUs and slow on GPUs"
+        warnings.warn(f"{what}: no kernel for GPUs serves this call", RuntimeWarning, stacklevel=2)
 
 
 class Launch:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import dpctl
@@ -20,10 +21,11 @@ from ulysses_dp.kernels import (
     row_merge_gpu,
     row_product,
     row_product_gpu,
+    schedules,
     score_walk,
     value_panels,
 )
-from ulysses_dp.kernels.launch import Replay, _kernel, check_headers, launch
+from ulysses_dp.kernels.launch import Replay, _kernel, check_headers, launch, warn_of_kernel_for_cpus
 from ulysses_dp.kernels.row_dot import dot_rows
 from ulysses_dp.kernels.row_dot import reference as dots_of
 
@@ -132,6 +134,20 @@ def test_kernel_that_the_compiler_refuses():
     message = rf"^kernel {name} with the constants .* cannot be built for opencl:cpu (?s:.)*Symbols not found: .*matrix_mad"
     with pytest.raises(RuntimeError, match=message):
         _kernel(queue.sycl_context, queue.sycl_device, name, constants)
+
+
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [
+        *(("flash_forward_float32_any_narrow_options", True), ("row_merge_float32", True), ("row_merge_gpu_float32", False)),
+        *(("flash_backward_gpu_dq_float64_d64", False), ("relayout_uint16", False), ("value_panels", False)),
+    ],
+)
+def test_a_kernel_for_cpus_on_a_gpu(name, warns):
+    spirv = (manifest.FOLDER / f"{name}.spv").read_bytes()
+    warn_of_kernel_for_cpus(schedules.KINDS["cpu"], name, spirv)
+    with pytest.warns(RuntimeWarning, match=f"a GPU computes with the kernel {name}, which") if warns else nullcontext():
+        warn_of_kernel_for_cpus(schedules.KINDS["gpu"], name, spirv)
 
 
 def test_replay():

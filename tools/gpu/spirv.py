@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
-
-EXECUTION_MODE, SUB_GROUP_SIZE = 16, 35
-
 
 @cache
 def sub_group_size(name: str) -> int | None:
     """The sub-group size that a kernel demands."""
     from ulysses_dp.kernels import constants, manifest  # the package, or what `standin.install` has put in its place
 
-    for opcode, operands in constants.instructions(np.fromfile(manifest.FOLDER / f"{name}.spv", np.uint32)):
-        if opcode == EXECUTION_MODE and operands[1] == SUB_GROUP_SIZE:
-            return int(operands[2])
-    return None
+    return constants.sub_group_size((manifest.FOLDER / f"{name}.spv").read_bytes())
 
 
 def for_gpu(name: str) -> bool:

@@ -90,7 +90,7 @@ def test_report():
     for line in lines:
         label, text = line.split(maxsplit=1)
         said.setdefault(label, []).append(text.strip())
-    assert set(said) == {"device", "process", "MPI", "exchange", "kernels", "backends"}
+    assert set(said) == {"device", "process", "MPI", "exchange", "kernels", "known", "backends"}
     assert [text.endswith("this process") for text in said["device"]].count(True) == 1
     assert said["process"] == ["number 0 on this node"]
     assert "MPI" in said["MPI"][0]

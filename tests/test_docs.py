@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ulysses_dp.kernels.schedules import KINDS
+
+from ulysses_dp.doctor import ON_INTEL_GPUS, known_of
 
 pytestmark = pytest.mark.single
 
@@ -53,6 +56,15 @@ def test_files_that_are_named_exist(page):
         r"`((?:scripts|examples|packaging|tests|docs|kernels|ulysses_dp)/[\w/.-]+)`", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), name
+
+
+def test_the_doctor_knows_what_ran_on_intel_gpus():
+    table = (ROOT / "docs/gpu.md").read_text(encoding="utf-8").partition("Intel GPU |\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert len(rows) > 3
+    assert {family: when for family, *_, when in rows if when != "never"} == ON_INTEL_GPUS
+    assert known_of(KINDS["cpu"]) == "run on CPUs by the tests of every change"
+    assert known_of(KINDS["gpu"]).startswith("run on an Intel GPU: ")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

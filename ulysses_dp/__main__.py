@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._device.queue import local_rank
+from ._device.queue import default_queue, local_rank
 from ._ranks import mpi
-from .doctor import report
+from .doctor import known_of, report
 
 SETTINGS = ("CL_CONFIG_", "FI_", "I_MPI_", "MPICH_", "OCL_ICD_", "OMPI_", "ONEAPI_", "SYCL_", "ULYSSES_DP_", "UR_", "ZE_")
 
@@ -64,6 +64,7 @@ def check(arguments: argparse.Namespace) -> int:
             results += joined(of_ranks) if of_ranks else []
             if of_ranks:
                 say(line(results[-1]))
+    say(f"kernels of this device: {known_of(default_queue().sycl_device)}")
     wrong = sum(not x.right for x in results)
     say(f"{wrong} of {len(results)} checks are not right" if wrong else f"all {len(results)} checks are right")
     return int(wrong > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import dpctl
 import dpnp
@@ -12,6 +13,17 @@ from ulysses_dp.kernels import manifest
 from ._device.queue import default_queue, local_rank
 from ._ranks.mpi import choose_route, library_version
 from .backends import describe
+
+# When a family of kernels was right on an Intel GPU: the rows of docs/gpu.md whose last column does not say never.
+ON_INTEL_GPUS: dict[str, str] = {}
+
+
+def known_of(device: Any) -> str:
+    """What is known of the kernels that a device gets, from where they were run."""
+    if not device.is_gpu:
+        return "run on CPUs by the tests of every change"
+    runs = "; ".join(f"{family}: {when}" for family, when in ON_INTEL_GPUS.items()) or "never"
+    return f"run on an Intel GPU: {runs}. docs/gpu.md says what was run where; a --report of --check is welcome"
 
 
 def report() -> str:
@@ -44,5 +56,6 @@ def report() -> str:
     route = choose_route(queue, "auto")
     lines.append(f"exchange {route.name}: {route.reason}")
     lines.append(f"kernels  {len(manifest.read())} in {manifest.FOLDER}")
+    lines.append(f"known    {known_of(queue.sycl_device)}")
     lines.append(f"backends {describe(queue.sycl_device)}")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from . import (  # noqa: E402
     flash_forward_matrix,
     manifest,
     panel_copy,
+    panel_wire,
     row_merge,
     row_merge_gpu,
     row_product,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 # those that take longest first: they are compiled in this order, and no core waits long for the last one
 KERNELS = (
     *(flash_backward_gpu, score_walk, flash_backward, flash_forward_gpu, flash_forward_matrix, flash_forward),
-    *(panel_copy, row_merge, row_merge_gpu, row_product, row_product_gpu, value_panels),
+    *(panel_copy, panel_wire, row_merge, row_merge_gpu, row_product, row_product_gpu, value_panels),
 )
 SCALARS = ("int64", "real")  # all other kinds of parameters are pointers
 

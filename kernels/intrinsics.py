@@ -7,6 +7,8 @@ a form that some Intel GPU compilers reject, so `group_index` and `lane_index` c
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from llvmlite import ir
 from numba import njit
@@ -14,6 +16,7 @@ from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+_I8 = ir.IntType(8)
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -176,6 +179,79 @@ def _float16_from_float32(builder, x):
     return builder.bitcast(builder.fptrunc(x, ir.HalfType()), _I16)
 
 
+def _or_special(builder, code, x, largest, infinite, nan):
+    """The code of a number, or that of an infinity, whose sign it may not have, or that of nan."""
+    bits = builder.select(builder.fcmp_ordered(">", x, ir.Constant(_F32, largest)), ir.Constant(_I32, infinite), code)
+    return builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(_I32, nan), bits)
+
+
+@_conversion(types.float32, types.uint8)
+def _int8_from_float32(builder, x):
+    """Rounds to the nearest, ties to even: adding 1.5 * 2**23 leaves the integer in the low bits."""
+    code = builder.bitcast(builder.fadd(x, ir.Constant(_F32, 12582912.0)), _I32)
+    code = _or_special(builder, code, x, 126.5, 127, 128)
+    lowest = builder.fcmp_ordered("<", x, ir.Constant(_F32, -126.5))
+    return builder.trunc(builder.select(lowest, ir.Constant(_I32, -127), code), _I8)
+
+
+@_conversion(types.uint8, types.float32)
+def _int8_to_float32(builder, code):
+    number = builder.sitofp(code, _F32)
+    for special, value in ((127, math.inf), (-127, -math.inf), (-128, math.nan)):
+        number = builder.select(builder.icmp_signed("==", code, ir.Constant(_I8, special)), ir.Constant(_F32, value), number)
+    return number
+
+
+@_conversion(types.float32, types.uint8)
+def _float8_e4m3_from_float32(builder, x):
+    """Rounds to the nearest, ties to even. Below 2**-6 the codes are multiples of 2**-9, to which adding 2**14 rounds."""
+    bits = builder.bitcast(x, _I32)
+    size_bits = builder.and_(bits, ir.Constant(_I32, 0x7FFFFFFF))
+    size = builder.bitcast(size_bits, _F32)
+    odd = builder.and_(builder.lshr(size_bits, ir.Constant(_I32, 20)), ir.Constant(_I32, 1))
+    rounded = builder.add(size_bits, builder.add(odd, ir.Constant(_I32, 0x7FFFF)))
+    normal = builder.sub(builder.lshr(rounded, ir.Constant(_I32, 20)), ir.Constant(_I32, (127 - 7) << 3))
+    shifted = builder.bitcast(builder.fadd(size, ir.Constant(_F32, 16384.0)), _I32)
+    small = builder.sub(shifted, ir.Constant(_I32, 0x46800000))  # the bits of 2**14
+    code = builder.select(builder.fcmp_ordered("<", size, ir.Constant(_F32, 2.0**-6)), small, normal)
+    code = _or_special(builder, code, size, 448.0, 0x7E, 0x7F)
+    sign = builder.and_(builder.lshr(bits, ir.Constant(_I32, 24)), ir.Constant(_I32, 0x80))
+    return builder.trunc(builder.or_(code, sign), _I8)
+
+
+@_conversion(types.uint8, types.float32)
+def _float8_e4m3_to_float32(builder, code):
+    code = builder.zext(code, _I32)
+    size = builder.and_(code, ir.Constant(_I32, 0x7F))
+    bits = builder.add(builder.shl(size, ir.Constant(_I32, 20)), ir.Constant(_I32, (127 - 7) << 23))
+    small = builder.fmul(builder.uitofp(size, _F32), ir.Constant(_F32, 2.0**-9))
+    number = builder.select(builder.icmp_unsigned("<", size, ir.Constant(_I32, 8)), small, builder.bitcast(bits, _F32))
+    for special, value in ((0x7E, math.inf), (0x7F, math.nan)):
+        number = builder.select(builder.icmp_unsigned("==", size, ir.Constant(_I32, special)), ir.Constant(_F32, value), number)
+    sign = builder.shl(builder.and_(code, ir.Constant(_I32, 0x80)), ir.Constant(_I32, 24))
+    return builder.bitcast(builder.or_(builder.bitcast(number, _I32), sign), _F32)
+
+
+@intrinsic
+def bits_of(typing_context, x):
+    """The bits of a float32 as an integer."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.zext(builder.bitcast(arguments[0], _I32), _I64)
+
+    return types.int64(types.float32), generate
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """The float32 of these bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
+
+    return types.float32(types.int64), generate
+
+
 @intrinsic
 def _same(typing_context, x):
     def generate(context, builder, signature, arguments):
@@ -190,4 +266,8 @@ CONVERSIONS = {
     "bfloat16_from_float32": _bfloat16_from_float32,
     "float16_to_float32": _float16_to_float32,
     "float16_from_float32": _float16_from_float32,
+    "int8_to_float32": _int8_to_float32,
+    "int8_from_float32": _int8_from_float32,
+    "float8_e4m3_to_float32": _float8_e4m3_to_float32,
+    "float8_e4m3_from_float32": _float8_e4m3_from_float32,
 }

@@ -1,4 +1,4 @@
-"""Copies of panels (see panel_copy.py) between USM arrays."""
+"""Copies of panels between USM arrays (see panel_copy.py), also to and from 8 bits (see panel_wire.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import panel_wire
 from .launch import KEPT_BYTES, offset_and_strides, ready, upload
 from .panel_copy import LANES, MAX_SOURCES, MAX_TARGETS, Panel, name
 
@@ -40,14 +41,31 @@ _PANEL_BYTES = 8 * len(Panel._fields)
 
 
 class Relayout:
-    """Panels as they are copied between arrays of these dtypes on a queue: a launch, and the table of panels if it is small."""
+    """Panels as they are copied between arrays of these dtypes on a queue: a launch, and the table of panels if it is small.
 
-    def __init__(self, queue: Any, source: Any, target: Any, panels: tuple[Panel, ...], rows: int, batch: int) -> None:
-        panels = _merged(panels)
+    To or from a wire, the side of its codes is uint8. A panel has the width of the numbers, and the slots of the codes have
+    `SCALE_BYTES` more.
+    """
+
+    def __init__(
+        self,
+        queue: Any,
+        source: Any,
+        target: Any,
+        panels: tuple[Panel, ...],
+        rows: int,
+        batch: int,
+        wire: str | None = None,
+    ) -> None:
+        panels = _merged(panels) if wire is None else _filled(panels)
         self._launch = None
         if not panels or rows * batch == 0:
             return
-        kernel = name(source, target, sums=any(panel.add for panel in panels))
+        if wire is None:
+            kernel = name(source, target, sums=any(panel.add for panel in panels))
+        else:
+            back = source == np.uint8
+            kernel = panel_wire.name(wire, target if back else source, back=back)
         self._launch = ready(queue, kernel, (len(panels), batch), rows * batch, LANES)
         self._new_table = partial(upload, queue, np.array(panels, dtype=np.int64))
         self._table = self._new_table() if self.is_small(panels) else None
@@ -69,10 +87,12 @@ class Relayout:
 _relayout = lru_cache(maxsize=128)(Relayout)
 
 
-def copy_panels(sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int) -> None:
+def copy_panels(
+    sources: Sequence[Any], targets: Sequence[Any], panels: Sequence[Panel], *, rows: int, batch: int, wire: str | None = None
+) -> None:
     """Copy `panels` from `sources` (up to six USM arrays of one dtype) to `targets` (up to three), all on one queue."""
     new = _relayout if Relayout.is_small(panels) else Relayout
-    new(targets[0].sycl_queue, sources[0].dtype, targets[0].dtype, tuple(panels), rows, batch).run(sources, targets)
+    new(targets[0].sycl_queue, sources[0].dtype, targets[0].dtype, tuple(panels), rows, batch, wire).run(sources, targets)
 
 
 def free_tables() -> None:
@@ -86,8 +106,12 @@ def _merged(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
 
     Where one is added to another, slots stay as they are: then the work-item that adds to an element is the one that wrote it.
     """
-    filled = tuple(panel for panel in panels if panel.slots * panel.width > 0)
+    filled = _filled(panels)
     return filled if any(panel.add for panel in filled) else tuple(map(_merge, filled))
+
+
+def _filled(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
+    return tuple(panel for panel in panels if panel.slots * panel.width > 0)
 
 
 def _merge(panel: Panel) -> Panel:
@@ -109,3 +133,52 @@ def reference(
             targets[p.target][j] += sources[p.source][i]
         else:
             targets[p.target][j] = sources[p.source][i]
+
+
+def to_wire(x: np.ndarray, wire: str) -> np.ndarray:
+    """What the kernel makes of slots of numbers, (…, width), in NumPy: (…, width + `SCALE_BYTES`) of uint8."""
+    x = x.astype(np.float32)
+    largest = np.where(np.isfinite(x), abs(x), 0).max(axis=-1, keepdims=True, initial=0)
+    scale = np.maximum(largest * panel_wire.unit(wire), panel_wire.SMALLEST_SCALE)
+    scaled = x * (1 / scale)
+    finite = np.where(np.isfinite(scaled), scaled, 0)
+    if wire == "int8":
+        codes, infinity, nan = np.rint(finite).astype(np.int8).view(np.uint8), np.where(x < 0, 0x81, 0x7F), 0x80
+    else:
+        stands_for = _numbers(wire)[:0x7E].astype(np.float64)
+        middles = (stands_for[:-1] + stands_for[1:]) / 2
+        codes = np.searchsorted(middles, abs(finite))
+        codes += (codes % 2 == 1) & (abs(finite) == middles[np.minimum(codes, middles.size - 1)])  # a tie, to the even code
+        sign = np.where(np.signbit(x), 0x80, 0)
+        codes, infinity, nan = codes | sign, 0x7E | sign, 0x7F | sign
+    codes = np.where(np.isnan(x), nan, np.where(np.isinf(x), infinity, codes)).astype(np.uint8)
+    return np.concatenate([codes, scale.view(np.uint8)], axis=-1)
+
+
+def from_wire(codes: np.ndarray, wire: str) -> np.ndarray:
+    """The numbers that come back, in float32."""
+    width = codes.shape[-1] - panel_wire.SCALE_BYTES
+    scale = np.ascontiguousarray(codes[..., width:]).view(np.float32)
+    return _numbers(wire)[codes[..., :width]] * scale
+
+
+def half_steps(x: np.ndarray, wire: str) -> np.ndarray:
+    """How far finite numbers may be away when they come back, but for the rounding of the scale, in float64."""
+    size = abs(x.astype(np.float64))
+    largest = size.max(axis=-1, keepdims=True, initial=0)
+    if wire == "int8":
+        return np.broadcast_to(largest / 252, x.shape)
+    return np.maximum(size / 16, largest * 2.0**-10 / panel_wire.LARGEST[wire])
+
+
+def _numbers(wire: str) -> np.ndarray:
+    """What the 256 codes stand for."""
+    code = np.arange(256)
+    if wire == "int8":
+        number = code.astype(np.int8).astype(np.float32)
+        number[[0x7F, 0x80, 0x81]] = np.inf, np.nan, -np.inf
+        return number
+    exponent, fraction = code >> 3 & 15, code & 7
+    number = np.where(exponent == 0, fraction * 2.0**-9, (1 + fraction / 8) * 2.0 ** (exponent - 7)).astype(np.float32)
+    number[[0x7E, 0x7F, 0xFE, 0xFF]] = np.inf, np.nan, np.inf, np.nan
+    return np.where(code < 128, number, -number)

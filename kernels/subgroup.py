@@ -137,15 +137,23 @@ highest_lane = _over_lanes("_Z20sub_group_reduce_maxi")
 any_lane = _over_lanes("_Z13sub_group_anyi")
 
 
-@intrinsic
-def sum_of_lanes(typing_context, x):
-    """The sum of a floating-point number in each lane, in all lanes."""
+def _of_lanes(operation):
+    """The same number in all lanes, of a floating-point number in each."""
 
-    def generate(context, builder, signature, arguments):
-        emitter = Emitter(context, builder, x)
-        return emitter.call(f"_Z20sub_group_reduce_add{emitter.letter}", emitter.real, arguments, convergent=True)
+    @intrinsic
+    def reduce(typing_context, x):
+        def generate(context, builder, signature, arguments):
+            emitter = Emitter(context, builder, x)
+            symbol = f"_Z20sub_group_reduce_{operation}{emitter.letter}"
+            return emitter.call(symbol, emitter.real, arguments, convergent=True)
 
-    return x(x), generate
+        return x(x), generate
+
+    return reduce
+
+
+sum_of_lanes = _of_lanes("add")
+maximum_of_lanes = _of_lanes("max")
 
 
 @intrinsic

@@ -47,6 +47,8 @@ def plan(rows: int = ROWS) -> Iterator[tuple[str, Callable[..., Any]]]:
         yield str(case), lambda machine, case=case, **more: cases.attention(machine, case, **more)
     for kind in cases.COPIES:
         yield f"copy {kind}", lambda machine, kind=kind, **more: cases.copy(machine, kind, 0, **more)
+    for kind in cases.TRAVELS:
+        yield f"travel {kind}", lambda machine, kind=kind, **more: cases.travel(machine, kind, 0, **more)
     for dtype in cases.LIMITS:
         yield f"row_dot {dtype}", lambda machine, dtype=dtype, **more: cases.dot(machine, dtype, 0, **more)
         yield f"merge {dtype}", lambda machine, dtype=dtype, **more: cases.merge(machine, dtype, 0, **more)
@@ -207,7 +209,7 @@ def run(seconds: float, *, sanitized: bool) -> None:
     for_gpu = set(json.loads((FOLDER / "for_gpu.json").read_text()))
     record, start = Record(machine), time.perf_counter()
     # what must be run whatever the time: a kernel that was never run is a failure
-    needed = len(list(cases.kinds())) + len(cases.COPIES) + 2 * len(cases.LIMITS)
+    needed = len(list(cases.kinds())) + len(cases.COPIES) + len(cases.TRAVELS) + 2 * len(cases.LIMITS)
     for number, (title, call) in enumerate(plan(rows=60 if sanitized else ROWS)):
         if number >= needed and time.perf_counter() - start > seconds:
             break

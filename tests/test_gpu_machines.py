@@ -47,6 +47,8 @@ for case in cases.kinds():
     cases.attention(dry, case, compare=False)
 for kind in cases.COPIES:
     cases.copy(dry, kind, 0, compare=False)
+for kind in cases.TRAVELS:
+    cases.travel(dry, kind, 0, compare=False)
 for dtype in cases.LIMITS:
     cases.dot(dry, dtype, 0, compare=False)
     cases.merge(dry, dtype, 0, compare=False)

@@ -17,6 +17,7 @@ from ulysses_dp.kernels import (
     flash_forward_matrix,
     manifest,
     panel_copy,
+    panel_wire,
     row_merge,
     row_merge_gpu,
     row_product,
@@ -53,7 +54,7 @@ def test_manifest_lists_every_variant():
         name
         for kernel in (
             *(flash_forward, flash_forward_gpu, flash_forward_matrix, flash_backward, flash_backward_gpu),
-            *(panel_copy, row_merge, row_merge_gpu, row_product, row_product_gpu, score_walk, value_panels),
+            *(panel_copy, panel_wire, row_merge, row_merge_gpu, row_product, row_product_gpu, score_walk, value_panels),
         )
         for name, *_ in kernel.variants()
     }

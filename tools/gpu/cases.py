@@ -35,10 +35,12 @@ LIMITS = {"float32": 2e-5, "float64": 1e-6}
 LIMITS_OF_HALVES = {"float16": 2e-3, "uint16": 1e-2}
 # (dtype of the sources, dtype of the targets, whether there are sums)
 COPIES = (
-    *(("uint16", "uint16", False), ("float32", "float32", False), ("float64", "float64", False)),
+    *(("uint8", "uint8", False), ("uint16", "uint16", False), ("float32", "float32", False), ("float64", "float64", False)),
     *(("float32", "float32", True), ("float64", "float64", True)),
     *(("float16", "float32", False), ("float32", "float16", False), ("uint16", "float32", False), ("float32", "uint16", False)),
 )
+# (as what they travel, dtype of the numbers)
+TRAVELS = (*product(("int8", "float8_e4m3"), ("float32", "float16", "uint16")),)
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,9 @@ def narrowed(x: np.ndarray) -> np.ndarray:
 
 
 def numbers(rng: np.random.Generator, size: int, dtype: str) -> np.ndarray:
-    """Random numbers; of integers all bits."""
+    """Random numbers; of bytes all bits."""
+    if dtype == "uint8":
+        return np.frombuffer(rng.bytes(size), np.uint8).copy()
     if dtype == "uint16":
         return narrowed(rng.standard_normal(size).astype(np.float32))
     return (rng.standard_normal(size) * 100).astype(dtype)
@@ -347,6 +351,33 @@ def nested(extents: tuple[int, ...], order: tuple[int, ...], gap: int) -> tuple[
         strides[axis] = stride
         stride *= extents[axis] + gap
     return strides, stride
+
+
+def travel(machine: Machine, kind: tuple[str, str], seed: int, *, compare: bool = True) -> None:
+    """Random numbers to 8 bits and back; raises unless every byte of both is as it must be."""
+    from ulysses_dp.kernels import relayout
+
+    wire, dtype = kind
+    rng = np.random.default_rng(seed)
+    rows, slots, width, around = *map(int, rng.integers(1, 5, 2)), int(rng.choice([1, 5, 16, 50, 64])), 3
+    x = rng.standard_normal((rows, slots, width)).astype(np.float32) * 10
+    x[rng.random(x.shape) < 0.1] = rng.choice([np.nan, np.inf, -np.inf, 0])
+    x = narrowed(x) if dtype == "uint16" else x.astype(dtype)
+    codes = relayout.to_wire(widened(x) if dtype == "uint16" else x, wire)
+    back = relayout.from_wire(codes, wire)
+    expected = [codes, narrowed(back) if dtype == "uint16" else back.astype(dtype)]
+    given = standin.asarray(machine, x.reshape(-1))
+    results = [standin.asarray(machine, np.full(y.size + around, 7, y.dtype)) for y in expected]
+    of_numbers, of_codes = ((slots * n, 0, n) for n in (width, codes.shape[2]))
+    for source, target, at, to in ((given, results[0], of_numbers, of_codes), (*results, of_codes, of_numbers)):
+        panel = relayout.Panel(0, 0, *at, 1, 0, 0, *to, slots, width)
+        relayout.copy_panels([source], [target], [panel], rows=rows, batch=1, wire=wire)
+    if not compare:
+        return
+    for got, of_all in zip(map(standin.asnumpy, results), expected, strict=True):
+        inner = got[:-around].reshape(of_all.shape)
+        if not np.array_equal(inner, of_all, equal_nan=dtype != "uint16") or not (got[-around:] == 7).all():
+            raise AssertionError(f"travel {kind}, seed {seed}: {(inner != of_all).sum()} differ, or written outside")
 
 
 def dot(machine: Machine, dtype: str, seed: int, *, compare: bool = True) -> None:

@@ -34,6 +34,8 @@ def calls() -> Iterator[tuple[str, Callable]]:
     """By title, all that may be run: calls of every kind, and endless random ones."""
     for kind, seed in product(cases.COPIES, range(3)):
         yield f"copy {kind} {seed}", lambda machine, kind=kind, seed=seed, **more: cases.copy(machine, kind, seed, **more)
+    for kind, seed in product(cases.TRAVELS, range(3)):
+        yield f"travel {kind} {seed}", lambda machine, kind=kind, seed=seed, **more: cases.travel(machine, kind, seed, **more)
     for dtype, seed in product(cases.LIMITS, range(3)):
         yield f"row_dot {dtype} {seed}", lambda machine, dtype=dtype, seed=seed, **more: cases.dot(machine, dtype, seed, **more)
         yield f"merge {dtype} {seed}", lambda machine, dtype=dtype, seed=seed, **more: cases.merge(machine, dtype, seed, **more)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, SupportsIndex, TypedDict, cast
 
+from ulysses_dp.kernels.panel_wire import LARGEST as WIRES
+
 from ._call.checks import check_exchange, check_node_size, check_overlap, shared_or_not
 from ._call.definitions import Option, options_of
+from ._device.dtypes import DTYPES
 from ._local import LocalOptions
 from ._ranks.orders import ORDERS, PLACES, Order, Place, Rows, count, ends_within, rows_of_ranks, with_shares
 from ._ranks.partition import column, kv_heads_are_shared, part_heads, share_heads
@@ -126,6 +129,17 @@ class ExchangeOptions(TypedDict, total=False):
             "and as many on every node.",
         ),
     ]
+    wire_dtype: Annotated[
+        str | None,
+        Option(
+            None,
+            _checked_together,
+            '{None, "int8", "float8_e4m3"}',
+            "Let float32, float16 and bfloat16 arrays travel as 8 bits for each number and a scale for each row and head: a "
+            "half or a quarter of the bytes, and a result that is rounded so, the same for any number of ranks but one. "
+            "Infinities and nan arrive as what they are. lse is not rounded, and nothing is on one rank.",
+        ),
+    ]
 
 
 class MeshOptions(ExchangeOptions, RingOptions, total=False):
@@ -146,6 +160,7 @@ class Wish(NamedTuple):
     order: Order
     kv: str
     place: Place  # of replicated tokens
+    wire: str | None  # as what arrays travel, if not as they are
 
     def common(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -154,6 +169,7 @@ class Wish(NamedTuple):
             "node_size": self.node_size,
             "ring, order, kv and replicated_at": (self.ring, self.order, self.kv, self.place),
             "exchange": shared_or_not(self.exchange),
+            "wire_dtype": self.wire,
         }
 
 
@@ -254,7 +270,26 @@ def check_mesh(options: Mapping[str, Any], replicated_at: Any, ranks: mpi.Ranks,
         if not settings.backend.in_blocks:
             settings.backend.refuse("a ring or an order of rows")
     kv, place = check_kv(given["kv"], ring, geometry.heads, geometry.kv_heads), check_place(replicated_at)
-    return Wish(check_exchange(given["exchange"]), overlap, node_size, ring, order, kv, place)
+    exchange = check_exchange(given["exchange"])
+    wire = check_wire(given["wire_dtype"], geometry.dtype, ring, exchange)
+    return Wish(exchange, overlap, node_size, ring, order, kv, place, wire)
+
+
+def check_wire(wire: Any, dtype: str, ring: int, exchange: str = "auto") -> str | None:
+    """Check as what arrays of a dtype are to travel; returns it."""
+    if wire is None:
+        return None
+    if not isinstance(wire, str):
+        raise TypeError(f"wire_dtype must be a string or None, not {type(wire).__name__}")
+    if wire not in WIRES:
+        raise ValueError(f"wire_dtype must be one of {' and '.join(WIRES)}, or None, not {wire!r}")
+    if DTYPES[dtype].itemsize > 4:
+        raise NotImplementedError(f"wire_dtype is not supported for {dtype}; float32, float16 and bfloat16 have it")
+    if exchange == "shared":
+        raise NotImplementedError("wire_dtype is not supported with exchange='shared'; 'auto', 'device' and 'host' have it")
+    if ring > 1:
+        raise NotImplementedError(f"wire_dtype is not supported with ring={ring}; ring=1 has it")
+    return wire
 
 
 def check_kv(kv: Any, ring: int, heads: int, kv_heads: int) -> str:

@@ -45,15 +45,16 @@ def forward_lists(
     k_rows: tuple[int, ...],
     *,
     lse: bool,
+    wire: str | None = None,
 ) -> Lists:
     """What attention moves for these heads of every rank, in arrays of this dtype: q, k and v; out, and lse if it is wanted."""
     of_q, of_kv, width, width_v = query_shares(heads), kv_shares(heads), geometry.head_dim, geometry.head_dim_v
-    out = Item("out", of_q, q_rows, width_v, dtype)
+    out = Item("out", of_q, q_rows, width_v, dtype, wire)
     return Lists(
         (
-            Item("q", of_q, q_rows, width, dtype),
-            Item("k", of_kv, k_rows, width, dtype),
-            Item("v", of_kv, k_rows, width_v, dtype),
+            Item("q", of_q, q_rows, width, dtype, wire),
+            Item("k", of_kv, k_rows, width, dtype, wire),
+            Item("v", of_kv, k_rows, width_v, dtype, wire),
         ),
         (out, Item("lse", of_q, q_rows, None, np.dtype(geometry.compute_dtype))) if lse else (out,),
     )
@@ -68,6 +69,7 @@ def gradient_lists(
     k_rows: tuple[int, ...],
     *,
     context: bool,
+    wire: str | None = None,
 ) -> Lists:
     """What the gradient of attention moves: dout and delta, and if no context has kept them q, lse, k and v; dq, dk and dv.
 
@@ -77,17 +79,21 @@ def gradient_lists(
     compute = np.dtype(geometry.compute_dtype)
     of_sum = compute if kv_heads_are_shared(heads) else dtype
     kept = (
-        Item("q", of_q, q_rows, width, dtype),
+        Item("q", of_q, q_rows, width, dtype, wire),
         Item("lse", of_q, q_rows, None, compute),
-        Item("k", of_kv, k_rows, width, dtype),
-        Item("v", of_kv, k_rows, width_v, dtype),
+        Item("k", of_kv, k_rows, width, dtype, wire),
+        Item("v", of_kv, k_rows, width_v, dtype, wire),
     )
     return Lists(
-        (Item("dout", of_q, q_rows, width_v, dtype), Item("delta", of_q, q_rows, None, compute), *(() if context else kept)),
         (
-            Item("dq", of_q, q_rows, width, of_sum),
-            Item("dk", of_kv, k_rows, width, of_sum),
-            Item("dv", of_kv, k_rows, width_v, of_sum),
+            Item("dout", of_q, q_rows, width_v, dtype, wire),
+            Item("delta", of_q, q_rows, None, compute),
+            *(() if context else kept),
+        ),
+        (
+            Item("dq", of_q, q_rows, width, of_sum, wire),
+            Item("dk", of_kv, k_rows, width, of_sum, wire),
+            Item("dv", of_kv, k_rows, width_v, of_sum, wire),
         ),
     )
 

@@ -294,7 +294,7 @@ def distributed(
         geometry, wish = context.geometry, context.wish
 
         def lay_out() -> Course | None:
-            travels = partial(_path.forward_lists, geometry, arrays[0].dtype, lse=settings.return_lse)
+            travels = partial(_path.forward_lists, geometry, arrays[0].dtype, lse=settings.return_lse, wire=wish.wire)
 
             def parts(shared: bool) -> int:
                 # a backward pass adds up what ranks have of one kv head in the order of the ranks: it stays together

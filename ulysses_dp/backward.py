@@ -279,7 +279,7 @@ def ulysses_attention_backward(
         kept = ctx.parts if ctx else ()
 
         def lay_out() -> Course | None:
-            travels = partial(_path.gradient_lists, geometry, arrays[1].dtype, context=bool(kept))
+            travels = partial(_path.gradient_lists, geometry, arrays[1].dtype, context=bool(kept), wire=wish.wire)
 
             def parts(shared: bool) -> int:
                 # the sums of a kv head that several ranks read have the order of the ranks: they stay together

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def copy_arrays(sources: Sequence[Any], targets: Sequence[Any], *, add: bool = False) -> None:
+def copy_arrays(sources: Sequence[Any], targets: Sequence[Any], *, add: bool = False, wire: str | None = None) -> None:
     """Copy arrays in one launch, and convert them; of one batch and as many rows, the targets dense in the last axis.
 
-    With `add` they are added to what the targets hold: all are float32, or all float64.
+    With `add` they are added to what the targets hold: all are float32, or all float64. With `wire`, either all sources or all
+    targets are the codes of such a way to travel.
     """
     batch, seq, _, _ = sources[0].shape
     pairs = enumerate(zip(sources, targets, strict=True))
-    panels = [Panel(*source_of(n, x), *target_of(n, y), *x.shape[2:], add=int(add)) for n, (x, y) in pairs]
-    copy_panels(sources, targets, panels, rows=seq, batch=batch)
+    panels = [  # codes have their scale besides
+        Panel(*source_of(n, x), *target_of(n, y), x.shape[2], min(x.shape[3], y.shape[3]), add=int(add)) for n, (x, y) in pairs
+    ]
+    copy_panels(sources, targets, panels, rows=seq, batch=batch, wire=wire)
     note(passes=1)
 
 

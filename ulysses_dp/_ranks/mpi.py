@@ -442,8 +442,8 @@ class ExchangeBuffer:
         """The blocks as mpi4py takes them. It cannot ask for the memory by itself: dpctl refuses the DLPack stream that it asks
         with. The address does not keep the array alive, this object does."""
         x = self.array if self.host is None else self.host
-        # elements, not bytes, are counted: an int holds two to eight times as many
-        element = {2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[x.dtype.itemsize]
+        # elements, not bytes, are counted: an int holds up to eight times as many
+        element = {1: _mpi().INT8_T, 2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[x.dtype.itemsize]
         return [_mpi().buffer.fromaddress(x._pointer, x.nbytes), (self.counts, self.displacements), element]
 
 

@@ -8,12 +8,15 @@ from itertools import accumulate, chain
 from mmap import PAGESIZE
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from ulysses_dp.kernels.panel_wire import SCALE_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
 CACHE_LINE = 64
+BYTES = np.dtype(np.uint8)
 
 
 def split(n: int, parts: int) -> tuple[int, ...]:
@@ -114,10 +117,18 @@ class Item(NamedTuple):
     rows: tuple[int, ...]  # of every rank by rows
     width: int | None  # numbers of a head; None: a single one, in arrays (batch, heads, seq) as lse is
     dtype: np.dtype
+    wire: str | None = None  # as what its numbers travel, with a scale for each row and head; None: as they are
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a head has."""
+        return 1 if self.width is None else self.width
 
     def columns(self, dtype: np.dtype) -> int:
         """How many numbers of the dtype of its message a head has there: one of 32 bits is two of 16."""
-        return (1 if self.width is None else self.width) * self.dtype.itemsize // dtype.itemsize
+        if self.wire is not None:
+            return self.numbers + SCALE_BYTES
+        return self.numbers * self.dtype.itemsize // dtype.itemsize
 
 
 @lru_cache(maxsize=256)
@@ -131,6 +142,8 @@ def trips(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], ...]:
 
 def dtype_of_message(items: tuple[Item, ...]) -> np.dtype:
     """The dtype in which items travel together: the narrowest."""
+    if any(item.wire for item in items):
+        return BYTES
     return min((item.dtype for item in items), key=lambda dtype: dtype.itemsize)
 
 

@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from functools import lru_cache, partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ulysses_dp.kernels.launch import offset_and_strides
-from ulysses_dp.kernels.relayout import Panel, Relayout, copy_panels, source_at, target_at
+from ulysses_dp.kernels.relayout import MAX_TARGETS, Panel, Relayout, copy_panels, source_at, target_at
 
 from .._device.arrays import tensor, view
 from .._device.copies import copy_arrays
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .partition import Blocks, Transfer
+
+_Thing = TypeVar("_Thing")
 
 BY_ROWS, BY_HEADS = range(2)  # the numbers of the two buffers where both are sources, or targets, of a copy
 
@@ -76,8 +78,9 @@ class Redistribution:
         self._rest: list[Callable[[], None]] = []
         self._steps: list[tuple[Any, mpi.ExchangeBuffer, mpi.ExchangeBuffer]] = []  # to heads
         self._in_window: Any = None  # the buffer by heads where what comes is copied from it
+        self._layout = layout = layout_of(ranks.rank, items, batch, link, window.starts if window else (), keep=keep)
+        self._shown = keep and layout.wire is None  # whether memory by heads itself is kept, not what is made of it
         if window is not None:
-            self._layout = layout = layout_of(ranks.rank, items, batch, link, window.starts, keep=keep)
             size = layout.dtype.itemsize
             self._by_rows = tensor.usm_ndarray((window.memory.nbytes // size,), dtype=layout.dtype, buffer=window.memory)
             if keep:
@@ -86,7 +89,6 @@ class Redistribution:
             else:
                 self.use(self._by_rows)
             return
-        self._layout = layout = layout_of(ranks.rank, items, batch, link)
         _check_numbers(layout, link)
 
         def memory(name: str, size: int, usm_type: str = "device") -> Any:
@@ -98,7 +100,7 @@ class Redistribution:
 
         if by_heads is None:
             size = layout.transfer.size_by_heads
-            by_heads = empty_like(like, (size,), layout.dtype) if keep else memory("by heads", size)
+            by_heads = empty_like(like, (size,), layout.dtype) if self._shown else memory("by heads", size)
         self._by_rows = memory("by rows", layout.transfer.size_by_rows)
         two_step = layout.two_step
         if two_step is None:
@@ -117,7 +119,7 @@ class Redistribution:
 
     def renew(self, like: Any) -> None:
         """Get new memory by heads, where what comes is kept."""
-        if self._keep:
+        if self._shown:
             self.use(empty_like(like, (self._layout.transfer.size_by_heads,), self._layout.dtype))
 
     def use(self, by_heads: Any) -> None:
@@ -129,17 +131,18 @@ class Redistribution:
 
     def let_go(self) -> None:
         """Let go of memory by heads that belongs to one call alone."""
-        if self._keep:
+        if self._shown:
             self.use(None)
+        elif self._keep:
+            self._arrays = None
 
     def pack(self, arrays: Mapping[str, Any]) -> None:
         """Copy the arrays of the items, with the rows of this rank, to where they travel from."""
         with stage("pack"):
             sources = [_in_message(item, arrays[item.name], self._layout.dtype) for item in self._layout.items]
-            _packing(self._layout, self._queue, tuple(map(offset_and_strides, sources))).run(
-                sources, [self._by_rows, self._by_heads]
-            )
-            note(passes=1)
+            for one in _packing(self._layout, self._queue, tuple(map(offset_and_strides, sources))):
+                one.run(sources, [self._by_rows, self._by_heads])
+                note(passes=1)
 
     def unpack(self, arrays: Mapping[str, Any]) -> None:
         """Copy what has come to the arrays of the items, with the rows of this rank; these are dense in the last axis.
@@ -152,10 +155,9 @@ class Redistribution:
         results = [_of_dtype(x, item.dtype) for item, x in zip(items, given, strict=True)]
         targets = [_in_message(item, x, dtype) for item, x in zip(items, results, strict=True)]
         with stage("unpack"):
-            _unpacking(self._layout, self._queue, tuple(map(offset_and_strides, targets))).run(
-                [self._by_rows, self._by_heads], targets
-            )
-            note(passes=1)
+            for one in _unpacking(self._layout, self._queue, tuple(map(offset_and_strides, targets))):
+                one.run([self._by_rows, self._by_heads], targets)
+                note(passes=1)
         for number, (x, result) in enumerate(zip(given, results, strict=True)):
             if number in self._layout.without_heads:
                 x[...] = 0
@@ -167,8 +169,12 @@ class Redistribution:
         if self._in_window is not None:
             self._keep_what_came()
         arrays = self.arrays_by_heads()
-        for name, columns in self._wide():
-            copy_arrays((columns,), (as_columns(arrays[name], self._layout.dtype),))
+        for item, columns in self._wide():
+            copy_arrays((columns,), (as_columns(arrays[item.name], self._layout.dtype),))
+        if self._layout.wire is not None:
+            with stage("unpack"):
+                for few in _threes(self._coded()):
+                    copy_arrays([x for _, x in few], [arrays[item.name] for item, _ in few], wire=self._layout.wire)
         return arrays
 
     def _keep_what_came(self) -> None:
@@ -197,19 +203,27 @@ class Redistribution:
     def _views(self) -> dict[str, Any]:
         arrays = {}
         for item, columns in zip(self._layout.items, self._columns(), strict=True):
-            if item.width is not None:
-                arrays[item.name] = columns
-            elif item.name not in self._layout.wide:
-                arrays[item.name] = tensor.permute_dims(columns[..., 0], (0, 2, 1))
+            if item.name not in self._layout.wide:
+                arrays[item.name] = columns if item.width is not None else tensor.permute_dims(columns[..., 0], (0, 2, 1))
+                continue
+            batch, seq, heads, _ = columns.shape
+            # the rows of a head follow each other, as kernels read them best
+            shape = (batch, heads, seq) if item.width is None else (batch, heads, seq, item.width)
+            if self._keep and item.wire is not None:
+                array = empty_like(self._by_heads, shape, item.dtype)
             else:
-                batch, seq, heads, _ = columns.shape
-                arrays[item.name] = scratch(self._queue, f"{item.name} of all rows", (batch, heads, seq), item.dtype)
+                array = scratch(self._queue, _memory_of(item), shape, item.dtype)
+            arrays[item.name] = array if item.width is None else tensor.permute_dims(array, (0, 2, 1, 3))
         return arrays
 
     def fill(self, arrays: Mapping[str, Any]) -> None:
         """Copy what was computed in memory of its own to where it travels from; the rest is there already."""
-        for name, columns in self._wide():
-            copy_arrays((as_columns(arrays[name], self._layout.dtype),), (columns,))
+        for item, columns in self._wide():
+            copy_arrays((as_columns(arrays[item.name], self._layout.dtype),), (columns,))
+        if self._layout.wire is not None:
+            with stage("pack"):
+                for few in _threes(self._coded()):
+                    copy_arrays([arrays[item.name] for item, _ in few], [x for _, x in few], wire=self._layout.wire)
 
     def _columns(self) -> list[Any]:
         """The items in the buffer by heads, (batch, all rows, heads of this rank, columns)."""
@@ -223,12 +237,17 @@ class Redistribution:
             first += count * width
         return views
 
-    def _wide(self) -> Iterator[tuple[str, Any]]:
-        """The name and the columns of every item that needs memory of its own."""
+    def _wide(self) -> Iterator[tuple[Item, Any]]:
+        """Every single number that needs memory of its own, with its columns."""
         if self._layout.wide:
             for item, columns in zip(self._layout.items, self._columns(), strict=True):
-                if item.name in self._layout.wide:
-                    yield item.name, columns
+                if item.name in self._layout.wide and item.wire is None:
+                    yield item, columns
+
+    def _coded(self) -> list[tuple[Item, Any]]:
+        """Every item that travels as something else, with its columns."""
+        pairs = zip(self._layout.items, self._columns(), strict=True)
+        return [(item, columns) for item, columns in pairs if item.wire is not None]
 
     def start_to_heads(self) -> None:
         """Send what was packed, receive all rows of the heads of this rank."""
@@ -301,6 +320,16 @@ def _of_dtype(x: Any, dtype: np.dtype) -> Any:
     return x if x.dtype == dtype else empty_like(x, x.shape, dtype)
 
 
+def _threes(things: list[_Thing]) -> Iterator[list[_Thing]]:
+    """As many as one launch takes."""
+    return (things[n : n + MAX_TARGETS] for n in range(0, len(things), MAX_TARGETS))
+
+
+def _memory_of(item: Item) -> str:
+    """The slot of the scratch memory for an item by heads that its message cannot show."""
+    return f"{item.name} of all rows"
+
+
 def _in_message(item: Item, x: Any, dtype: np.dtype) -> Any:
     """An array of an item as its message holds it, (batch, rows, heads, columns)."""
     return x if item.width is not None else as_columns(x, dtype)
@@ -315,6 +344,7 @@ class _Layout:
         self.items, self.dtype = items, dtype_of_message(items)
         self.widths = tuple(item.columns(self.dtype) for item in items)
         self.wide = {item.name for item in items if item.dtype != self.dtype}
+        self.wire = next((item.wire for item in items if item.wire is not None), None)
         self.without_heads = {n for n, item in enumerate(items) if not any(count for _, count in item.heads)}  # on any rank
         self.transfer = transfer_of(rank, items, batch)
         self.two_step = TwoStep(self.transfer, node_size) if node_size else None
@@ -400,26 +430,27 @@ def _blocks(layout: _Layout) -> Iterator[_Block]:
         buffer, size = BY_ROWS, transfer.sizes[peer]
         if peer == transfer.rank:
             buffer, start = BY_HEADS, layout.by_heads_start + transfer.by_heads.own.start
-        for number, (item, width) in enumerate(zip(layout.items, layout.widths, strict=True)):
+        for number, (item, columns) in enumerate(zip(layout.items, layout.widths, strict=True)):
             first, heads = item.heads[peer]
-            yield _Block(number, first, heads, width, (buffer, start, transfer.batch * size, size, width))
-            start += heads * width
+            width = columns if item.wire is None else item.numbers
+            yield _Block(number, first, heads, width, (buffer, start, transfer.batch * size, size, columns))
+            start += heads * columns
 
 
 @freed_with_workspace
 @lru_cache(maxsize=128)
-def _packing(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> Relayout:
+def _packing(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> list[Relayout]:
     """From arrays with these offsets and strides to the two buffers."""
     panels = [
-        Panel(*source_at(block.item, strides[block.item], block.first), *block.position, block.heads, block.width)
+        (block.item, Panel(*source_at(block.item, strides[block.item], block.first), *block.position, block.heads, block.width))
         for block in _blocks(layout)
     ]
-    return _of_rows(layout, queue, panels)
+    return _of_rows(layout, queue, panels, back=False)
 
 
 @freed_with_workspace
 @lru_cache(maxsize=128)
-def _unpacking(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> Relayout:
+def _unpacking(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]) -> list[Relayout]:
     """From the two buffers to arrays with these offsets and strides."""
     panels, covered = [], [0] * len(strides)  # heads of each item that the ranks so far have brought
     for block in _blocks(layout):
@@ -430,14 +461,19 @@ def _unpacking(layout: _Layout, queue: Any, strides: tuple[tuple[int, ...], ...]
         for skip, heads, add in ((0, again, 1), (again, block.heads - again, 0)):
             source = (buffer, start + skip * head, row, batch, head, 1)
             target = target_at(number, strides[number], first + skip)
-            panels.append(Panel(*source, *target, heads, block.width, add=add))
-    return _of_rows(layout, queue, panels)
+            panels.append((number, Panel(*source, *target, heads, block.width, add=add)))
+    return _of_rows(layout, queue, panels, back=True)
 
 
-def _of_rows(layout: _Layout, queue: Any, panels: list[Panel]) -> Relayout:
-    """The copy of panels that have the rows of this rank."""
-    transfer = layout.transfer
-    return Relayout(queue, layout.dtype, layout.dtype, tuple(panels), transfer.rows[transfer.rank], transfer.batch)
+def _of_rows(layout: _Layout, queue: Any, panels: list[tuple[int, Panel]], *, back: bool) -> list[Relayout]:
+    """The copies of panels, by the numbers of their items, that have the rows of this rank: one for each way to travel."""
+    transfer, passes = layout.transfer, []
+    for wire in dict.fromkeys(item.wire for item in layout.items):
+        dtype = next(item.dtype for item in layout.items if item.wire == wire) if wire else layout.dtype
+        of_wire = tuple(panel for number, panel in panels if layout.items[number].wire == wire)
+        source, target = (layout.dtype, dtype) if back else (dtype, layout.dtype)
+        passes.append(Relayout(queue, source, target, of_wire, transfer.rows[transfer.rank], transfer.batch, wire))
+    return passes
 
 
 def scratch_bytes(items: tuple[Item, ...], transfer: Transfer, slot: str) -> dict[str, int]:
@@ -447,5 +483,5 @@ def scratch_bytes(items: tuple[Item, ...], transfer: Transfer, slot: str) -> dic
     for item in items:
         if item.dtype != dtype:
             heads = item.heads[transfer.rank][1]
-            sizes[f"{item.name} of all rows"] = transfer.batch * sum(transfer.rows) * heads, item.dtype
+            sizes[_memory_of(item)] = transfer.batch * sum(transfer.rows) * heads * item.numbers, item.dtype
     return {name: max(size, 1) * of.itemsize for name, (size, of) in sizes.items()}

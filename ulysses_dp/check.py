@@ -23,8 +23,11 @@ import dpnp
 import numpy as np
 
 from ulysses_dp.kernels import flash_backward, flash_backward_gpu, flash_forward, merge_rows
+from ulysses_dp.kernels.panel_wire import LARGEST, SCALE_BYTES
+from ulysses_dp.kernels.relayout import half_steps
 from ulysses_dp.kernels.schedules import choose
 
+from ._device.copies import copy_arrays
 from ._device.dtypes import DTYPES
 from ._device.queue import default_queue
 from ._ranks import mpi
@@ -83,7 +86,7 @@ class Check:
 
     def run(self) -> Result:
         """Compute on the device of this process, and compare."""
-        result: Result = {"product": _product, "merge": _merge}.get(self.what, _attention)(self)
+        result: Result = {"product": _product, "merge": _merge, "travel": _travel}.get(self.what, _attention)(self)
         if result.error is not None and not result.error <= LIMITS[self.dtype]:
             result.verdict = f"WRONG: more than {LIMITS[self.dtype]:.0e}"
         return result
@@ -98,6 +101,7 @@ def checks(device: Any) -> list[Check]:
         for options in (False, True):
             found += [Check(what, dtype, head_dim, options) for dtype in full for head_dim in (*own, ANY_HEAD_DIM)]
             found += [Check(what, dtype, 64, options) for dtype in DTYPES if dtype not in ("float32", "float64")]
+    found += [Check("travel", name) for name, dtype in DTYPES.items() if dtype.compute == "float32"]
     return found + [Check("merge", dtype) for dtype in full]
 
 
@@ -179,6 +183,23 @@ def _merge(check: Check) -> Result:
     error = max(_error(dpnp.asnumpy(dpnp.asarray(x)), y) for x, y in zip((out, merged), expected, strict=True))
     seconds = _seconds(lambda: merge_rows.merge(out, lse, part, part_lse, merged))
     return Result(check.name, error=error, seconds=seconds)
+
+
+def _travel(check: Check) -> Result:
+    """The kernels that make 8 bits of numbers, and numbers of these: how much further than they may be these are away."""
+    worst, x = 0.0, _random(0, (1, TIMED_ROWS, HEADS, 64), check.dtype)
+    given, back, codes = (y.get_array() for y in _on_device([x, x, np.zeros((*x.shape[:3], 64 + SCALE_BYTES), np.uint8)]))
+
+    def travel(wire: str) -> None:
+        copy_arrays([given], [codes], wire=wire)
+        copy_arrays([codes], [back], wire=wire)
+
+    numbers = _wide(x, check.dtype)
+    for wire in LARGEST:
+        travel(wire)
+        excess = abs(_wide(dpnp.asnumpy(dpnp.asarray(back)), check.dtype) - numbers) - half_steps(numbers, wire)
+        worst = max(worst, _error(np.maximum(excess, 0), np.zeros(x.shape)))
+    return Result(check.name, ", ".join(LARGEST), error=worst, seconds=_seconds(lambda: travel(wire)))
 
 
 def _random(number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

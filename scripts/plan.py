@@ -39,11 +39,12 @@ SMALL, LARGE = 32, 4096  # rows of the two sizes that --measure calls
 HEADS, HEAD_DIM = 8, 64  # at least this many heads
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 OUTSIDE = "outside"  # the time of a call in none of these stages
+WAYS = ("ring", "order", "kv", "wire_dtype")  # what calls take as `plan` does
 
 
 def problem(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `plan` that say what is computed."""
-    names = ("seq", "heads", "kv_heads", "head_dim", "dtype", "batch", "causal", "backward", "ring", "order", "kv")
+    names = ("seq", "heads", "kv_heads", "head_dim", "dtype", "batch", "causal", "backward", *WAYS)
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -150,7 +151,7 @@ def inputs(comm: Any, call: dict[str, Any]) -> list[Any]:
 def run(comm: Any, call: dict[str, Any], repeats: int) -> list[tuple[dict[str, float], int]]:
     """Make the calls of a plan; forward and backward, the seconds of the stages of the fastest, and the bytes sent there."""
     q, k, v, dout = inputs(comm, call)
-    options = {name: call[name] for name in ("causal", "ring", "order", "kv")} | {"comm": comm}
+    options = {name: call[name] for name in ("causal", *WAYS)} | {"comm": comm}
     options["dtype"] = call["dtype"] if call["dtype"] == "bfloat16" else None
     results: tuple[Any, ...] = ()
 
@@ -193,7 +194,7 @@ def measure(comm: Any, repeats: int, name: str) -> Machine:
     shared, ranks = device.is_cpu, comm.size
     heads = -(-HEADS // ranks) * ranks  # everything divides
     call = {"heads": heads, "kv_heads": heads, "head_dim": HEAD_DIM, "batch": 1, "causal": False, "backward": True}
-    call |= {"ring": 1, "order": "contiguous", "kv": "ring"}
+    call |= {"ring": 1, "order": "contiguous", "kv": "ring", "wire_dtype": None}
     (small, _), _ = run(comm, call | {"seq": SMALL * ranks, "dtype": "float32"}, 10 * repeats)
     constant = statistics.fmean((small["pack"], small["unpack"]))
     latency = max((small["scatter"] + small["gather"]) / 2 - constant, 1e-6) / (ranks - 1)
@@ -240,7 +241,9 @@ def check(comm: Any, arguments: argparse.Namespace) -> None:
     print(f"{'stage':20} {'predicted':>10} {'measured':>10}   error")
     totals = [0.0, 0.0]
     for planned, (times, _) in zip((plan.forward, plan.backward), measured, strict=False):
-        predicted = {stage.name: stage.seconds for stage in planned.stages}
+        predicted: dict[str, float] = {}
+        for stage in planned.stages:
+            predicted[stage.name] = predicted.get(stage.name, 0.0) + stage.seconds
         predicted[OUTSIDE] = machine.call_seconds + predicted.pop("shift", 0.0)
         for name, seconds in predicted.items():
             print_error(name, seconds, times.get(name, 0.0))
@@ -273,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ring", type=ring_or_auto, default=1, help="groups of ranks, or auto (1)")
     parser.add_argument("--order", default="contiguous", help="contiguous, zigzag, zigzag_ranks or striped")
     parser.add_argument("--kv", default="ring", help="ring, all_gather or auto")
+    parser.add_argument("--wire-dtype", help="int8 or float8_e4m3: as what arrays travel (as they are)")
     parser.add_argument("--meshes", action="store_true", help="all meshes of these ranks: Ulysses degree x ring degree")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (powers of two up to 16384)")
     parser.add_argument("--json", type=Path, help="write the plans here")
@@ -312,7 +316,7 @@ def main() -> None:
             plans = meshes(problem(arguments), ranks, find(arguments.machine))
         else:
             plans = [ulysses_dp.plan(**problem(arguments), ranks=n, machine=arguments.machine) for n in ranks]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise SystemExit(f"plan: {error}") from error
     print_table(plans)
     if arguments.json:

@@ -29,6 +29,7 @@ from ulysses_dp.machine import MACHINES, Level
 # (batch, seq, heads, kv_heads, head_dim): even, uneven, shared kv heads, ranks without heads, without rows; copies by head
 SIZES = [(1, 48, 12, 12, 16), (2, 13, 12, 2, 16), (1, 24, 6, 2, 8), (2, 7, 5, 5, 16), (1, 3, 2, 1, 8), (1, 1100, 4, 2, 64)]
 FORMS = ["float32", "float64", "float16", "bits"]
+WIRES = [("float32", "int8"), ("float16", "float8_e4m3"), ("bits", "int8")]
 
 AROUND = ("agree", "prepare", "confirm")  # the agreement of the ranks, which a plan has among the constants of a call
 
@@ -79,16 +80,16 @@ def run(comm, sizes, form, backward, head_dim_v=None, **options):
     return forward, gradient, slots
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "wire"), [*((form, None) for form in FORMS), *WIRES])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_stages_and_memory_are_those_of_a_call(comm, sizes, form, backward):
+def test_stages_and_memory_are_those_of_a_call(comm, sizes, form, wire, backward):
     """The plan is that of the rank with the most, stage by stage; its memory that of the rank with the most in all."""
     batch, seq, heads, kv_heads, head_dim = sizes
     machine = on_this_device("cpu-2-cores")
-    options = {"batch": batch, "backward": backward}
+    options = {"batch": batch, "backward": backward, "wire_dtype": wire}
     expected = plan(seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, machine=machine, **options)
-    forward, gradient, slots = run(comm, sizes, form, backward)
+    forward, gradient, slots = run(comm, sizes, form, backward, wire_dtype=wire)
     for planned, recorded in ((expected.forward, forward), (expected.backward, gradient)):
         stages = [stage for stage in recorded.stages if stage.name not in AROUND]
         assert [stage.name for stage in planned.stages] == [stage.name for stage in stages]
@@ -101,7 +102,7 @@ def test_stages_and_memory_are_those_of_a_call(comm, sizes, form, backward):
     inputs = mine * row * (heads * (1 + backward) + 2 * kv_heads)
     in_all = inputs + expected_results(mine, row, sizes, itemsize, backward) + sum(slots.values())
     problem = Problem(
-        seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, False, backward, machine.device == "gpu"
+        *(seq, heads, kv_heads, head_dim, dtype_of(form), comm.size, batch, False, backward, machine.device == "gpu"), wire=wire
     )
     memory = memory_of(problem, comm.rank)
     others = ("inputs", "results", "gradients before rounding")
@@ -176,6 +177,21 @@ def test_bytes_of_the_formula(ranks, dtype, itemsize):
     assert p.bytes_sent * ranks**2 == (ranks - 1) * volume
     assert p.messages == 2 * (ranks - 1)
     assert (p.rows, p.heads, p.kv_heads) == (seq // ranks, heads // ranks, kv_heads // ranks)
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("wire", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize(("dtype", "compute"), [("float32", 4), ("bfloat16", 4)])
+def test_bytes_of_the_formula_in_eight_bits(wire, dtype, compute):
+    """A byte for each number, and four for each row and head; lse and delta as they are."""
+    batch, seq, heads, kv_heads, head_dim, ranks = 2, 240, 48, 24, 32, 6
+    options = {"batch": batch, "machine": "aurora", "wire_dtype": wire}
+    of_row = 2 * (heads + kv_heads) * (head_dim + 4)
+    p = plan(seq, heads, kv_heads, head_dim, dtype, ranks, **options)
+    assert p.bytes_sent * ranks**2 == (ranks - 1) * batch * seq * of_row
+    p = plan(seq, heads, kv_heads, head_dim, dtype, ranks, backward=True, **options)
+    of_gradient = (3 * heads + 4 * kv_heads) * (head_dim + 4) + 3 * heads * compute
+    assert p.bytes_sent * ranks**2 == (ranks - 1) * batch * seq * (of_row + of_gradient)
 
 
 @pytest.mark.single

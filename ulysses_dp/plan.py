@@ -15,7 +15,7 @@ from ulysses_dp.kernels.tile import MAX_HEAD_DIM
 
 from ._call.checks import check_flag, check_integer
 from ._device.dtypes import DTYPES, names
-from ._mesh import check_kv, check_order
+from ._mesh import check_kv, check_order, check_wire
 from ._plan.memory import memory_of
 from ._plan.problem import Problem
 from ._plan.times import best_node_size, calls_of, parts
@@ -81,6 +81,7 @@ def plan(
     order: Order = "contiguous",
     kv: str = "ring",
     head_dim_v: int | None = None,
+    wire_dtype: str | None = None,
     machine: Any = "cpu-2-cores",
 ) -> Plan:
     """Predict `ulysses_attention` on any number of ranks: memory, messages, bytes and time of the busiest rank.
@@ -117,6 +118,8 @@ def plan(
         How keys get to other groups, as in `ulysses_attention`.
     head_dim_v : int, optional
         That of v and out; `head_dim` by default.
+    wire_dtype : {None, "int8", "float8_e4m3"}
+        As what arrays travel, as in `ulysses_attention`.
     machine : str, path or Machine
         "cpu-2-cores" (measured), "aurora-node" or "aurora" (models from published figures), a file that
         ``scripts/plan.py --measure`` wrote, or a description.
@@ -134,6 +137,8 @@ def plan(
     ------
     TypeError, ValueError
         An argument is of the wrong type or out of range, or the machine has fewer ranks or does not know the dtype.
+    NotImplementedError
+        `wire_dtype` is given with float64 or a ring.
 
     See Also
     --------
@@ -166,7 +171,7 @@ def plan(
     check_flag("causal", causal)
     check_flag("backward", backward)
     groups, order = check_ring(ring, ranks, heads), check_order(order)
-    kv = check_kv(kv, groups, heads, sizes["kv_heads"])
+    kv, wire = check_kv(kv, groups, heads, sizes["kv_heads"]), check_wire(wire_dtype, dtype, groups)
     ranges = None if key_ranges is None else _check_ranges(key_ranges, seq)
     machine = find(machine)
     if machine.ranks is not None and ranks > machine.ranks:
@@ -188,6 +193,7 @@ def plan(
         kv=kv,
         key_ranges=ranges,
         head_dim_v=head_dim_v,
+        wire=wire,
     )
     return _predict(problem, machine)
 

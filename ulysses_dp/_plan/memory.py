@@ -36,8 +36,8 @@ def memory_of(problem: Problem, rank: int) -> dict[str, int]:
         uses["results"] += lse + gradients
         if problem.ranks > 1:
             _, back = problem.messages(gradient=True)
-            if back.itemsize != problem.itemsize:
-                uses["gradients before rounding"] = gradients // problem.itemsize * back.itemsize
+            if back.first_itemsize != problem.itemsize:
+                uses["gradients before rounding"] = gradients // problem.itemsize * back.first_itemsize
     return uses | _scratch(problem, rank)
 
 
@@ -54,7 +54,11 @@ def _scratch(problem: Problem, rank: int) -> dict[str, int]:
                 slots.need(slot, nbytes, 1)
 
     travel(*problem.messages())
-    group = _Attended(problem, share, seq, seq, by_head=several or share.q_count > 1, kv_by_head=several or share.kv_count > 1)
+    # what came as codes was made numbers again head by head
+    apart = several and problem.wire is None
+    alone = not several
+    by_head = {"by_head": apart or (alone and share.q_count > 1), "kv_by_head": apart or (alone and share.kv_count > 1)}
+    group = _Attended(problem, share, seq, seq, **by_head)
     ring = problem.travels and _RingMemory(problem, problem.travels, rank)
     if ring:
         ring.forward(slots)
@@ -69,7 +73,7 @@ def _scratch(problem: Problem, rank: int) -> dict[str, int]:
     if ring:
         ring.backward(slots)
     else:
-        group.backward(slots, problem.messages(gradient=True)[1].itemsize if several else problem.itemsize)
+        group.backward(slots, problem.messages(gradient=True)[1].first_itemsize if several else problem.itemsize)
     return slots
 
 
@@ -207,7 +211,7 @@ class _RingMemory:
         slots.need("ring sums at home", self._own, compute)
         for hop in self._places[1:] if self._travels.gathers else ():
             slots.need(f"ring sums of {hop}", self._own, compute)
-        if problem.messages(gradient=True)[1].itemsize != compute:
+        if problem.messages(gradient=True)[1].first_itemsize != compute:
             slots.need("ring dq", self._widths[0] * self._rows * share.q_count, compute)
         for owner in self._met():
             for rows, keys in self._segments(owner):

@@ -17,6 +17,8 @@ from .._ranks.orders import Segment, count, rows_of_ranks
 from .._ranks.partition import Heads, Item, Transfer, dtype_of_message, share_heads, split, transfer_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .._itinerary import Itinerary
     from .._ranks.orders import Order
 
@@ -40,6 +42,7 @@ class Problem:
     kv: str = "ring"
     key_ranges: bytes | None = None
     head_dim_v: int | None = None  # of v and out; None: as that of q and k
+    wire: str | None = None
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -127,6 +130,15 @@ class Message(NamedTuple):
     def itemsize(self) -> int:
         return dtype_of_message(self.items).itemsize
 
+    @property
+    def first_itemsize(self) -> int:
+        """That of its first item where it does not travel."""
+        return self.items[0].dtype.itemsize
+
+    def row_in_arrays(self, peers: Iterable[int]) -> int:
+        """Bytes of a row of the heads of some ranks in the arrays of the items."""
+        return sum(item.heads[peer][1] * item.numbers * item.dtype.itemsize for item in self.items for peer in peers)
+
     def transfer(self, problem: Problem, rank: int) -> Transfer:
         """The exchange in the group of a rank, seen by this one."""
         return Transfer(rank % problem.group, problem.rows_of_group(rank), self.sizes, problem.batch)
@@ -141,9 +153,9 @@ def _messages(problem: Problem, *, gradient: bool) -> list[Message]:
     rows = (0,) * problem.group
     where = geometry, dtype, problem.shares, rows, rows
     if gradient:
-        name, lists = "gradient", gradient_lists(*where, context=False)
+        name, lists = "gradient", gradient_lists(*where, context=False, wire=problem.wire)
     else:
-        name, lists = "forward", forward_lists(*where, lse=problem.backward)
+        name, lists = "forward", forward_lists(*where, lse=problem.backward, wire=problem.wire)
     return [Message(items, transfer_of(0, items, 1).sizes, slot_of(name, 0, number)) for number, items in enumerate(lists)]
 
 

@@ -55,6 +55,8 @@ def _forward(problem: Problem, machine: Machine, rank: int) -> list[Stage]:
 
 def _around(problem: Problem, machine: Machine, rank: int, inside: list[Stage], there: Message, back: Message) -> list[Stage]:
     """The stages of a call on several ranks: what is computed, with the way there and back."""
+    if problem.wire is not None:
+        inside = [_decode(problem, machine, "unpack", there, rank), *inside, _decode(problem, machine, "pack", back, rank)]
     return [
         _relayout(problem, machine, "pack", there, rank),
         _exchange(problem, machine, "scatter", there, rank),
@@ -80,7 +82,17 @@ def _relayout(problem: Problem, machine: Machine, name: str, message: Message, r
     """A stage that copies what a rank has of an exchange by rows, including what does not travel."""
     transfer = message.transfer(problem, rank)
     numbers = transfer.size_by_rows + transfer.counts_by_heads[transfer.rank]
-    return _copy(problem, machine, name, 2 * numbers * message.itemsize)
+    rows = transfer.rows[transfer.rank] * problem.batch
+    moved = numbers * message.itemsize + rows * message.row_in_arrays(range(len(transfer.rows)))
+    return _copy(problem, machine, name, moved)
+
+
+def _decode(problem: Problem, machine: Machine, name: str, message: Message, rank: int) -> Stage:
+    """A stage that makes numbers of the codes that a rank has of an exchange by heads, or the other way round."""
+    transfer = message.transfer(problem, rank)
+    rows = sum(transfer.rows) * problem.batch
+    moved = transfer.size_by_heads * message.itemsize + rows * message.row_in_arrays([transfer.rank])
+    return _copy(problem, machine, name, moved)
 
 
 def _copy(problem: Problem, machine: Machine, name: str, moved: int) -> Stage:

@@ -88,6 +88,10 @@ def _interface() -> Any:
 _submit, _wait, _delete = _interface()
 
 
+class BuildError(RuntimeError):
+    """The driver's compiler cannot build a kernel."""
+
+
 @cache
 def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> Any:
     """The kernel, compiled by the driver for this context, device and constants on first use."""
@@ -102,7 +106,7 @@ def _kernel(context: Any, device: Any, name: str, constants: Constants = ()) -> 
         program = create_kernel_bundle_from_spirv(SyclQueue(context, device), spirv, options)
     except Exception as error:  # of a class that differs between versions of dpctl, and without a text
         text = build_log(device, spirv, options) or str(error) or "neither dpctl nor the driver says why"
-        raise RuntimeError(
+        raise BuildError(
             f"kernel {name} with the constants {dict(constants)} and the options {options!r} cannot be built for "
             f"{device.backend.name}:{device.device_type.name} {device.name.strip()}: {text}"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from .arguments import Problem
+    from .launch import BuildError
 
 TUNING = "ULYSSES_DP_TUNING"  # a file of scripts/tune.py
 SCHEDULE = "ULYSSES_DP_SCHEDULE"  # one schedule, wherever it can run
@@ -137,12 +139,40 @@ _ALL = (
 )
 SCHEDULES = {schedule.name: schedule for schedule in _ALL}
 
+# (name of a schedule, device, dtype, head_dim, options, backward) of what a driver did not build
+_refused: set[tuple[str, Any, np.dtype, int, frozenset[str], bool]] = set()
+
 
 def candidates(
     device: Any, dtype: Any, head_dim: int, *, options: Collection[str] = (), backward: bool = False
 ) -> tuple[Schedule, ...]:
     """The schedules that can compute this on a device."""
-    return tuple(x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
+    call = device, np.dtype(dtype), head_dim, frozenset(options), backward
+    able = (x for x in SCHEDULES.values() if x.can(device, dtype, head_dim, options=options, backward=backward))
+    return tuple(x for x in able if (x.name, *call) not in _refused)
+
+
+def give_up(
+    schedule: Schedule,
+    error: BuildError,
+    device: Any,
+    dtype: Any,
+    head_dim: int,
+    *,
+    options: Collection[str] = (),
+    backward: bool = False,
+) -> None:
+    """Choose a schedule no more for such calls, as the driver does not build a kernel of it; with a warning, which names that.
+
+    Where no other schedule can compute them, that error is raised.
+    """
+    _refused.add((schedule.name, device, np.dtype(dtype), head_dim, frozenset(options), backward))
+    _choose.cache_clear()
+    if not candidates(device, dtype, head_dim, options=options, backward=backward):
+        raise error
+    warnings.warn(
+        f"other kernels, which may be slower, compute in the place of this one: {error}", RuntimeWarning, stacklevel=2
+    )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pytest
 from helpers import random_qkv
 from ulysses_dp.kernels import schedules
 from ulysses_dp.kernels.flash_forward import TILES
+from ulysses_dp.kernels.launch import BuildError
 
-from ulysses_dp import attention
+from ulysses_dp import AttnType, attention, attention_backward
 from ulysses_dp._call.options import OPTIONS
 from ulysses_dp._device.queue import default_queue
 
@@ -114,6 +115,48 @@ def test_an_option_that_the_kernels_for_gpus_do_not_have():
     gpu = Device(is_gpu=True)
     assert schedules.choose(gpu, F32, 64, 100, options=schedules.GPU_OPTIONS).name == "gpu"
     assert schedules.choose(gpu, F32, 64, 100, options=["softcap", "an option of later"]).name in TILES
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """The best schedule of all, of which the driver builds no kernel."""
+
+    def forward(*_):
+        raise BuildError("kernel best cannot be built")
+
+    costs = dict.fromkeys(("avx2", "avx512", "gpu"), 0.01)
+    best = replace(schedules.SCHEDULES["short"], name="best", costs=costs, serves=lambda *_, **__: True)
+    best = replace(best, forward=forward, backward=forward)
+    monkeypatch.setitem(schedules.SCHEDULES, "best", best)
+    monkeypatch.setattr(schedules, "_refused", set())
+    for x in (schedules._choose, schedules.default_costs):
+        x.cache_clear()
+    yield best
+    for x in (schedules._choose, schedules.default_costs):
+        x.cache_clear()
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_schedule_that_the_driver_does_not_build():
+    """Others take its place, with a warning for each kind of call."""
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 9, 2, 23), dtype=np.float32)
+    for options in ({}, {"softcap": 2.0}):
+        with pytest.warns(RuntimeWarning, match="compute in the place of this one: kernel best cannot be built"):
+            out, lse = attention(q, k, v, return_lse=True, **options)
+        expected, expected_lse = attention(q, k, v, return_lse=True, attn_type=AttnType.NUMPY, **options)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+        with pytest.warns(RuntimeWarning, match="kernel best cannot be built"):
+            grads = attention_backward(dout, q, k, v, out, lse, **options)
+        wanted = attention_backward(dout, q, k, v, expected, expected_lse, attn_type=AttnType.NUMPY, **options)
+        for x, y in zip(grads, wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(attention(q, k, v, **options), out)
+
+
+def test_nothing_takes_the_place_of_the_last_schedule(refused, monkeypatch):
+    monkeypatch.setattr(schedules, "SCHEDULES", {"best": refused})
+    with pytest.raises(BuildError, match="kernel best cannot be built"):
+        attention(*np.ones((3, 1, 4, 1, 22), np.float32))
 
 
 def test_names_of_options():

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ulysses_dp.kernels.arguments import Problem
+from ulysses_dp.kernels.launch import BuildError
 from ulysses_dp.kernels.reference import largest_exact_lse
-from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose
+from ulysses_dp.kernels.schedules import NO_WISHES, Wishes, choose, give_up
 from ulysses_dp.kernels.score_walk import GROUP_ROWS, Walk
 from ulysses_dp.kernels.score_walks import softmax_of_rows, walk_scores
 
@@ -77,9 +78,25 @@ class IntelSycl(Backend):
         key = self, heads, queue, arrays[0].dtype, *[(x.shape, x.strides, x._element_offset) for x in arrays]
         options.replay.run(key, arrays, step)
 
+    def _by_best(self, q: Any, options: Options, compute: Callable[[Schedule], None], *, backward: bool = False) -> None:
+        """Compute by the best of the schedules whose kernels the driver builds."""
+        device, dtype, (_, seq_q, _, head_dim) = q.sycl_queue.sycl_device, q.dtype, q.shape
+        while True:
+            schedule = self._choose(device, dtype, head_dim, seq_q, options, backward=backward)
+            try:
+                compute(schedule)
+                break
+            except BuildError as error:
+                give_up(schedule, error, device, dtype, head_dim, options=options.more_than_plain, backward=backward)
+
     def _forward(self, q: Any, k: Any, v: Any, out: Any, lse: Any, options: Options, heads: HeadMap) -> None:
+        self._by_best(q, options, lambda schedule: self._forward_by(schedule, (q, k, v), out, lse, options, heads))
+
+    def _forward_by(
+        self, schedule: Schedule, inputs: Sequence[Any], out: Any, lse: Any, options: Options, heads: HeadMap
+    ) -> None:
+        q, k, v = inputs
         queue, compute = q.sycl_queue, compute_dtype(q)
-        schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options)
         operand = schedule.operands[q.dtype]
         (q,) = readable((q,), "q", operand, by_head=False)
         k, v = readable((k, v), "k, v", operand, by_head=schedule.by_head and _walks_far(q))
@@ -89,13 +106,18 @@ class IntelSycl(Backend):
             copy_arrays((result,), (out,))
 
     def _backward(self, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap) -> None:
-        dout, q, k, v, lse, delta = arrays
+        _, q, k, *_ = arrays
         runs = options.runs(q.shape[1], k.shape[1])
         if len(runs) > 1:
             self._backward_by_runs(arrays, grads, runs, heads)
             return
+        self._by_best(q, options, lambda schedule: self._backward_by(schedule, arrays, grads, options, heads), backward=True)
+
+    def _backward_by(
+        self, schedule: Schedule, arrays: Sequence[Any], grads: Sequence[Any], options: Options, heads: HeadMap
+    ) -> None:
+        dout, q, k, v, lse, delta = arrays
         queue, compute = q.sycl_queue, lse.dtype
-        schedule = self._choose(queue.sycl_device, q.dtype, q.shape[3], q.shape[1], options, backward=True)
         operand = schedule.operands[q.dtype]
         by_head = schedule.by_head and _walks_far(q)
         dout, q = readable((dout, q), "dout, q", operand, by_head=by_head)

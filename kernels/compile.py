@@ -114,14 +114,15 @@ def _finish(spirv: bytes, kernel_name: str, sub_group: int | None) -> bytes:
     """The SPIR-V module of a kernel of this name, without the names of its values, and with one more execution mode,
     SubgroupSize, where it is given.
 
-    The name that numba gives a kernel is long, and counts what it has compiled. The names of values would be two fifths of a
-    wheel; those that drivers read, of what is linked, belong to other instructions. For the execution mode numba-dpex has no
+    The name that numba gives a kernel is long, and counts what it has compiled. It stands at the entry point and at what this
+    calls, which is the kernel itself: if they have two names, Intel's compiler for GPUs makes two functions, and the inner one
+    spills. The names of values would be two fifths of a wheel. For the execution mode numba-dpex has no
     name. A module is a header of five words and a list of instructions; the first word of each holds its length and its opcode.
     """
-    name, member_name, capability, entry_point, execution_mode, function = 5, 6, 17, 15, 16, 54
-    subgroup_dispatch, subgroup_size = 58, 35
+    name, member_name, capability, entry_point, execution_mode, function, decorate = 5, 6, 17, 15, 16, 54, 71
+    subgroup_dispatch, subgroup_size, linkage = 58, 35, 41
     words = np.frombuffer(spirv, dtype=np.uint32)
-    capabilities, modes, rest, position = [], [], [], 5
+    capabilities, modes, rest, position, numba_name = [], [], [], 5, b""
     while words[position] & 0xFFFF != function:
         length, opcode = words[position] >> 16, words[position] & 0xFFFF
         instruction = words[position : position + length]
@@ -129,6 +130,9 @@ def _finish(spirv: bytes, kernel_name: str, sub_group: int | None) -> bytes:
         if opcode == capability:
             capabilities.append(instruction)
         elif opcode == entry_point:
+            numba_name = _name_of(instruction)
+            rest.append(_renamed(instruction, kernel_name))
+        elif opcode == decorate and instruction[2] == linkage and _name_of(instruction) == numba_name:
             rest.append(_renamed(instruction, kernel_name))
         elif opcode not in (name, member_name):
             rest.append(instruction)
@@ -141,12 +145,17 @@ def _finish(spirv: bytes, kernel_name: str, sub_group: int | None) -> bytes:
     return np.concatenate([*head, words[position:]]).tobytes()
 
 
-def _renamed(entry_point: np.ndarray, name: str) -> np.ndarray:
-    """The instruction of an entry point with another name: bytes up to a zero, in whole words, from the fourth word on."""
-    after = 4 + entry_point[3:].tobytes().index(0) // 4
+def _name_of(instruction: np.ndarray) -> bytes:
+    """What an instruction names: bytes up to a zero, in whole words, from the fourth word on."""
+    return instruction[3:].tobytes().partition(b"\0")[0]
+
+
+def _renamed(instruction: np.ndarray, name: str) -> np.ndarray:
+    """An instruction with another name."""
+    after = 4 + len(_name_of(instruction)) // 4
     text = np.frombuffer(name.encode().ljust(len(name) // 4 * 4 + 4, b"\0"), dtype=np.uint32)
-    renamed = np.concatenate([entry_point[:3], text, entry_point[after:]])
-    renamed[0] = len(renamed) << 16 | entry_point[0] & 0xFFFF
+    renamed = np.concatenate([instruction[:3], text, instruction[after:]])
+    renamed[0] = len(renamed) << 16 | instruction[0] & 0xFFFF
     return renamed
 
 

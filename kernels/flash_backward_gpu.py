@@ -114,8 +114,8 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
         tile_operations(dtype, head_dim, width, columns, CONSTANTS),
         register_stages(dtype, columns, into_keys=into_keys),
     )
-    fill, fill_scores, dot, gather, lowest, accumulate, accumulate_seen, store = (
-        *(of_tile.fill, of_tile.fill_scores, of_tile.dot_panel, of_tile.gather, of_tile.lowest),
+    fill, fill_scores, dot, lowest, accumulate, accumulate_seen, store = (
+        *(of_tile.fill, of_tile.fill_scores, of_tile.dot_panel, of_tile.lowest),
         *(of_tile.accumulate, of_tile.accumulate_nonzero, of_tile.store),
     )
     scale_all, cap_all, slope_all, bias_all, pad_all, drop_fours, drop_each = (
@@ -235,7 +235,7 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
                 if has_bias() != 0:
                     of_row, of_col = (options.bias_key, options.bias_seq) if into_keys else (options.bias_seq, options.bias_key)
                     origin = options.bias_offset + b * options.bias_batch + head * options.bias_head + mine * of_row
-                    p = bias_all(p, (gather(bias, origin, of_col, col_count, start),))
+                    p = bias_all(p, bias, origin, of_col, col_count, start, still)
                 if has_padding() != 0:
                     key = mine if into_keys else min(start + lane, col_count - 1)
                     p = pad_all(p, (padding[b * options.padding_batch + key],))
@@ -260,7 +260,7 @@ def kernel(*, gradients: str, dtype: str, head_dim: int, tile: Tile) -> Callable
                 keep = fill_scores(one)
                 if has_dropout() == 1:
                     first, own = (of_query, first_key) if into_keys else (first_key, of_query)
-                    keep = drop_fours(keep, first, (own, *draw))
+                    keep = drop_fours(keep, first, still, (own, *draw))
                 else:
                     key_step, query_step = (0, options.step) if into_keys else (options.step, 0)
                     keep = drop_each(keep, (first_key, key_step, of_query, query_step, *draw))

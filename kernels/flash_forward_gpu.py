@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .flash_forward import ARGUMENTS as ARGUMENTS
+from . import flash_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +56,8 @@ GPU_TILES = {
     },
 }
 SUB_GROUP = 16
+# those of the kernel for CPUs, and one number before scale, zero and the options
+ARGUMENTS = (*flash_forward.ARGUMENTS[:-3], ("still", "int64"), *flash_forward.ARGUMENTS[-3:])
 # 256 registers are twice the default; the option that asks for them, by backend
 BUILD_OPTIONS = {"level_zero": "-ze-opt-large-register-file", "opencl": "-cl-intel-256-GRF-per-thread"}
 # Specialisation constants by number, of the gradient too; see register_tile.py for the first two. dropout is 1 where four keys
@@ -98,8 +100,8 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
     has_spans, has_softcap, has_slopes, has_bias, has_padding, has_dropout = (specialisation(CONSTANTS[x]) for x in OPTIONS)
     has_peaks = specialisation(CONSTANTS["peaks"])
     of_tile, stage = tile_operations(dtype, head_dim, width, keys, CONSTANTS), register_stages(dtype, keys, into_keys=False)
-    fill, load_query, dot, gather, lowest, softmax, mark, accumulate, accumulate_seen, store = (
-        *(of_tile.fill, of_tile.load_row, of_tile.dot if q_in_registers else of_tile.dot_panel, of_tile.gather, of_tile.lowest),
+    fill, load_query, dot, lowest, softmax, mark, accumulate, accumulate_seen, store = (
+        *(of_tile.fill, of_tile.load_row, of_tile.dot if q_in_registers else of_tile.dot_panel, of_tile.lowest),
         *(of_tile.softmax, of_tile.mark, of_tile.accumulate, of_tile.accumulate_unmarked, of_tile.store),
     )
     scale_all, cap_all, slope_all, bias_all, pad_all, hide_all, drop_fours, drop_each = (
@@ -109,7 +111,7 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
 
     def forward_registers(
         item, no_array, q, k, v, out, lse, spans, per_head, bias, padding,
-        q_at, k_at, v_at, out_at, lse_at, sizes, scale, zero, options,
+        q_at, k_at, v_at, out_at, lse_at, sizes, still, scale, zero, options,
     ):  # fmt: skip
         index = group_index()  # a work-group is one sub-group
         lane = lane_index()
@@ -158,8 +160,8 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
             if q_in_registers:
                 score = dot(query, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
             else:
-                # q_at.seq is 0 here, but the compiler does not know: it would load the panel once, before the loop, and spill
-                q_start = query_start + (start & q_at.seq)
+                # `still` is 0, but the compiler does not know: it would load the panel once, before the loop, and spill
+                q_start = query_start + (start & still)
                 score = dot(q, q_start, k, k_start, k_at.seq, sizes.seq_k, sizes.head_dim, start)
             score = scale_all(score, (scale,))
             if has_softcap() != 0:
@@ -168,7 +170,7 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
                 diagonal = real(centre - options.first_key - options.step * start)
                 score = slope_all(score, (diagonal, zero, real(options.step), per_head[of_head]))
             if has_bias() != 0:
-                score = bias_all(score, (gather(bias, bias_start, options.bias_key, sizes.seq_k, start),))
+                score = bias_all(score, bias, bias_start, options.bias_key, sizes.seq_k, start, still)
             if has_padding() != 0:
                 key = min(start + lane, sizes.seq_k - 1)
                 score = pad_all(score, (padding[b * options.padding_batch + key],))
@@ -183,7 +185,7 @@ def kernel(*, dtype: str, head_dim: int, tile: Tile) -> Callable[..., None]:
             first_key, number = options.first_key + options.step * start, options.first_row + options.step * mine
             if has_dropout() == 1:
                 draw = (number, h + options.first_head, b, options.seed, options.threshold, options.keep_scale)
-                update = drop_fours(update, first_key, draw)
+                update = drop_fours(update, first_key, still, draw)
             if has_dropout() == 2:
                 pairs = (first_key, options.step, number, 0, h + options.first_head, b, options.seed)
                 update = drop_each(update, (*pairs, options.threshold, options.keep_scale))

@@ -65,7 +65,8 @@ MATRIX_TILES = {
 }
 SUB_GROUPS = 16  # of a work-group
 # Specialisation constants by number; see matrix_tile.py for the first three. `changed`: there is more than products times a
-# positive scale, so that scores are made before their maximum is taken. dropout is as in flash_forward_gpu.py.
+# positive scale, so that scores are made before their maximum is taken. dropout is as in flash_forward_gpu.py;
+# bias 2 means that the keys of a row follow each other.
 OPTIONS = ("spans", "softcap", "slopes", "bias", "padding", "dropout")
 CONSTANTS = {name: n for n, name in enumerate(("hardware", "half", "wide", "changed", *OPTIONS), start=1)}
 
@@ -104,7 +105,7 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
     from .intrinsics import element, group_index, mad
     from .matrix_tile import matrix_operations
     from .register_stages import register_stages
-    from .register_tile import exp2, specialisation
+    from .register_tile import exp2, quick_tanh, specialisation
     from .subgroup import any_lane, divide, highest_lane, lane_index, lowest_lane, sub_group_index
 
     keys, parts, q_in_registers, rows = tile
@@ -116,16 +117,17 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
     has_changed = specialisation(CONSTANTS["changed"])
     of_tile, stage = (
         matrix_operations(head_dim, width, keys, rows, CONSTANTS),
-        register_stages("float32", keys, into_keys=False),
+        register_stages("float32", keys, into_keys=False, tanh=quick_tanh),
     )
     fill, load_queries, dot, dot_loaded, highest, weigh_products, weigh_scores, sum_of, rounded, rescale = (
         *(of_tile.fill, of_tile.load_queries, of_tile.dot, of_tile.dot_loaded, of_tile.highest, of_tile.weigh_products),
         *(of_tile.weigh_scores, of_tile.sum_of, of_tile.rounded, of_tile.rescale),
     )
     accumulate, store, add_infinite = of_tile.accumulate, of_tile.store, of_tile.add_infinite
-    gather, load_across = of_tile.gather, of_tile.load_across
-    scale_all, cap_all, slope_all, bias_all, pad_all, hide_all, drop_fours, drop_each = (
-        *(stage.scale, stage.cap, stage.slope, stage.bias, stage.pad, stage.hide, stage.drop_fours, stage.drop_each),
+    load_across = of_tile.load_across
+    scale_all, cap_all, slope_all, bias_all, bias_in_fours, pad_all, hide_all, drop_fours, drop_each = (
+        *(stage.scale, stage.cap, stage.slope, stage.bias, stage.bias_in_fours, stage.pad, stage.hide),
+        *(stage.drop_fours, stage.drop_each),
     )
 
     def forward_matrix(
@@ -176,7 +178,8 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
         slack = growth / to_log2
 
         def step(total, maximum, normaliser, start, edge):
-            if q_in_registers:
+            # with options there is no room for them
+            if q_in_registers and has_changed() == 0:
                 score = dot(query, k, k_start, k_at.seq, sizes.seq_k, columns, start)
             else:
                 # still is 0, but the compiler does not know: it would load all of Qᵀ once, before the loop, and spill
@@ -192,7 +195,10 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
                 diagonal = real(centre - options.first_key - options.step * start)
                 score = slope_all(score, (diagonal, zero, real(options.step), per_head[of_head]))
             if has_bias() != 0:
-                score = bias_all(score, (gather(bias, bias_start, options.bias_key, sizes.seq_k, start),))
+                if has_bias() == 2 and not edge:
+                    score = bias_in_fours(score, bias, bias_start, options.bias_key, sizes.seq_k, start, still)
+                else:
+                    score = bias_all(score, bias, bias_start, options.bias_key, sizes.seq_k, start, still)
             if has_padding() != 0:
                 score = pad_all(score, (load_across(padding, padding_start, sizes.seq_k, start),))
             if edge:
@@ -214,7 +220,7 @@ def kernel(*, head_dim: int, tile: Tile) -> Callable[..., None]:
             # what is kept is scaled at the end: it could become too large for float16 here
             if has_dropout() == 1:
                 weights = drop_fours(
-                    weights, first_key, (own_row, h + options.first_head, b, options.seed, options.threshold, one)
+                    weights, first_key, still, (own_row, h + options.first_head, b, options.seed, options.threshold, one)
                 )
             if has_dropout() == 2:
                 pairs = (first_key, options.step, own_row, 0, h + options.first_head, b, options.seed)

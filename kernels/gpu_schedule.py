@@ -80,7 +80,7 @@ def _launch_forward(
         [*(x.usm_data for x in (q, k, v)), target[0], lse.usm_data, spans, *tables],
         (
             *(*q_at, *strides_of(k), *strides_of(v), *target[1], *strides_by_head(lse)),
-            *(*sizes, problem.scale, 0.0, *numbers),
+            *(*sizes, 0, problem.scale, 0.0, *numbers),
         ),
         groups=batch * heads * sizes.row_blocks * tile.parts,
         lanes=SUB_GROUP,

@@ -91,7 +91,7 @@ def _constants(q: Any, out: Any, problem: Problem, numbers: OptionNumbers) -> tu
         "spans": problem.options is not None,
         "softcap": numbers.softcap != 0,
         "slopes": numbers.use_slopes,
-        "bias": numbers.use_bias,
+        "bias": numbers.use_bias and (2 if numbers.bias_key == 1 else 1),
         "padding": numbers.use_padding,
         "dropout": numbers.threshold and (1 if fours else 2),
     }

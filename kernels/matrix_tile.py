@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 from numba_dpex.core.descriptor import dpex_kernel_target
 
 from .intrinsics import bfloat16_of
-from .register_tile import choose, constant_of, gathering
+from .register_tile import choose, constant_of
 from .subgroup import WIDTH, Emitter
 
 if TYPE_CHECKING:
@@ -519,5 +519,5 @@ def matrix_operations(head_dim: int, width: int, keys: int, rows: int, constants
     return SimpleNamespace(
         fill=fill, load_queries=load_queries, dot=dot, dot_loaded=dot_loaded, highest=highest, sum_of=sum_of, rounded=rounded,
         weigh_products=weighing(scaled_first), weigh_scores=weighing(scaled_last), rescale=rescale, accumulate=accumulate,
-        gather=gathering("float32", keys), load_across=load_across, store=store, add_infinite=add_infinite,
+        load_across=load_across, store=store, add_infinite=add_infinite,
     )  # fmt: skip

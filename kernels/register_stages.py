@@ -7,17 +7,21 @@ a row is the lane's own, that of a column the same in all lanes.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba.core import types
 from numba.core.types import UniTuple, int32, int64
 
-from .register_tile import each_column, each_four_columns, tanh
+from .register_tile import each_column, each_four_columns, each_loaded_column, tanh
 from .score import stages
 from .subgroup import WIDTH, lane_index, transpose_fours
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNamespace:
+
+def register_stages(dtype: str, columns: int, *, into_keys: bool, tanh: Callable[..., float] = tanh) -> SimpleNamespace:
     """The stages as functions for kernels: ``stage(scores, arguments)``, arguments are a tuple."""
     real, number = np.dtype(dtype).type, getattr(types, dtype)
     of = stages(dtype, tanh)
@@ -87,7 +91,8 @@ def register_stages(dtype: str, columns: int, *, into_keys: bool) -> SimpleNames
         scale=each(scale_column, number),
         cap=each(cap_column, number, number),
         slope=each(slope_column, number, number, number, number, across=int(into_keys)),  # of queries the centre
-        bias=each(bias_column, UniTuple(number, columns)),
+        bias=each_loaded_column(dtype, columns, bias_column, in_fours=False),
+        bias_in_fours=each_loaded_column(dtype, columns, bias_column, in_fours=True),
         pad=each(pad_column, across_lanes, across=int(not into_keys)),  # of keys whether they take part
         hide=each(hide_column, int32, int32),
         drop_fours=each_four_columns(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _AT_ONCE = 16  # columns of one block load
+_IN_FLIGHT = 8  # columns whose addresses are in registers at the same time
 _TANH = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835, -1382 / 155925)  # tanh(x) / x by powers of x²
 _NEAR = {4: 0.3, 8: 0.05}  # up to where, by the bytes of a number
 
@@ -76,10 +77,7 @@ def tanh(typing_context, x):
     def generate(context, builder, signature, arguments):
         emitter = Emitter(context, builder, x)
         (value,) = arguments
-        # 1 - 2 / (exp(2 x) + 1) is right for infinities and nan, but near 0 its error is large beside it
-        power = emitter.exp2(builder.fmul(value, emitter.number(2 * math.log2(math.e))))
-        inverse = builder.fdiv(emitter.number(1), builder.fadd(power, emitter.number(1)))
-        far = emitter.mad(inverse, emitter.number(-2), emitter.number(1))
+        far = _far_tanh(emitter, value)
         square = builder.fmul(value, value)
         near = emitter.number(_TANH[-1])
         for coefficient in _TANH[-2::-1]:
@@ -88,6 +86,23 @@ def tanh(typing_context, x):
         return builder.select(is_near, builder.fmul(near, value), far)
 
     return x(x), generate
+
+
+@intrinsic
+def quick_tanh(typing_context, x):
+    """The hyperbolic tangent to 1e-7, which is much beside a small one: for scores that are rounded to 16 bits afterwards."""
+
+    def generate(context, builder, signature, arguments):
+        return _far_tanh(Emitter(context, builder, x), arguments[0])
+
+    return x(x), generate
+
+
+def _far_tanh(emitter, value):
+    """1 - 2 / (exp(2 x) + 1): right for infinities and nan, but near 0 its error is large beside it."""
+    builder, one = emitter.builder, emitter.number(1)
+    power = emitter.exp2(builder.fmul(value, emitter.number(2 * math.log2(math.e))))
+    return emitter.mad(builder.fdiv(one, builder.fadd(power, one)), emitter.number(-2), one)
 
 
 def choose(emitter, condition, yes, no):
@@ -377,29 +392,9 @@ def tile_operations(dtype: str, head_dim: int, width: int, columns: int, constan
 
     return SimpleNamespace(
         fill=fill, fill_scores=fill_scores, load_row=load_row, dot=dot, dot_panel=dot_panel, lowest=lowest,
-        gather=gathering(dtype, columns), softmax=softmax, mark=mark, store=store, accumulate=accumulation(None),
+        softmax=softmax, mark=mark, store=store, accumulate=accumulation(None),
         accumulate_unmarked=accumulation(is_unmarked), accumulate_nonzero=accumulation(is_something),
     )  # fmt: skip
-
-
-def gathering(dtype: str, columns: int):
-    """A function for kernels that loads one number for each row and column of a step."""
-    real = getattr(types, dtype)
-    scores = UniTuple(real, columns)
-
-    @intrinsic
-    def gather(typing_context, x, origin, stride, count, first):
-        """One number for each row and column; the last column again after it."""
-
-        def generate(context, builder, signature, arguments):
-            emitter = Emitter(context, builder, real)
-            x, *place = arguments
-            places = _places(emitter, *place, columns)
-            return emitter.pack(scores, [builder.load(builder.gep(x, [p]), align=emitter.size) for p in places])
-
-        return scores(x, *[types.int64] * 4), generate
-
-    return gather
 
 
 def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument_types: Any, across: int = 0):
@@ -443,25 +438,79 @@ def each_column(dtype: str, columns: int, stage: Callable[..., float], *argument
     return apply
 
 
+def after(emitter, number, integer, still):
+    """An integer that is only known when a number is: `still` is 0, but the compiler does not know. It would do many things at
+    the same time otherwise, and spill."""
+    builder = emitter.builder
+    bits = builder.bitcast(number, ir.IntType(8 * emitter.size))
+    bits = bits if emitter.size == 8 else builder.zext(bits, _I64)
+    return builder.add(integer, builder.and_(bits, still))
+
+
+def each_loaded_column(dtype: str, columns: int, stage: Callable[..., float], *, in_fours: bool):
+    """A function for kernels that gives every score of a step to ``stage(score, t, number)`` with a number from memory: one for
+    each row and column; `in_fours` where those of a row follow each other, and all columns are there.
+
+    Addresses take two registers each, so the next numbers are only loaded `after` those before are used up.
+    """
+    real = getattr(types, dtype)
+    scores, call, at_once = UniTuple(real, columns), signature(real, real, types.int32, real), min(_IN_FLIGHT, columns)
+
+    def in_turn(emitter, x, origin, stride, count, first):
+        places = _places(emitter, origin, stride, count, first, at_once)
+        return [emitter.builder.load(emitter.builder.gep(x, [place]), align=emitter.size) for place in places]
+
+    def four_by_four(emitter, x, origin, stride, count, first):
+        builder, place, numbers = emitter.builder, emitter.builder.add(origin, first), []
+        fours = builder.bitcast(builder.gep(x, [place]), ir.PointerType(ir.VectorType(emitter.real, 4), x.type.addrspace))
+        for i in range(at_once // 4):
+            four = builder.load(builder.gep(fours, [ir.Constant(_I64, i)]), align=emitter.size)
+            numbers += [builder.extract_element(four, ir.Constant(_I32, e)) for e in range(4)]
+        return numbers
+
+    @intrinsic
+    def apply(typing_context, given, x, origin, stride, count, first, still):
+        """The last column again after it."""
+
+        def generate(context, builder, signature, arguments):
+            emitter, (given, x, origin, stride, count, first, still) = Emitter(context, builder, real), arguments
+            numbers = emitter.unpack(given, columns)
+            for t in range(0, columns, at_once):
+                origin = after(emitter, numbers[t - 1], origin, still) if t else origin
+                start = builder.add(first, ir.Constant(_I64, t))
+                loaded = (four_by_four if in_fours else in_turn)(emitter, x, origin, stride, count, start)
+                for i, number in enumerate(loaded, t):
+                    numbers[i] = context.compile_internal(builder, stage, call, [numbers[i], ir.Constant(_I32, i), number])
+            return emitter.pack(scores, numbers)
+
+        return scores(scores, x, *[types.int64] * 5), generate
+
+    return apply
+
+
 def each_four_columns(dtype: str, columns: int, stage: Callable[..., tuple[float, ...]], *argument_types: Any):
-    """The same with ``stage(*scores, first, *arguments)`` for four columns at once; `first` is the number of their first."""
+    """The same with ``stage(*scores, first, *arguments)`` for four columns at once; `first` is the number of their first.
+
+    For fewer registers, the next four are computed `after` those before.
+    """
     real = getattr(types, dtype)
     four, rest_type = UniTuple(real, 4), types.BaseTuple.from_types(argument_types)
     call = signature(four, *[real] * 4, types.int64, *argument_types)
 
     @intrinsic
-    def apply(typing_context, given, first, arguments):
+    def apply(typing_context, given, first, still, arguments):
         before = len(given) - columns
 
         def generate(context, builder, signature, values):
             emitter = Emitter(context, builder, real)
-            numbers, rest = emitter.unpack(values[0], len(given)), emitter.unpack(values[2], len(argument_types))
+            numbers, rest = emitter.unpack(values[0], len(given)), emitter.unpack(values[3], len(argument_types))
             for t in range(before, len(given), 4):
                 key = builder.add(values[1], ir.Constant(_I64, t - before))
+                key = after(emitter, numbers[t - 1], key, values[2]) if t > before else key
                 changed = context.compile_internal(builder, stage, call, [*numbers[t : t + 4], key, *rest])
                 numbers[t : t + 4] = emitter.unpack(changed, 4)
             return emitter.pack(given, numbers)
 
-        return given(given, types.int64, rest_type), generate
+        return given(given, types.int64, types.int64, rest_type), generate
 
     return apply

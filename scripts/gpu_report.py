@@ -19,7 +19,8 @@ float; "reach" is the share of these cycles in which it does dpas or mad: what t
 
 Kernels of one module for all options are compiled without any, with all but dropout ("+options"), with all ("+dropout"), and
 for rows that block loads cannot read ("+views"); those for the forward also as they find peaks for the gradient ("+peaks").
-Those for matrix engines are compiled for bfloat16, and also for float16 ("+float16").
+Those for matrix engines are compiled for bfloat16, and also for float16 ("+float16"); among their options is a bias whose keys
+follow each other, or do not ("+strided bias").
 
 A bar breaks where a kernel spills or uses private memory on pvc (Max) or bmg (Arc B), where the hot loop of a float32 kernel
 on pvc has too few mad, or where that of a kernel for matrix engines has too many instructions for a dpas, or has a pipe that is
@@ -258,7 +259,9 @@ def judge(report: Report) -> None:
         report.broken.append("spills or private memory")
     head_dim = manifest.read()[report.kernel.partition("+")[0]]["constants"].get("head_dim")
     most = (
-        DPAS_BARS.get(head_dim) if "_matrix_" in report.kernel and not report.kernel.endswith(("options", "dropout")) else None
+        DPAS_BARS.get(head_dim)
+        if "_matrix_" in report.kernel and not report.kernel.endswith(("options", "dropout", "bias"))
+        else None
     )
     if most is not None and not report.problem:
         if report.loop > most * report.dpas:

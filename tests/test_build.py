@@ -11,8 +11,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from ulysses_dp.kernels import manifest
+from ulysses_dp.kernels import constants, manifest
 
 pytestmark = pytest.mark.single
 
@@ -148,3 +149,17 @@ def test_other_python_with_the_kernels_of_an_sdist(sdist, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert run(sys.executable, "-c", OTHER_PYTHON, cwd=tmp_path) == ""
+
+
+def test_kernels_have_one_name():
+    """The entry point calls the kernel by its own name: Intel's compiler for GPUs makes two functions of two names."""
+    entry_point, decorate, linkage, exported = 15, 71, 41, 0
+    for kernel, entry in manifest.read().items():
+        names, links = [], []
+        for opcode, operands in constants.instructions(np.fromfile(manifest.FOLDER / f"{kernel}.spv", np.uint32)):
+            if opcode == entry_point:
+                names.append(operands[2:])
+            elif opcode == decorate and operands[1] == linkage and operands[-1] == exported:
+                links.append(operands[2:-1])
+        texts = [[np.asarray(x, np.uint32).tobytes().partition(b"\0")[0] for x in found] for found in (names, links)]
+        assert texts[0] == [entry["entry"].encode()] == [x for x in texts[1] if not x.startswith(b"_ZN08NumbaEnv")], kernel

@@ -171,17 +171,19 @@ def test_scores_that_grow_and_shrink():
     assert_lse(lse, expected_lse)
 
 
-@pytest.mark.parametrize("name", ["window", "bias", "all"])
+@pytest.mark.parametrize("name", ["window", "bias", "bias of rows", "all"])
 def test_options(monkeypatch, name):
-    """Special values reach the rows that see them, and dropout drops the weights that other kernels drop."""
+    """Special values reach the rows that see them, and dropout drops the weights that other kernels drop. A bias is read four
+    keys at once where they follow each other, and else key by key."""
     monkeypatch.setenv("ULYSSES_DP_SCHEDULE", "matrix")
     stored, numbers = drawn(3, "bfloat16", 2, SEQ, HEADS, 2, 32, seq_k=KEYS)
     if name != "all":  # which has dropout, that leaves nan of 0 · inf
         for arrays in (stored, numbers):
             for place, special in (((0, 3), np.nan), ((1, 50, 1, 2), np.inf), ((1, 33, 0, 5), -np.inf)):
                 arrays[2][place] = narrowed(np.full(1, special), "bfloat16")[0] if arrays is stored else special
-    out, lse = attention(*stored, dtype="bfloat16", return_lse=True, **OPTIONS[name])
-    expected, expected_lse = dense_attention(*numbers, **OPTIONS[name])
+    options = {"bias": OPTIONS["bias"]["bias"][..., :1]} if name == "bias of rows" else OPTIONS[name]
+    out, lse = attention(*stored, dtype="bfloat16", return_lse=True, **options)
+    expected, expected_lse = dense_attention(*numbers, **options)
     np.testing.assert_allclose(widened(out), expected, rtol=2.0**-8, atol=2.0**-6)
     np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-5)
 

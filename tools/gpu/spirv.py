@@ -45,8 +45,9 @@ def _matrix_forms() -> dict[str, tuple[tuple[int, int], ...]]:
     """The same of a kernel for matrix engines: bfloat16 without options; float16; all options but dropout, or all."""
     from ulysses_dp.kernels.flash_forward_matrix import CONSTANTS, OPTIONS
 
-    with_dropout = {"changed": 1} | dict.fromkeys(OPTIONS, 1)
+    with_dropout = {"changed": 1} | dict.fromkeys(OPTIONS, 1) | {"bias": 2}
     found = {"": {}, "float16": {"half": 1}, "options": with_dropout | {"dropout": 0}, "dropout": with_dropout}
+    found["strided bias"] = with_dropout | {"dropout": 0, "bias": 1}
     return {
         form: tuple((CONSTANTS[key], value) for key, value in ({"hardware": 1} | values).items() if value)
         for form, values in found.items()

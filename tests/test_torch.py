@@ -10,6 +10,7 @@ from test_scripts import ROOT, mpiexec
 
 torch = pytest.importorskip("torch")
 
+import ulysses_dp  # noqa: E402
 from ulysses_dp.torch import attention, ulysses_attention  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "torch_autograd.py"
@@ -265,6 +266,24 @@ def test_what_replicated_tokens_must_be(comm):
         assert all(error in (TypeError, ValueError) and "replicated" in message for error, message in errors)
     out, out_r = ulysses_attention(q, k, v, comm=comm, replicated=[torch.ones(1, 1, 2, 8)] * 3)
     assert (out.requires_grad, out_r.requires_grad) == (True, True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_arrays_travel_as_8_bits(comm, compiled):
+    """There and back, forward and backward: the bits of the functions that autograd calls."""
+    mine = rows_of(comm, random_qkv(13, 1, 9, 4, 2, 8), split(9, comm.size, "uneven"))
+
+    def attend(q, k, v):
+        return ulysses_attention(q, k, v, comm=comm, causal=True, wire_dtype="int8")
+
+    torch.compiler.reset()
+    out = (torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend)(*mine)
+    grads = torch.autograd.grad(out, mine, torch.ones_like(out))
+    how, arrays = {"comm": comm, "causal": True, "wire_dtype": "int8"}, [x.detach().numpy() for x in mine]
+    expected, lse = ulysses_dp.ulysses_attention(*arrays, return_lse=True, **how)
+    gradients = ulysses_dp.ulysses_attention_backward(np.ones_like(expected), *arrays, expected, lse, **how)
+    for x, y in zip((out.detach(), *grads), (expected, *gradients), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.single

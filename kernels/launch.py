@@ -14,7 +14,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dpctl
 from dpctl import SyclQueue
@@ -152,8 +152,7 @@ class Launch:
         """Run it with these pointers, after all earlier work of the queue, and wait for it."""
         if len(memories) != self._memories:
             raise RuntimeError(f"{self._what} takes {self._memories} pointers before its scalars, not {len(memories)}")
-        if _recording.launches is not None:
-            _recording.launches.append((self, tuple(memories)))
+        record(self, memories)
         addresses = self._arguments.from_buffer_copy(self._addresses)
         addresses[: self._memories] = [memory._pointer for memory in memories]
         self._queue.wait()
@@ -164,15 +163,27 @@ class Launch:
         _delete(event)
 
 
+class Runs(Protocol):
+    """A `Launch`, or what does the work of one."""
+
+    def run(self, memories: Sequence[Any]) -> None: ...
+
+
 class _Recording(threading.local):
-    launches: list[tuple[Launch, Sequence[Any]]] | None = None
+    launches: list[tuple[Runs, Sequence[Any]]] | None = None
 
 
 _recording = _Recording()
 
 
+def record(launch: Runs, memories: Sequence[Any]) -> None:
+    """Let a `Replay` that records know what is run with which memories."""
+    if _recording.launches is not None:
+        _recording.launches.append((launch, tuple(memories)))
+
+
 @contextmanager
-def _recorded() -> Iterator[list[tuple[Launch, Sequence[Any]]]]:
+def _recorded() -> Iterator[list[tuple[Runs, Sequence[Any]]]]:
     """The launches that this thread makes in the block, and the memories of each."""
     _recording.launches = launches = []
     try:
@@ -185,7 +196,7 @@ class Replay:
     """Steps that launch kernels, run again without what leads to the launches."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, list[tuple[Launch, list[int]]] | None] = {}
+        self._known: dict[Any, list[tuple[Runs, list[int]]] | None] = {}
 
     def run(self, key: Any, arrays: Sequence[Any], step: Callable[[], object]) -> None:
         """Do a step for these USM arrays, or launch what it launched when there was this key before.

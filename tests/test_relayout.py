@@ -1,11 +1,12 @@
-"""The compiled relayout kernel against its NumPy reference, bit by bit."""
+"""The compiled relayout kernel, and the copy of the host that may take its place, against a reference, bit by bit."""
 
 import numpy as np
 import pytest
 from helpers import numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, copy_panels, reference
+from ulysses_dp.kernels import relayout
+from ulysses_dp.kernels.relayout import MAX_SOURCES, MAX_TARGETS, Panel, Relayout, reference
 
 from ulysses_dp._device.arrays import tensor
 from ulysses_dp._device.queue import default_queue
@@ -22,13 +23,22 @@ def random_bits(size, dtype):
 
 
 def run(sources, targets, panels, **sizes):
-    """The targets after the kernel, and after the reference."""
+    """The targets after the kernel, which are those after what is done for so few numbers, and after the reference."""
     expected = [x.copy() for x in targets]
     reference(sources, expected, panels, **sizes)
     queue = default_queue()
-    sources, targets = ([tensor.asarray(x, sycl_queue=queue) for x in arrays] for arrays in (sources, targets))
-    copy_panels(sources, targets, panels, **sizes)
-    return [tensor.asnumpy(x) for x in targets], expected
+    sources = [tensor.asarray(x, sycl_queue=queue) for x in sources]
+    results = []
+    for limit in (0, relayout.HOST_BYTES):
+        results.append([tensor.asarray(x, sycl_queue=queue) for x in targets])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(relayout, "HOST_BYTES", limit)
+            copy = Relayout(queue, sources[0].dtype, targets[0].dtype, tuple(panels), **sizes)
+        copy.run(sources, results[-1])
+    by_kernel, as_always = ([tensor.asnumpy(x) for x in arrays] for arrays in results)
+    for x, y in zip(by_kernel, as_always, strict=True):
+        np.testing.assert_array_equal(x.view("u1"), y.view("u1"))
+    return by_kernel, expected
 
 
 def nested_strides(extents, order, gap):

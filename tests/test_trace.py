@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import SPLITS, as_view, needs_ranks, outcomes, part, random_qkv, split
 from mpi4py import MPI
+from ulysses_dp.kernels import relayout
 from ulysses_dp.kernels.launch import Launch
 
 from ulysses_dp import all_to_all_4d, attention, free_workspace, gather_heads, scatter_heads, trace, ulysses_attention
@@ -47,15 +48,19 @@ for _name in ("Allgather", "Allreduce", "Alltoall", "Alltoallv", "Ialltoallv", "
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels that are launched."""
+    """Names of the kernels that are launched, and what the host copies itself."""
     launched = []
 
-    def noting(self, memories):
-        launched.append(self.name.split("_d16")[0])  # whatever tile the device gets
-        run(self, memories)
+    def note(kind, name):
+        def noting(self, memories):
+            launched.append(name(self))
+            run(self, memories)
 
-    run = Launch.run
-    monkeypatch.setattr(Launch, "run", noting)
+        run = kind.run
+        monkeypatch.setattr(kind, "run", noting)
+
+    note(Launch, lambda launch: launch.name.split("_d16")[0])  # whatever tile the device gets
+    note(relayout._HostCopy, lambda _: "host copy")
     return launched
 
 
@@ -69,11 +74,13 @@ def test_attention_is_one_stage():
 
 
 @pytest.mark.parametrize("how", ["even", "uneven"])
-def test_forward(comm, launches, how):
+@pytest.mark.parametrize(("limit", "copy"), [(0, "relayout_uint32"), (relayout.HOST_BYTES, "host copy")])
+def test_forward(comm, launches, monkeypatch, how, limit, copy):
     """One agreement and one relayout pass before and one each after, two all-to-alls; memory is allocated the first time only.
 
     Alone, the attention kernel and nothing else.
     """
+    monkeypatch.setattr(relayout, "HOST_BYTES", limit)
     free_workspace()
     counting = CountingComm(comm.Dup())
     mine = [part(x, split(24, comm.size, how), comm.rank) for x in random_qkv(0, 2, 24, 12, 12, 16)]
@@ -92,13 +99,14 @@ def test_forward(comm, launches, how):
             assert names(record) == FORWARD
             first_time = ["Allreduce"] * (time == 0)  # whether all ranks got their memory
             assert counting.calls == ["Allgather", *first_time, "Alltoallv", "Alltoallv", "Allreduce"]
-            assert launches == ["relayout_uint32", "flash_forward_float32", "relayout_uint32"]
+            assert launches == [copy, "flash_forward_float32", copy]
         assert call.passes == sum(stage.passes for stage in call.stages) == len(launches) - 1
         assert (call.allocations > 0) == (time == 0)
         assert all(stage.seconds > 0 and stage.start >= call.start for stage in record.stages)
         assert sum(stage.seconds for stage in record.stages) <= call.seconds
     assert record.seconds("attention") == sum(stage.seconds for stage in record.stages if stage.name == "attention")
     counting.Free()
+    free_workspace()  # what copies by the limit of this test
 
 
 @needs_ranks

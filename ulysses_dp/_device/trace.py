@@ -22,7 +22,7 @@ class Stage:
     route: str = ""  #: of an all-to-all: "device", "host" or "shared"
     start: float = 0.0  #: `time.perf_counter` at the start, in seconds
     seconds: float = 0.0
-    passes: int = 0  #: relayout passes: launches of the kernel that copies arrays into another layout
+    passes: int = 0  #: relayout passes: copies of arrays into another layout, by a kernel or by the host
     allocations: int = 0  #: allocations of device memory
     pairs: int = 0  #: in a ring: pairs of query and key that were computed, of all heads and batches of this rank
     exchange: bool = False  #: an all-to-all, which may run beside other stages

@@ -114,23 +114,22 @@ class _HostCopy:
             )
             for x in panels
         ]
+        self._used = {x.target + MAX_SOURCES for x in panels} | {x.source for x in panels}
 
     def run(self, memories: Sequence[Any]) -> None:
         """Copy, after all earlier work of the queue."""
         record(self, memories)
         self._queue.wait()
+        bytes_of = {n: _bytes(memories[n].nbytes).from_address(memories[n]._pointer) for n in self._used}
+        dtype = self._dtype
         for shape, target, goal, target_strides, source, start, source_strides in self._panels:
-            result = np.ndarray(shape, self._dtype, _bytes_of(memories[target]), goal, target_strides)
-            result[...] = np.ndarray(shape, self._dtype, _bytes_of(memories[source]), start, source_strides)
-
-
-def _bytes_of(memory: Any) -> Any:
-    """USM memory of a CPU device as NumPy takes it."""
-    return _bytes(memory.nbytes).from_address(memory._pointer)
+            result = np.ndarray(shape, dtype, bytes_of[target], goal, target_strides)
+            result[...] = np.ndarray(shape, dtype, bytes_of[source], start, source_strides)
 
 
 @lru_cache(maxsize=256)
 def _bytes(count: int) -> Any:
+    """The type of so many bytes of memory, as NumPy takes them."""
     return ctypes.c_char * count
 
 

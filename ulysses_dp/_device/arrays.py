@@ -280,7 +280,7 @@ def from_host(x: np.ndarray, queue: Any) -> Any:
         memory = MemoryUSMDevice(max(dense.nbytes, 1), queue=queue)
         if dense.size:
             memory.copy_from_host(dense.reshape(-1).view("u1"))
-    return _reordered(tensor.usm_ndarray(dense.shape, dtype=dense.dtype, buffer=memory), _undone(order))
+    return _reordered(usm_array(memory, dense.shape, dense.dtype), _undone(order))
 
 
 def to_host(x: Any) -> np.ndarray:
@@ -323,4 +323,9 @@ def _undone(order: tuple[int, ...]) -> tuple[int, ...]:
 
 def view(x: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """A view of the whole allocation of a USM array, from an element offset, with any shape and strides."""
-    return tensor.usm_ndarray(shape, dtype=x.dtype, buffer=x.usm_data, strides=strides, offset=offset)
+    return usm_array(x.usm_data, shape, x.dtype, strides, offset)
+
+
+def usm_array(memory: Any, shape: tuple[int, ...], dtype: np.dtype, strides: Any = None, offset: int = 0) -> Any:
+    """An array in USM memory. dpctl takes the character of a dtype in half the time of the dtype itself."""
+    return tensor.usm_ndarray(shape, dtype=dtype.char, buffer=memory, strides=strides, offset=offset)

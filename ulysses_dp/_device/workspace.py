@@ -15,7 +15,7 @@ import numpy as np
 from ulysses_dp.kernels.launch import free_uploads
 from ulysses_dp.kernels.relayout import free_tables
 
-from .arrays import tensor
+from .arrays import tensor, usm_array
 from .queue import default_queue
 from .trace import note
 
@@ -81,7 +81,7 @@ def scratch(queue: Any, slot: str, shape: tuple[int, ...], dtype: Any, usm_type:
         # dpctl takes no memory for an array of which it does not hold a whole number of elements
         memories[key] = _allocate(queue, -(-nbytes // ALIGNMENT) * ALIGNMENT, usm_type)
         _bound(queue)
-    return tensor.usm_ndarray(shape, dtype=dtype, buffer=memories[key])
+    return usm_array(memories[key], shape, dtype)
 
 
 def _leave_queues(queue: Any) -> None:
@@ -199,7 +199,7 @@ def empty_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
     dtype = np.dtype(dtype or x.dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     memory = _given_back((x.sycl_queue, x.usm_type, nbytes)) or _new_result(x.sycl_queue, x.usm_type, nbytes)
-    result = tensor.usm_ndarray(shape, dtype=dtype, buffer=memory)
+    result = usm_array(memory, shape, dtype)
     _see(x.sycl_queue, x, result)
     return result
 

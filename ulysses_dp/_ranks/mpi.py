@@ -430,13 +430,14 @@ class ExchangeBuffer:
     """
 
     def __init__(self, array: Any, counts: tuple[int, ...], displacements: tuple[int, ...], own: slice, host: Any) -> None:
-        self.array, self.counts, self.displacements, self.own, self.host = array, counts, displacements, own, host
-        self.message = self._message() if array is not None else None
+        self._blocks, self.own, self.host = (counts, displacements), own, host
         self.messages, self.elements = sum(count > 0 for count in counts), sum(counts)
+        self.use(array)
 
-    def of(self, array: Any) -> ExchangeBuffer:
-        """The same blocks of another array."""
-        return self if array is self.array else ExchangeBuffer(array, self.counts, self.displacements, self.own, self.host)
+    def use(self, array: Any) -> None:
+        """Have the blocks in this array, or in none."""
+        self.array = array
+        self.message = None if array is None else self._message()
 
     def _message(self) -> list[Any]:
         """The blocks as mpi4py takes them. It cannot ask for the memory by itself: dpctl refuses the DLPack stream that it asks
@@ -444,7 +445,7 @@ class ExchangeBuffer:
         x = self.array if self.host is None else self.host
         # elements, not bytes, are counted: an int holds up to eight times as many
         element = {1: _mpi().INT8_T, 2: _mpi().INT16_T, 4: _mpi().INT32_T, 8: _mpi().INT64_T}[x.dtype.itemsize]
-        return [_mpi().buffer.fromaddress(x._pointer, x.nbytes), (self.counts, self.displacements), element]
+        return [_mpi().buffer.fromaddress(x._pointer, x.nbytes), self._blocks, element]
 
 
 class AllToAll:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from ulysses_dp.kernels.launch import offset_and_strides
 from ulysses_dp.kernels.relayout import MAX_TARGETS, Panel, Relayout, copy_panels, source_at, target_at
 
-from .._device.arrays import tensor, view
+from .._device.arrays import tensor, usm_array, view
 from .._device.copies import copy_arrays
 from .._device.trace import note, stage
 from .._device.workspace import empty_like, freed_with_workspace, scratch
@@ -82,7 +82,7 @@ class Redistribution:
         self._shown = keep and layout.wire is None  # whether memory by heads itself is kept, not what is made of it
         if window is not None:
             size = layout.dtype.itemsize
-            self._by_rows = tensor.usm_ndarray((window.memory.nbytes // size,), dtype=layout.dtype, buffer=window.memory)
+            self._by_rows = usm_array(window.memory, (window.memory.nbytes // size,), layout.dtype)
             if keep:
                 self._in_window = self._by_rows
                 self.renew(like)
@@ -125,9 +125,8 @@ class Redistribution:
     def use(self, by_heads: Any) -> None:
         """Have this flat memory by heads."""
         self._by_heads, self._arrays = by_heads, None
-        if self._steps:
-            comm, source, target = self._steps[-1]
-            self._steps[-1] = comm, source, target.of(by_heads)
+        if self._steps and by_heads is not self._steps[-1][2].array:
+            self._steps[-1][2].use(by_heads)
 
     def let_go(self) -> None:
         """Let go of memory by heads that belongs to one call alone."""
@@ -306,13 +305,8 @@ def as_columns(x: Any, dtype: np.dtype) -> Any:
     batch, heads, seq = x.shape
     columns = x.dtype.itemsize // dtype.itemsize
     of_batch, of_head, of_row = (stride * columns for stride in x.strides)
-    return tensor.usm_ndarray(
-        (batch, seq, heads, columns),
-        dtype=dtype,
-        buffer=x.usm_data,
-        strides=(of_batch, of_row, of_head, 1),
-        offset=x._element_offset * columns,
-    )
+    strides, offset = (of_batch, of_row, of_head, 1), x._element_offset * columns
+    return usm_array(x.usm_data, (batch, seq, heads, columns), dtype, strides, offset)
 
 
 def _of_dtype(x: Any, dtype: np.dtype) -> Any:
